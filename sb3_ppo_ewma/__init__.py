@@ -1,0 +1,30 @@
+"""
+PPO-EWMA for Stable-Baselines3: decoupled proximal and behaviour policies (https://arxiv.org/abs/2110.00641).
+
+The recurrent and the maskable algorithm need sb3-contrib and are imported on first use.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from sb3_ppo_ewma.ppo_ewma import PPOEWMA, EwmaMixin
+
+if TYPE_CHECKING:
+    from sb3_ppo_ewma.contrib import MaskablePPOEWMA, RecurrentPPOEWMA
+
+__version__ = "0.1.0"
+__all__ = ["PPOEWMA", "EwmaMixin", "MaskablePPOEWMA", "RecurrentPPOEWMA", "__version__"]
+
+_CONTRIB = ("MaskablePPOEWMA", "RecurrentPPOEWMA")
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _CONTRIB:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        module = importlib.import_module("sb3_ppo_ewma.contrib")
+    except ModuleNotFoundError as error:
+        if error.name is None or not error.name.startswith("sb3_contrib"):
+            raise
+        raise ImportError(f"{name} needs sb3-contrib: pip install 'sb3-ppo-ewma[contrib]'") from error
+    return getattr(module, name)

@@ -1,0 +1,161 @@
+"""PPO-EWMA for sb3-contrib's RecurrentPPO and MaskablePPO, through the same mixin."""
+
+from typing import Any, ClassVar, TypeVar, cast
+
+import numpy as np
+import torch as th
+from sb3_contrib import MaskablePPO, RecurrentPPO
+from sb3_contrib.common.recurrent.type_aliases import RNNStates
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.type_aliases import MaybeCallback
+from stable_baselines3.common.utils import obs_as_tensor
+
+from sb3_ppo_ewma.ppo_ewma import EwmaMixin, _observations
+from sb3_ppo_ewma.rollouts import Rollout
+
+SelfRecurrentPPOEWMA = TypeVar("SelfRecurrentPPOEWMA", bound="RecurrentPPOEWMA")
+SelfMaskablePPOEWMA = TypeVar("SelfMaskablePPOEWMA", bound="MaskablePPOEWMA")
+
+
+class LstmState:
+    """
+    Saves the hidden states between two rollouts, which sb3-contrib drops, with the interface of a module's state.
+
+    :param model: whose ``_last_lstm_states`` they are
+    """
+
+    def __init__(self, model: "RecurrentPPOEWMA") -> None:
+        self._model = model
+
+    def state_dict(self) -> dict[str, th.Tensor]:
+        """
+        :return: the four tensors (hidden and cell state of actor and critic)
+        """
+        states = cast(RNNStates, self._model._last_lstm_states)
+        tensors = [*states.pi, *states.vf]
+        return {name: tensor.detach().clone() for name, tensor in zip(self._names, tensors, strict=True)}
+
+    def load_state_dict(self, state_dict: dict[str, th.Tensor], strict: bool = True) -> None:
+        """
+        States of another number of environments are ignored: they start from zero, as in sb3-contrib.
+
+        :param state_dict: from :meth:`state_dict`
+        :param strict: not used, part of the interface of ``torch.nn.Module``
+        """
+        tensors = [state_dict[name].to(self._model.device) for name in self._names]
+        if tensors[0].shape[1] == self._model.n_envs:
+            states = RNNStates((tensors[0], tensors[1]), (tensors[2], tensors[3]))
+            self._model._last_lstm_states = states  # type: ignore[assignment]  # sb3-contrib infers None
+
+    _names: ClassVar[tuple[str, ...]] = ("hidden_pi", "cell_pi", "hidden_vf", "cell_vf")
+
+
+class RecurrentPPOEWMA(EwmaMixin, RecurrentPPO):
+    """
+    PPO-EWMA with LSTM policies: all parameters of ``sb3_contrib.RecurrentPPO`` in the same order with the same defaults;
+    those of :class:`~sb3_ppo_ewma.EwmaMixin` by keyword.
+
+    Current and proximal policy start each sequence from the hidden states stored at collection.
+    """
+
+    _own_states: ClassVar[tuple[str, ...]] = (*EwmaMixin._own_states, "lstm_state")
+
+    def _setup_model(self) -> None:
+        super()._setup_model()
+        self.lstm_state = LstmState(self)
+
+    def _evaluate_actions(
+        self, policy: ActorCriticPolicy, samples: Any, actions: th.Tensor
+    ) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
+        recurrent = cast(Any, policy)
+        result = recurrent.evaluate_actions(samples.observations, actions, samples.lstm_states, samples.episode_starts)
+        return cast(tuple[th.Tensor, th.Tensor, th.Tensor | None], result)
+
+    def _padding_mask(self, samples: Any) -> th.Tensor | None:
+        return cast(th.Tensor, samples.mask > 1e-8)
+
+    def _predict_values(self, buffer: Any, indices: slice) -> th.Tensor:
+        # Every sample is a sequence of length one, from the hidden state stored before it: (samples, layers, units)
+        states = [
+            buffer.to_torch(states[indices].swapaxes(0, 1)).contiguous()
+            for states in (buffer.hidden_states_vf, buffer.cell_states_vf)
+        ]
+        episode_starts = buffer.to_torch(buffer.episode_starts[indices]).flatten()
+        values = cast(Any, self.policy).predict_values(_observations(buffer, indices), tuple(states), episode_starts)
+        return cast(th.Tensor, values)
+
+    def _predict_last_values(self, rollout: Rollout) -> th.Tensor:
+        observations = obs_as_tensor(rollout.last_obs, self.device)
+        dones = th.as_tensor(rollout.last_dones, dtype=th.float32, device=self.device)
+        values = cast(Any, self.policy).predict_values(observations, rollout.last_lstm_states, dones)
+        return cast(th.Tensor, values)
+
+    def _collected_rollout(self) -> Rollout:
+        states = cast(RNNStates, self._last_lstm_states).vf
+        return Rollout(self.rollout_buffer, self._last_obs, cast(np.ndarray, self._last_episode_starts), states)
+
+    def learn(
+        self: SelfRecurrentPPOEWMA,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        log_interval: int = 1,
+        tb_log_name: str = "RecurrentPPOEWMA",
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> SelfRecurrentPPOEWMA:
+        """
+        Train, as ``RecurrentPPO.learn``.
+
+        :param total_timesteps: number of environment steps
+        :param callback: called at every step
+        :param log_interval: iterations between logs
+        :param tb_log_name: name of the run for tensorboard
+        :param reset_num_timesteps: whether to count steps from 0
+        :param progress_bar: show a progress bar
+        :return: the model
+        """
+        return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
+
+
+class MaskablePPOEWMA(EwmaMixin, MaskablePPO):
+    """
+    PPO-EWMA with invalid-action masks: all parameters of ``sb3_contrib.MaskablePPO`` in the same order with the same
+    defaults; those of :class:`~sb3_ppo_ewma.EwmaMixin` by keyword.
+    """
+
+    def _make_policy(self) -> ActorCriticPolicy:
+        policy = self.policy_class(self.observation_space, self.action_space, self.lr_schedule, **self.policy_kwargs)
+        return cast(ActorCriticPolicy, policy)
+
+    def _evaluate_actions(
+        self, policy: ActorCriticPolicy, samples: Any, actions: th.Tensor
+    ) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
+        maskable = cast(Any, policy)
+        result = maskable.evaluate_actions(samples.observations, actions, action_masks=samples.action_masks)
+        return cast(tuple[th.Tensor, th.Tensor, th.Tensor | None], result)
+
+    def learn(  # type: ignore[override]  # as in MaskablePPO, use_masking stands before progress_bar
+        self: SelfMaskablePPOEWMA,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        log_interval: int = 1,
+        tb_log_name: str = "MaskablePPOEWMA",
+        reset_num_timesteps: bool = True,
+        use_masking: bool = True,
+        progress_bar: bool = False,
+    ) -> SelfMaskablePPOEWMA:
+        """
+        Train, as ``MaskablePPO.learn``.
+
+        :param total_timesteps: number of environment steps
+        :param callback: called at every step
+        :param log_interval: iterations between logs
+        :param tb_log_name: name of the run for tensorboard
+        :param reset_num_timesteps: whether to count steps from 0
+        :param use_masking: whether to use invalid-action masks
+        :param progress_bar: show a progress bar
+        :return: the model
+        """
+        return super().learn(
+            total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, use_masking, progress_bar
+        )

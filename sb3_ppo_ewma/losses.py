@@ -1,0 +1,232 @@
+"""
+Losses of PPO with decoupled proximal and behaviour policies, as pure functions on tensors.
+
+Symbols of the paper (Hilton, Cobbe, Schulman 2022, https://arxiv.org/abs/2110.00641) and their names here:
+π_θ ``log_prob``, π_prox ``log_prob_prox``, π_behav ``log_prob_behav``, Â ``advantages``, ε ``clip_range``, β ``kl_coef``.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch as th
+from torch.distributions import Distribution, kl_divergence
+from torch.nn import functional as F
+
+# exp() of more than this is taken as exp() of this. Below, nothing changes; above, float32 would soon overflow
+# (at 88) and a gradient through an overflowed branch that min() did not choose would be 0 * Inf = NaN.
+_MAX_EXPONENT = {th.float64: 300.0, th.float32: 40.0, th.bfloat16: 40.0, th.float16: 5.0}
+# Log-ratios are squared for the sample estimate of the KL divergence: their squares must not overflow either.
+_MAX_LOG_RATIO = {th.float64: 1e120, th.float32: 1e15, th.bfloat16: 1e15, th.float16: 100.0}
+
+
+class PolicyLossStats(NamedTuple):
+    """
+    Detached statistics of one minibatch, all of shape ().
+
+    :param policy_gradient_loss: the surrogate objective without the KL penalty
+    :param kl_loss: the KL penalty, already weighted by ``kl_coef``
+    :param clip_fraction: share of samples whose π_θ/π_prox lies outside [1 − ε, 1 + ε]; 0 when the clip is off
+    :param approx_kl_prox: ½·mean((log π_θ − log π_prox)²)
+    :param importance_ratio_max: largest π_θ/π_behav, before the cap
+    :param importance_cap_fraction: share of samples whose π_θ/π_behav exceeds the cap; 0 when there is none
+    """
+
+    policy_gradient_loss: th.Tensor
+    kl_loss: th.Tensor
+    clip_fraction: th.Tensor
+    approx_kl_prox: th.Tensor
+    importance_ratio_max: th.Tensor
+    importance_cap_fraction: th.Tensor
+
+
+def masked_mean(values: th.Tensor, mask: th.Tensor | None = None) -> th.Tensor:
+    """
+    Mean over the entries that count.
+
+    :param values: (batch,)
+    :param mask: (batch,) bool, False for padding; ``None``: all entries count
+    :return: shape ()
+    """
+    return values.mean() if mask is None else values[mask].mean()
+
+
+def normalize_advantages(advantages: th.Tensor, mask: th.Tensor | None = None) -> th.Tensor:
+    """
+    Per-minibatch normalisation, as in SB3: subtract the mean, divide by the unbiased standard deviation + 1e-8.
+    A single sample is returned as it is, since its standard deviation is undefined.
+
+    :param advantages: (batch,)
+    :param mask: (batch,) bool, False for padding, which does not enter the moments
+    :return: (batch,)
+    """
+    valid = advantages if mask is None else advantages[mask]
+    if valid.numel() <= 1:
+        return advantages
+    return (advantages - valid.mean()) / (valid.std() + 1e-8)
+
+
+def decoupled_policy_loss(
+    log_prob: th.Tensor,
+    log_prob_prox: th.Tensor,
+    log_prob_behav: th.Tensor,
+    advantages: th.Tensor,
+    *,
+    clip_range: float | None = 0.2,
+    kl_coef: float = 0.0,
+    kl: th.Tensor | None = None,
+    max_importance_ratio: float | None = 100.0,
+    mask: th.Tensor | None = None,
+) -> tuple[th.Tensor, PolicyLossStats]:
+    """
+    Decoupled policy objective, to be minimised::
+
+        clip:     −E[ (π_prox/π_behav) · min(r·Â, clip(r, 1−ε, 1+ε)·Â) ],   r = π_θ/π_prox
+        penalty:  −E[ (π_θ/π_behav) · Â ] + β·KL
+
+    With both on, the clipped objective and the penalty are added; with π_prox = π_behav they are PPO's.
+    The importance-ratio cap M replaces log π_behav by max(log π_behav, log π_θ − log M), without gradient, so that a
+    capped sample keeps a bounded gradient. Everything stays in log space until the last exp(), whose argument is
+    limited to 40 in float32 and 300 in float64: loss and gradients are finite for any finite log-probabilities.
+
+    Source: Hilton et al. 2022, §2 and §4; cap and sample estimate of the KL as in its released code.
+
+    :param log_prob: (batch,) log π_θ(a|s), with gradient
+    :param log_prob_prox: (batch,) log π_prox(a|s)
+    :param log_prob_behav: (batch,) log π_behav(a|s)
+    :param advantages: (batch,) normalised as wanted
+    :param clip_range: ε in [0, 1), or ``None`` for no clip
+    :param kl_coef: β ≥ 0
+    :param kl: (batch,) KL(π_prox ‖ π_θ) per state with gradient; ``None``: the sample estimate ½(log π_θ − log π_prox)²
+    :param max_importance_ratio: M ≥ 1, or ``None`` for no cap
+    :param mask: (batch,) bool, False for padding
+    :return: loss of shape (), statistics
+    :raises ValueError: if shapes differ or a coefficient is out of its range
+    """
+    _check_shapes(
+        log_prob, log_prob_prox=log_prob_prox, log_prob_behav=log_prob_behav, advantages=advantages, kl=kl, mask=mask
+    )
+    if clip_range is not None and not 0 <= clip_range < 1:
+        raise ValueError(f"clip_range must be in [0, 1) or None, got {clip_range}")
+    if not 0 <= kl_coef < math.inf:
+        raise ValueError(f"kl_coef must be >= 0 and finite, got {kl_coef}")
+    if max_importance_ratio is not None and not max_importance_ratio >= 1:
+        raise ValueError(f"max_importance_ratio must be >= 1 or None, got {max_importance_ratio}")
+
+    log_prob_prox, log_prob_behav = log_prob_prox.detach(), log_prob_behav.detach()
+    log_ratio_behav = log_prob.detach() - log_prob_behav
+    zero = th.zeros((), dtype=log_prob.dtype, device=log_prob.device)
+    capped_fraction = zero
+    if max_importance_ratio is not None:
+        log_cap = math.log(max_importance_ratio)
+        capped_fraction = masked_mean((log_ratio_behav > log_cap).to(log_prob.dtype), mask)
+        log_prob_behav = th.maximum(log_prob_behav, log_prob.detach() - log_cap)
+
+    log_ratio = log_prob - log_prob_prox  # log r_t = log(π_θ / π_prox)
+    objective = advantages * _bounded_exp(log_prob - log_prob_behav)
+    clip_fraction = zero
+    if clip_range is not None:
+        low, high = math.log(1 - clip_range), math.log(1 + clip_range)
+        clipped = th.clamp(log_ratio, low, high) + (log_prob_prox - log_prob_behav)
+        objective = th.min(objective, advantages * _bounded_exp(clipped))
+        outside = (log_ratio.detach() < low) | (log_ratio.detach() > high)
+        clip_fraction = masked_mean(outside.to(log_prob.dtype), mask)
+    policy_gradient_loss = -masked_mean(objective, mask)
+
+    squared = _half_square(log_ratio)
+    loss, kl_loss = policy_gradient_loss, zero
+    if kl_coef > 0:
+        kl_loss = kl_coef * masked_mean(squared if kl is None else kl, mask)
+        loss = policy_gradient_loss + kl_loss
+    largest = log_ratio_behav.max() if mask is None else log_ratio_behav[mask].max()
+    stats = PolicyLossStats(
+        policy_gradient_loss.detach(),
+        kl_loss.detach(),
+        clip_fraction,
+        masked_mean(squared.detach(), mask),
+        _bounded_exp(largest),
+        capped_fraction,
+    )
+    return loss, stats
+
+
+def value_loss(
+    values: th.Tensor,
+    returns: th.Tensor,
+    *,
+    old_values: th.Tensor | None = None,
+    clip_range_vf: float | None = None,
+    mask: th.Tensor | None = None,
+) -> th.Tensor:
+    """
+    Mean squared error of the value function, mean((V − V_targ)²), optionally with SB3's value clipping:
+    V is kept within ``clip_range_vf`` of the value predicted at collection.
+
+    :param values: (batch,) V_θ(s), with gradient
+    :param returns: (batch,) V_targ
+    :param old_values: (batch,) values at collection, needed with ``clip_range_vf``
+    :param clip_range_vf: in units of the (normalised) return, ``None`` for no clipping
+    :param mask: (batch,) bool, False for padding
+    :return: shape ()
+    :raises ValueError: if shapes differ, or ``old_values`` is missing
+    """
+    _check_shapes(values, returns=returns, old_values=old_values, mask=mask)
+    if clip_range_vf is not None:
+        if old_values is None:
+            raise ValueError("clip_range_vf needs old_values")
+        values = old_values + th.clamp(values - old_values, -clip_range_vf, clip_range_vf)
+    if mask is None:
+        return F.mse_loss(returns, values)
+    return th.mean(((returns - values) ** 2)[mask])
+
+
+def entropy_loss(entropy: th.Tensor | None, log_prob: th.Tensor, mask: th.Tensor | None = None) -> th.Tensor:
+    """
+    Negative mean entropy. Distributions without a closed form are estimated by −log π_θ(a|s).
+
+    :param entropy: (batch,), or ``None`` without a closed form
+    :param log_prob: (batch,)
+    :param mask: (batch,) bool, False for padding
+    :return: shape ()
+    """
+    return -masked_mean(-log_prob if entropy is None else entropy, mask)
+
+
+def analytic_kl(
+    prox: Distribution | Sequence[Distribution], current: Distribution | Sequence[Distribution]
+) -> th.Tensor:
+    """
+    KL(π_prox ‖ π_θ) per state, summed over action dimensions. A sequence stands for independent dimensions.
+
+    ``torch.distributions.kl_divergence`` keeps the action dimension of a diagonal Gaussian and of independent
+    Bernoulli variables; it is summed here.
+
+    :param prox: distribution(s) of π_prox for a batch of states
+    :param current: distribution(s) of π_θ for the same states, with gradient
+    :return: (batch,)
+    """
+    if isinstance(prox, Distribution):
+        prox = [prox]
+    if isinstance(current, Distribution):
+        current = [current]
+    terms = []
+    for p, q in zip(prox, current, strict=True):
+        term = kl_divergence(p, q)
+        terms.append(term.sum(dim=-1) if term.dim() > 1 else term)
+    return th.stack(terms).sum(dim=0)
+
+
+def _bounded_exp(exponent: th.Tensor) -> th.Tensor:
+    return th.exp(th.clamp(exponent, max=_MAX_EXPONENT[exponent.dtype]))
+
+
+def _half_square(log_ratio: th.Tensor) -> th.Tensor:
+    bound = _MAX_LOG_RATIO[log_ratio.dtype]
+    return 0.5 * th.clamp(log_ratio, -bound, bound) ** 2
+
+
+def _check_shapes(first: th.Tensor, **others: th.Tensor | None) -> None:
+    # Silent broadcasting, e.g. of (N,) with (N, 1), would give a plausible but wrong loss.
+    for name, tensor in others.items():
+        if tensor is not None and tensor.shape != first.shape:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(first.shape)}")

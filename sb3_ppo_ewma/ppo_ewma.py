@@ -1,0 +1,885 @@
+"""PPO-EWMA: PPO whose proximal policy is a moving average, as a mixin for any PPO-like SB3 algorithm."""
+
+import copy
+import functools
+import math
+import pathlib
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from io import BufferedIOBase
+from numbers import Real
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, cast, get_args
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3 import PPO
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.save_util import load_from_zip_file
+from stable_baselines3.common.type_aliases import MaybeCallback, Schedule, TensorDict
+from stable_baselines3.common.utils import (
+    ConstantSchedule,
+    FloatSchedule,
+    explained_variance,
+    obs_as_tensor,
+    update_learning_rate,
+)
+from torch.distributions import Distribution
+
+from sb3_ppo_ewma import losses
+from sb3_ppo_ewma._signature import bind_arguments, merged_signature
+from sb3_ppo_ewma.ewma import (
+    MomentsEwma,
+    ParameterEwma,
+    center_of_mass_from_decay,
+    check_decay,
+    decay_from_center_of_mass,
+)
+from sb3_ppo_ewma.random_state import GeneratorStates, preserved_generators
+from sb3_ppo_ewma.rollouts import Rollout, StaleRollouts, is_finite
+
+KlEstimator = Literal["sample", "analytic"]
+StalenessMode = Literal["decoupled", "behavior", "proximal"]
+SelfPPOEWMA = TypeVar("SelfPPOEWMA", bound="PPOEWMA")
+SelfEwmaMixin = TypeVar("SelfEwmaMixin", bound="EwmaMixin")
+
+# SB3's spelling of "no clip" once clip_range has become a schedule; also what the zoo's YAML files can express.
+_CLIP_OFF = -1.0
+# Smallest batch for evaluating a whole rollout without gradients
+_EVALUATION_BATCH_SIZE = 256
+
+
+class SB3ArgumentError(ValueError, AssertionError):
+    """A value that SB3 itself refuses with an ``AssertionError``: code that catches that keeps working."""
+
+
+class Epoch(NamedTuple):
+    """
+    Which losses one pass over a rollout minimises.
+
+    :param policy: the policy loss with the entropy bonus; each of its gradient steps moves the EWMA
+    :param value: the value loss
+    """
+
+    policy: bool
+    value: bool
+
+
+class ClipRanges(NamedTuple):
+    """
+    Values of the clipping schedules in one iteration.
+
+    :param policy: ε, ``None`` for no clip
+    :param value: in units of the return, ``None`` for no clip
+    """
+
+    policy: float | None
+    value: float | None
+
+
+class TrainStatistics:
+    """Collects tensors of shape () by name and reads them once, at the end of ``train()``."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, list[th.Tensor]] = defaultdict(list)
+
+    def add(self, **values: th.Tensor) -> None:
+        """
+        :param values: detached tensors of shape ()
+        """
+        for name, value in values.items():
+            self._values[name].append(value.detach())
+
+    def forget(self, name: str) -> None:
+        """
+        :param name: of the values to drop
+        """
+        self._values.pop(name, None)
+
+    def read(self) -> dict[str, np.ndarray]:
+        """
+        :return: all values by name
+        """
+        return {name: th.stack(values).double().cpu().numpy() for name, values in self._values.items() if values}
+
+
+class EwmaMixin(OnPolicyAlgorithm):
+    """
+    Decouples the proximal from the behaviour policy in a PPO-like SB3 algorithm. Place it first:
+    ``class PPOEWMA(EwmaMixin, PPO)``. Collection, ``learn`` and ``predict`` stay those of the algorithm; families differ in
+    :meth:`_make_policy`, :meth:`_evaluate_actions`, :meth:`_padding_mask` and :meth:`_predict_values`.
+
+    Source: Hilton, Cobbe, Schulman 2022, https://arxiv.org/abs/2110.00641
+
+    :param prox_decay: β_prox in [0, 1), decay of the EWMA of the parameters per gradient step. ``"auto"``: its centre of
+        mass is the number of minibatches in one epoch over a rollout, max(1, ⌈n_steps·n_envs/batch_size⌉), as in the
+        paper; ``None``: no EWMA, the proximal policy is the behaviour policy, as in PPO
+    :param kl_coef: β ≥ 0, weight of KL(π_prox ‖ π_θ) in the loss; can be combined with the clip or replace it
+        (``clip_range=None``)
+    :param kl_estimator: ``"sample"``: ½(log π_θ − log π_prox)² on the actions taken, as in the released code of the paper;
+        ``"analytic"``: the divergence of the distributions, as in its formula
+    :param max_importance_ratio: M ≥ 1, cap on π_θ/π_behav; ``None``: no cap
+    :param advantage_decay: ``None``: advantages are normalised per minibatch, as in SB3; d in [0, 1): over whole rollouts,
+        with an EWMA of their moments over iterations (0: this rollout only)
+    :param n_epochs_value: number of value epochs, run before the policy epochs with an optimiser of their own; ``None`` or
+        the same as ``n_epochs``: one joint loss, as in SB3
+    :param recompute_advantages: compute advantages and returns anew with the current value function at the start of every
+        epoch but the first (Andrychowicz et al. 2020, https://arxiv.org/abs/2006.05990)
+    :param staleness: number of iterations a rollout waits before it is trained on (§5.1 of the paper: artificial staleness)
+    :param staleness_mode: the policies of a stale rollout. ``"decoupled"``: π_prox is the policy at the start of the
+        iteration, π_behav the one that collected; ``"behavior"``: the collecting policy is both; ``"proximal"``: the policy at
+        the start of the iteration is both. With an EWMA, it is π_prox in every mode
+    :param ppo_args: positional arguments of the algorithm this is mixed into, see there. ``clip_range`` may also be
+        ``None`` or a negative constant: no clip
+    :param ppo_kwargs: keyword arguments of the algorithm this is mixed into
+    :raises TypeError: for an unknown argument or one of the wrong type
+    :raises ValueError: for a value out of its range, before anything is built
+    """
+
+    policy: Any  # an ActorCriticPolicy; the families narrow it
+    policy_ewma: ParameterEwma | None
+    advantage_moments: MomentsEwma | None
+    value_optimizer: th.optim.Optimizer | None
+    replay_buffer: StaleRollouts | None
+    generators: GeneratorStates
+    batch_size: Any  # int; the recurrent and the maskable family also take None
+    n_epochs: int
+    clip_range: Any
+    clip_range_vf: Any
+    normalize_advantage: bool
+    target_kl: float | None
+
+    # Parts of the state that SB3 does not know, by attribute and, at the same time, by name in the saved file
+    _own_states: ClassVar[tuple[str, ...]] = ("policy_ewma", "advantage_moments", "value_optimizer", "generators")
+    # Those whose absence from a file changes nothing a user would want to know about
+    _silent_states: ClassVar[frozenset[str]] = frozenset({"generators", "lstm_state"})
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.__signature__ = merged_signature(cls)  # type: ignore[attr-defined]  # read by help() and inspect
+
+    def __init__(
+        self,
+        *ppo_args: Any,
+        prox_decay: float | Literal["auto"] | None = "auto",
+        kl_coef: float = 0.0,
+        kl_estimator: KlEstimator = "sample",
+        max_importance_ratio: float | None = 100.0,
+        advantage_decay: float | None = None,
+        n_epochs_value: int | None = None,
+        recompute_advantages: bool = False,
+        staleness: int = 0,
+        staleness_mode: StalenessMode = "decoupled",
+        **ppo_kwargs: Any,
+    ) -> None:
+        arguments = bind_arguments(type(self), self._sb3_class(), ppo_args, ppo_kwargs)
+        self.prox_decay = prox_decay
+        self.kl_coef = kl_coef
+        self.kl_estimator: KlEstimator = kl_estimator
+        self.max_importance_ratio = max_importance_ratio
+        self.advantage_decay = advantage_decay
+        self.n_epochs_value = n_epochs_value
+        self.recompute_advantages = recompute_advantages
+        self.staleness = staleness
+        self.staleness_mode: StalenessMode = staleness_mode
+        self._check_own_parameters()
+        _check_sb3_arguments(arguments, advantage_decay)
+
+        build = arguments.pop("_init_setup_model")
+        normalize_advantage = arguments["normalize_advantage"]
+        # SB3 refuses minibatches and rollouts of one sample, whose standard deviation is NaN. Moments over iterations
+        # have no such limit.
+        arguments["normalize_advantage"] = normalize_advantage and advantage_decay is None
+        super().__init__(**arguments, _init_setup_model=False)
+        self.normalize_advantage = normalize_advantage
+        if build:
+            self._setup_model()
+
+    # ------------------------------------------------------------------ construction
+
+    @classmethod
+    def _sb3_class(cls) -> type[OnPolicyAlgorithm]:
+        """
+        :return: the algorithm this is mixed into: PPO, RecurrentPPO, ...
+        """
+        return cast(type[OnPolicyAlgorithm], next(base for base in cls.__mro__ if not issubclass(base, EwmaMixin)))
+
+    def _check_own_parameters(self) -> None:
+        if self.prox_decay is not None and self.prox_decay != "auto":
+            _check_number("prox_decay", self.prox_decay, "a number in [0, 1), 'auto' or None")
+            check_decay("prox_decay", self.prox_decay)
+        _check_number("kl_coef", self.kl_coef, "a number >= 0")
+        if not 0 <= self.kl_coef < math.inf:
+            raise ValueError(f"kl_coef must be >= 0 and finite, got {self.kl_coef}")
+        _check_choice("kl_estimator", self.kl_estimator, get_args(KlEstimator))
+        _check_choice("staleness_mode", self.staleness_mode, get_args(StalenessMode))
+        if self.max_importance_ratio is not None:
+            _check_number("max_importance_ratio", self.max_importance_ratio, "a number >= 1 or None")
+            if not self.max_importance_ratio >= 1:
+                raise ValueError(f"max_importance_ratio must be >= 1 or None, got {self.max_importance_ratio}")
+        if self.advantage_decay is not None:
+            _check_number("advantage_decay", self.advantage_decay, "a number in [0, 1) or None")
+            check_decay("advantage_decay", self.advantage_decay)
+        if self.n_epochs_value is not None:
+            _check_integer("n_epochs_value", self.n_epochs_value, minimum=1)
+        _check_integer("staleness", self.staleness, minimum=0)
+        if not isinstance(self.recompute_advantages, bool):
+            raise TypeError(f"recompute_advantages must be True or False, got {self.recompute_advantages!r}")
+        unavailable = self.staleness > 0 and self.staleness_mode == "behavior" and self.prox_decay is None
+        if self.kl_coef > 0 and self.kl_estimator == "analytic" and unavailable:
+            raise ValueError(
+                "kl_estimator='analytic' needs the distributions of the proximal policy, but with prox_decay=None and "
+                "staleness_mode='behavior' that is a past policy of which only log-probabilities are kept: "
+                "use kl_estimator='sample'"
+            )
+
+    def _setup_model(self) -> None:
+        if self.clip_range is None:
+            self.clip_range = _CLIP_OFF
+        super()._setup_model()
+        self.generators = GeneratorStates(self.device)
+        self.policy_ewma = None if self.prox_decay is None else ParameterEwma(self._copy_policy())
+        self.advantage_moments = None if self.advantage_decay is None else MomentsEwma(self.advantage_decay)
+        self.value_optimizer = None
+        if self.n_epochs_value not in (None, self.n_epochs):
+            self.value_optimizer = self.policy.optimizer_class(
+                self.policy.parameters(),
+                lr=self.lr_schedule(1),  # type: ignore[call-arg]  # as SB3 builds its own
+                **self.policy.optimizer_kwargs,
+            )
+        self.replay_buffer = StaleRollouts(self.staleness) if self.staleness > 0 else None
+        # Policy at the start of the iteration, only built when something needs it
+        self._recent_policy: ParameterEwma | None = None
+
+    def _make_policy(self) -> ActorCriticPolicy:
+        """
+        :return: a new policy, built as the algorithm's ``_setup_model`` does
+        """
+        policy = self.policy_class(
+            self.observation_space, self.action_space, self.lr_schedule, use_sde=self.use_sde, **self.policy_kwargs
+        )
+        return cast(ActorCriticPolicy, policy)
+
+    def _copy_policy(self) -> ActorCriticPolicy:
+        # Built anew, since copy.deepcopy() fails on policies that have been trained or use gSDE.
+        with preserved_generators(self.device):
+            policy = self._make_policy().to(self.device)
+        policy.load_state_dict(self.policy.state_dict())
+        if hasattr(policy, "share_features_extractor"):
+            # SB3 leaves this key out, and a policy saved alone would come back with shared features.
+            parameters = functools.partial(
+                _constructor_parameters, policy._get_constructor_parameters, policy.share_features_extractor
+            )
+            policy._get_constructor_parameters = parameters  # type: ignore[method-assign]
+        return policy
+
+    @property
+    def proximal_policy(self) -> ActorCriticPolicy | None:
+        """
+        :return: π_prox, the EWMA of the policy, to predict with, evaluate or save; it changes as training goes on.
+            ``None`` with ``prox_decay=None``
+        """
+        if self.policy_ewma is None:
+            return None
+        policy = cast(ActorCriticPolicy, self.policy_ewma.module)
+        if self.use_sde:
+            # Its exploration noise follows the averaged standard deviation.
+            with preserved_generators(self.device):
+                policy.reset_noise()
+        return policy
+
+    @property
+    def current_prox_decay(self) -> float | None:
+        """
+        :return: β_prox with ``"auto"`` resolved for the present number of environments, ``None`` without EWMA
+        """
+        if self.prox_decay != "auto":
+            return self.prox_decay
+        n_samples = self.n_steps * self.n_envs
+        return decay_from_center_of_mass(max(1, math.ceil(n_samples / (self.batch_size or n_samples))))
+
+    # ------------------------------------------------------------------ hooks of the families
+
+    def _evaluate_actions(
+        self, policy: ActorCriticPolicy, samples: Any, actions: th.Tensor
+    ) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
+        """
+        :param policy: the current, proximal or recent policy
+        :param samples: minibatch from the rollout buffer
+        :param actions: its actions in the form the distribution expects
+        :return: values, log-probabilities and entropies of the actions
+        """
+        return policy.evaluate_actions(samples.observations, actions)
+
+    def _padding_mask(self, samples: Any) -> th.Tensor | None:
+        """
+        :param samples: minibatch from the rollout buffer
+        :return: (batch,) bool, False for padding; ``None`` where nothing is padded
+        """
+        return None
+
+    def _predict_values(self, buffer: Any, indices: slice) -> th.Tensor:
+        """
+        :param buffer: flattened rollout buffer
+        :param indices: of its samples
+        :return: current values of their observations
+        """
+        return self.policy.predict_values(_observations(buffer, indices))
+
+    def _predict_last_values(self, rollout: Rollout) -> th.Tensor:
+        """
+        :param rollout: the rollout
+        :return: current values of the observations after its last step
+        """
+        return self.policy.predict_values(obs_as_tensor(rollout.last_obs, self.device))
+
+    def _collected_rollout(self) -> Rollout:
+        """
+        :return: what ``collect_rollouts`` has just collected
+        """
+        return Rollout(self.rollout_buffer, self._last_obs, cast(np.ndarray, self._last_episode_starts))
+
+    # ------------------------------------------------------------------ collection
+
+    def collect_rollouts(self, *args: Any, **kwargs: Any) -> bool:
+        """
+        As in the algorithm this is mixed into; an error that comes from a NaN or Inf says so.
+
+        :param args: see there
+        :param kwargs: see there
+        :return: False when a callback ended the collection
+        :raises ValueError: if the environment or the network returned NaN or Inf
+        """
+        try:
+            return super().collect_rollouts(*args, **kwargs)
+        except Exception as error:
+            if self._last_obs is not None and not is_finite(self._last_obs):
+                raise ValueError("NaN or Inf in the observations that the environment returned") from error
+            for name, parameter in self.policy.named_parameters():
+                if not bool(th.isfinite(parameter).all()):
+                    raise ValueError(f"NaN or Inf in the policy's parameter {name!r}") from error
+            raise
+
+    def _next_rollout(self) -> Rollout | None:
+        rollout = self._collected_rollout()
+        rollout.check_finite()
+        return rollout if self.replay_buffer is None else self.replay_buffer.exchange(rollout)
+
+    # ------------------------------------------------------------------ training
+
+    def train(self) -> None:
+        """Update policy and value function with the next rollout; while a queue of stale rollouts fills, do nothing."""
+        rollout = self._next_rollout()
+        if rollout is None:
+            return
+        self.policy.set_training_mode(True)
+        optimizers = [self.policy.optimizer, self.value_optimizer]
+        self._update_learning_rate([optimizer for optimizer in optimizers if optimizer is not None])
+        clip_ranges = self._current_clip_ranges()
+        self._start_iteration()
+        advantage_std = self._update_advantage_moments(rollout)
+
+        statistics = TrainStatistics()
+        for index, epoch in enumerate(self._epochs()):
+            if index > 0 and self.recompute_advantages:
+                self._recompute_advantages(rollout)
+            finished = self._train_epoch(rollout, epoch, clip_ranges, statistics)
+            self._n_updates += epoch.policy
+            if not finished:
+                if self.verbose >= 1:
+                    print(f"Early stopping at epoch {index}: approx_kl exceeds 1.5 * target_kl ({self.target_kl})")
+                break
+        self._log_training(rollout, clip_ranges, advantage_std, statistics)
+
+    def _epochs(self) -> list[Epoch]:
+        if self.value_optimizer is None:
+            return [Epoch(policy=True, value=True)] * self.n_epochs
+        n_epochs_value = cast(int, self.n_epochs_value)
+        return [Epoch(policy=False, value=True)] * n_epochs_value + [Epoch(policy=True, value=False)] * self.n_epochs
+
+    def _start_iteration(self) -> None:
+        if self.policy_ewma is not None and self.policy_ewma.total_weight == 1:
+            # No step is averaged yet, so the average is the policy itself, also when the user has since put other
+            # parameters into it (a pre-trained policy, say).
+            self.policy_ewma.reset(self.policy)
+        if self._needs_recent_policy():
+            if self._recent_policy is None:
+                self._recent_policy = ParameterEwma(self._copy_policy())
+            self._recent_policy.reset(self.policy)
+
+    def _needs_recent_policy(self) -> bool:
+        if self.staleness > 0 and self.staleness_mode == "proximal":
+            return True
+        if self.policy_ewma is not None:
+            return False
+        analytic_kl = self.kl_coef > 0 and self.kl_estimator == "analytic"
+        return analytic_kl or (self.staleness > 0 and self.staleness_mode == "decoupled")
+
+    def _train_epoch(
+        self, rollout: Rollout, epoch: Epoch, clip_ranges: ClipRanges, statistics: TrainStatistics
+    ) -> bool:
+        """
+        :return: False if ``target_kl`` ended the epoch
+        """
+        if epoch.policy:
+            statistics.forget("approx_kl")  # SB3 logs the mean of the last epoch
+        for samples in rollout.buffer.get(self.batch_size):
+            if not self._train_minibatch(samples, epoch, clip_ranges, statistics):
+                return False
+        return True
+
+    def _train_minibatch(
+        self, samples: Any, epoch: Epoch, clip_ranges: ClipRanges, statistics: TrainStatistics
+    ) -> bool:
+        """
+        One gradient step. The loss uses the EWMA before the step's own update.
+
+        :return: False if ``target_kl`` forbade the step
+        """
+        actions = samples.actions
+        if isinstance(self.action_space, spaces.Discrete):
+            actions = actions.long().flatten()  # stored as (batch, 1) float
+        mask = self._padding_mask(samples)
+        values, log_prob, entropy = self._evaluate_actions(self.policy, samples, actions)
+        terms: dict[str, th.Tensor] = {"log-probabilities": log_prob, "values": values}
+        loss: th.Tensor | None = None
+        if epoch.policy:
+            policy_loss = self._policy_loss(samples, actions, log_prob, mask, clip_ranges.policy, statistics)
+            entropy_loss = losses.entropy_loss(entropy, log_prob, mask)
+            statistics.add(entropy_loss=entropy_loss)
+            terms |= {"policy loss": policy_loss, "entropy": entropy_loss}
+            loss = policy_loss + self.ent_coef * entropy_loss
+        if epoch.value:
+            value_loss = losses.value_loss(
+                values.flatten(),
+                samples.returns,
+                old_values=samples.old_values,
+                clip_range_vf=clip_ranges.value,
+                mask=mask,
+            )
+            statistics.add(value_loss=value_loss)
+            terms["value loss"] = value_loss
+            weighted = self.vf_coef * value_loss
+            loss = weighted if loss is None else loss + weighted
+        terms["loss"] = loss = cast(th.Tensor, loss)
+        statistics.add(loss=loss)
+        if epoch.policy and self._exceeds_target_kl(samples, log_prob, mask, statistics):
+            return False
+
+        optimizer = self.policy.optimizer if epoch.policy else cast(th.optim.Optimizer, self.value_optimizer)
+        self._optimize(loss, optimizer, terms)
+        if epoch.policy and self.policy_ewma is not None:
+            self.policy_ewma.update(self.policy, cast(float, self.current_prox_decay))
+        return True
+
+    def _policy_loss(
+        self,
+        samples: Any,
+        actions: th.Tensor,
+        log_prob: th.Tensor,
+        mask: th.Tensor | None,
+        clip_range: float | None,
+        statistics: TrainStatistics,
+    ) -> th.Tensor:
+        # Before the proximal policy is evaluated: SB3's policies keep their last distribution only.
+        analytic = self.kl_coef > 0 and self.kl_estimator == "analytic"
+        current = _distributions(self.policy) if analytic else []
+        log_prob_prox = self._log_prob_prox(samples, actions)
+        loss, stats = losses.decoupled_policy_loss(
+            log_prob,
+            log_prob_prox,
+            self._log_prob_behav(samples, actions),
+            self._normalized_advantages(samples.advantages, mask),
+            clip_range=clip_range,
+            kl_coef=self.kl_coef,
+            kl=losses.analytic_kl(self._proximal_distributions(samples, actions), current) if analytic else None,
+            max_importance_ratio=self.max_importance_ratio,
+            mask=mask,
+        )
+        statistics.add(**stats._asdict())
+        return loss
+
+    def _log_prob_prox(self, samples: Any, actions: th.Tensor) -> th.Tensor:
+        """
+        :return: (batch,) log π_prox(a|s)
+        """
+        if self.policy_ewma is not None:
+            return self._log_prob_of(self.policy_ewma, samples, actions)
+        if self.staleness > 0 and self.staleness_mode != "behavior":
+            return self._log_prob_of(self._recent_policy, samples, actions)
+        return cast(th.Tensor, samples.old_log_prob)
+
+    def _log_prob_behav(self, samples: Any, actions: th.Tensor) -> th.Tensor:
+        """
+        :return: (batch,) log π_behav(a|s), or what takes its place in the mode ``"proximal"``
+        """
+        if self.staleness > 0 and self.staleness_mode == "proximal":
+            return self._log_prob_of(self._recent_policy, samples, actions)
+        return cast(th.Tensor, samples.old_log_prob)
+
+    @th.no_grad()
+    def _log_prob_of(self, average: ParameterEwma | None, samples: Any, actions: th.Tensor) -> th.Tensor:
+        policy = cast(ActorCriticPolicy, cast(ParameterEwma, average).module)
+        return self._evaluate_actions(policy, samples, actions)[1]
+
+    def _proximal_distributions(self, samples: Any, actions: th.Tensor) -> Sequence[Distribution]:
+        average = self.policy_ewma if self.policy_ewma is not None else self._recent_policy
+        self._log_prob_of(average, samples, actions)
+        return _distributions(cast(ActorCriticPolicy, cast(ParameterEwma, average).module))
+
+    def _exceeds_target_kl(
+        self, samples: Any, log_prob: th.Tensor, mask: th.Tensor | None, statistics: TrainStatistics
+    ) -> bool:
+        # Against the behaviour policy, as in SB3: against the EWMA, a refused step would never be caught up with.
+        with th.no_grad():
+            log_ratio = log_prob - samples.old_log_prob
+            approx_kl = losses.masked_mean((th.exp(log_ratio) - 1) - log_ratio, mask)
+        statistics.add(approx_kl=approx_kl)
+        return self.target_kl is not None and approx_kl.item() > 1.5 * self.target_kl
+
+    def _optimize(self, loss: th.Tensor, optimizer: th.optim.Optimizer, terms: dict[str, th.Tensor]) -> None:
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]  # torch has no annotation here
+        norm = th.nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
+        if not bool(th.isfinite(norm) & th.isfinite(loss.detach())):
+            name = next((name for name, term in terms.items() if not bool(th.isfinite(term).all())), "gradients")
+            raise ValueError(
+                f"NaN or Inf in {name} after {self._n_updates} epochs and {self.num_timesteps} steps: the update was not "
+                "made, the parameters are the last good ones. A smaller learning_rate or a smaller max_grad_norm may help."
+            )
+        optimizer.step()
+
+    # ------------------------------------------------------------------ advantages
+
+    def _update_advantage_moments(self, rollout: Rollout) -> float:
+        """
+        :return: standard deviation of the advantages, of this rollout or, with ``advantage_decay``, of the EWMA
+        """
+        advantages = rollout.buffer.advantages
+        if self.advantage_moments is None:
+            return float(advantages.std())
+        self._moments_before = self.advantage_moments.snapshot()
+        self.advantage_moments.update(th.as_tensor(advantages))
+        return math.sqrt(self.advantage_moments.moments()[1])
+
+    def _normalized_advantages(self, advantages: th.Tensor, mask: th.Tensor | None) -> th.Tensor:
+        if not self.normalize_advantage:
+            return advantages
+        if self.advantage_moments is not None:
+            return self.advantage_moments.normalize(advantages)
+        return losses.normalize_advantages(advantages, mask)
+
+    @th.no_grad()
+    def _recompute_advantages(self, rollout: Rollout) -> None:
+        self.policy.set_training_mode(False)
+        buffer = rollout.buffer
+        size = buffer.buffer_size * buffer.n_envs
+        step = max(_EVALUATION_BATCH_SIZE, self.batch_size or size)
+        values = th.cat([self._predict_values(buffer, slice(i, i + step)).flatten() for i in range(0, size, step)])
+        rollout.replace_values(values.cpu().numpy(), self._predict_last_values(rollout))
+        self.policy.set_training_mode(True)
+        if self.advantage_moments is not None:
+            # A rollout counts once, with its latest advantages.
+            self.advantage_moments.load_state_dict(self._moments_before)
+            self.advantage_moments.update(th.as_tensor(buffer.advantages))
+
+    # ------------------------------------------------------------------ schedules and logs
+
+    def _current_clip_ranges(self) -> ClipRanges:
+        # Schedules may end slightly below 0 when the last rollout overshoots; only constants switch the clip off.
+        progress = self._current_progress_remaining
+        clip_range = None if _is_clip_off(self.clip_range) else max(self.clip_range(progress), 0.0)
+        clip_range_vf = None if self.clip_range_vf is None else max(self.clip_range_vf(progress), 0.0)
+        return ClipRanges(clip_range, clip_range_vf)
+
+    def _update_learning_rate(self, optimizers: list[th.optim.Optimizer] | th.optim.Optimizer) -> None:
+        learning_rate = max(self.lr_schedule(self._current_progress_remaining), 0.0)
+        self.logger.record("train/learning_rate", learning_rate)
+        for optimizer in optimizers if isinstance(optimizers, list) else [optimizers]:
+            update_learning_rate(optimizer, learning_rate)
+
+    def _log_training(
+        self, rollout: Rollout, clip_ranges: ClipRanges, advantage_std: float, statistics: TrainStatistics
+    ) -> None:
+        values = statistics.read()
+        record = self.logger.record
+        for name in ("entropy_loss", "policy_gradient_loss", "value_loss", "approx_kl", "approx_kl_prox"):
+            record(f"train/{name}", np.mean(values[name]))
+        record("train/loss", values["loss"][-1])
+        record("train/importance_ratio_max", np.max(values["importance_ratio_max"]))
+        if self.max_importance_ratio is not None:
+            record("train/importance_cap_fraction", np.mean(values["importance_cap_fraction"]))
+        if self.kl_coef > 0:
+            record("train/kl_loss", np.mean(values["kl_loss"]))
+        record("train/advantage_std", advantage_std)
+        decay = self.current_prox_decay
+        if decay is not None:
+            record("train/prox_center_of_mass", center_of_mass_from_decay(decay))
+        buffer = rollout.buffer
+        record("train/explained_variance", explained_variance(buffer.values.flatten(), buffer.returns.flatten()))
+        if hasattr(self.policy, "log_std"):
+            record("train/std", th.exp(self.policy.log_std).mean().item())
+        record("train/n_updates", self._n_updates, exclude="tensorboard")
+        if clip_ranges.policy is not None:
+            record("train/clip_fraction", np.mean(values["clip_fraction"]))
+            record("train/clip_range", clip_ranges.policy)
+        if clip_ranges.value is not None:
+            record("train/clip_range_vf", clip_ranges.value)
+
+    # ------------------------------------------------------------------ learning, saving, loading
+
+    def _setup_learn(self, *args: Any, **kwargs: Any) -> Any:
+        self._check_own_parameters()  # load() and attributes set by hand bypass the constructor
+        if self.replay_buffer is not None and self._n_updates > 0 and self.replay_buffer.missing > 0:
+            warnings.warn(
+                f"The queue of stale rollouts is not full: the next {self.replay_buffer.missing} rollouts are collected "
+                "without training. To continue where training stopped, write it with save_replay_buffer() beside the "
+                "model and read it with load_replay_buffer().",
+                stacklevel=3,
+            )
+        self.generators.apply_pending()
+        return super()._setup_learn(*args, **kwargs)
+
+    def set_random_seed(self, seed: int | None = None) -> None:
+        """
+        Seed the generators; what :meth:`load` kept of their state is dropped.
+
+        :param seed: ``None`` does nothing
+        """
+        super().set_random_seed(seed)
+        if seed is not None and "generators" in vars(self):
+            self.generators.pending = None
+
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), *self._own_states, "_recent_policy", "_moments_before"]
+
+    def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
+        names, variables = super()._get_torch_save_params()
+        return [*names, *(name for name in self._own_states if getattr(self, name) is not None)], variables
+
+    def set_parameters(
+        self,
+        load_path_or_dict: str | TensorDict,
+        exact_match: bool = True,
+        device: th.device | str = "auto",
+    ) -> None:
+        """
+        Load parameters from a file or a dictionary, as in SB3. Parts that only this class has may be missing (in a file
+        of plain PPO, or after a change of ``prox_decay``): they start afresh from the loaded policy, with a warning; parts
+        that are no longer needed are dropped, with a warning.
+
+        :param load_path_or_dict: file, or dictionary as from ``get_parameters``
+        :param exact_match: whether SB3's own parts must all be there
+        :param device: device of the loaded tensors
+        """
+        if isinstance(load_path_or_dict, dict):
+            params: dict[str, Any] = dict(load_path_or_dict)
+        else:
+            params = dict(load_from_zip_file(load_path_or_dict, device=device, load_data=False)[1])
+        needed = [name for name in self._own_states if getattr(self, name) is not None]
+        missing = [name for name in needed if name not in params]
+        surplus = [name for name in self._own_states if name in params and name not in needed]
+        for name in surplus:
+            del params[name]
+        if exact_match:
+            params |= {name: getattr(self, name).state_dict() for name in missing}
+        pending = self.generators.pending
+        super().set_parameters(params, exact_match=exact_match, device=device)
+        if "generators" in missing:
+            self.generators.pending = pending
+        if self.policy_ewma is not None and "policy_ewma" in missing and "policy" in params:
+            self.policy_ewma.reset(self.policy)
+        started = [name for name in missing if name not in self._silent_states]
+        messages = []
+        if started:
+            messages.append(f"without {', '.join(started)}: started afresh from the loaded policy")
+        if surplus:
+            messages.append(f"with {', '.join(surplus)}, which this model does not use: dropped")
+        if exact_match and messages:
+            warnings.warn(f"Loaded parameters {'; '.join(messages)}.", stacklevel=2)
+
+    @classmethod
+    def load(cls: type[SelfEwmaMixin], *args: Any, **kwargs: Any) -> SelfEwmaMixin:
+        """
+        Load a model saved by this class or by the SB3 algorithm it extends. The state of the random number generators is
+        restored when training goes on, unless ``seed`` is given: then that seed holds.
+
+        :param args: see SB3's ``load``
+        :param kwargs: see SB3's ``load``
+        :return: the model
+        """
+        model = super().load(*args, **kwargs)
+        if kwargs.get("seed") is not None:
+            model.generators.pending = None
+        return model
+
+    def save_replay_buffer(self, path: str | pathlib.Path | BufferedIOBase) -> None:
+        """
+        Save the rollouts that wait to be trained on, with the step they belong to. Without staleness there are none.
+
+        :param path: file name (``.pkl`` is added where there is no suffix) or open binary file
+        """
+        if self.replay_buffer is None:
+            warnings.warn("staleness=0: no rollouts wait, nothing was saved", stacklevel=2)
+            return
+        self.replay_buffer.save(path, self.num_timesteps)
+
+    def load_replay_buffer(self, path: str | pathlib.Path | BufferedIOBase, truncate_last_traj: bool = True) -> None:
+        """
+        Load the rollouts that wait to be trained on.
+
+        :param path: what :meth:`save_replay_buffer` wrote at the same step as the model
+        :param truncate_last_traj: has no meaning here; part of SB3's interface
+        :raises ValueError: if the file belongs to another step or does not fit the model
+        """
+        if self.replay_buffer is None:
+            warnings.warn("staleness=0: no rollouts wait, the file was not read", stacklevel=2)
+            return
+        self.replay_buffer.load(path, self.rollout_buffer, self.num_timesteps)
+
+    def to_ppo(self) -> OnPolicyAlgorithm:
+        """
+        Hand the trained model back as the plain SB3 algorithm: same policy, optimiser, hyper-parameters, counters and
+        environment, independent of this model. EWMA, moments, a separate value optimiser and waiting rollouts stay behind.
+
+        :return: ``PPO`` (for the other families ``RecurrentPPO``, ``MaskablePPO``)
+        """
+        own = set(merged_signature(type(self)).parameters) - set(merged_signature(self._sb3_class()).parameters)
+        skipped = own | set(self._excluded_save_params()) | {"seed", "n_envs"}
+        create: Any = self._sb3_class()
+        model: OnPolicyAlgorithm = create(self.policy_class, env=None, device=self.device, _init_setup_model=False)
+        vars(model).update({name: copy.copy(value) for name, value in vars(self).items() if name not in skipped})
+        model.n_envs = self.n_envs
+        if _is_clip_off(self.clip_range):
+            warnings.warn("PPO cannot train without its clip: clip_range is set to SB3's default 0.2", stacklevel=2)
+            vars(model)["clip_range"] = 0.2
+        with preserved_generators(self.device):
+            model._setup_model()
+            model.policy.load_state_dict(self.policy.state_dict())
+            if model.use_sde:
+                model.policy.reset_noise()  # as SB3 does after loading
+        model.policy.optimizer.load_state_dict(copy.deepcopy(self.policy.optimizer.state_dict()))
+        model.seed, model.env, model._vec_normalize_env = self.seed, self.env, self._vec_normalize_env
+        return model
+
+
+class PPOEWMA(EwmaMixin, PPO):
+    """
+    PPO-EWMA: Proximal Policy Optimization whose proximal policy is an exponentially weighted moving average.
+
+    Paper: https://arxiv.org/abs/2110.00641 (Hilton, Cobbe, Schulman: Batch size-invariance for policy optimization)
+    Code of the authors: https://github.com/openai/ppo-ewma
+
+    All parameters of ``stable_baselines3.PPO`` in the same order with the same defaults; those of :class:`EwmaMixin` by
+    keyword. With ``prox_decay=None`` and the other defaults it computes what SB3's PPO computes, to the bit, as long as no
+    ratio π_θ/π_behav reaches ``max_importance_ratio``.
+
+    >>> from sb3_ppo_ewma import PPOEWMA
+    >>> model = PPOEWMA("MlpPolicy", "CartPole-v1", n_steps=64).learn(64)
+    """
+
+    def learn(
+        self: SelfPPOEWMA,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        log_interval: int = 1,
+        tb_log_name: str = "PPOEWMA",
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> SelfPPOEWMA:
+        """
+        Train, as ``PPO.learn``.
+
+        :param total_timesteps: number of environment steps
+        :param callback: called at every step
+        :param log_interval: iterations between logs
+        :param tb_log_name: name of the run for tensorboard
+        :param reset_num_timesteps: whether to count steps from 0
+        :param progress_bar: show a progress bar
+        :return: the model
+        """
+        return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
+
+
+def _constructor_parameters(inherited: Any, share_features_extractor: bool) -> dict[str, Any]:
+    return {"share_features_extractor": share_features_extractor, **inherited()}
+
+
+def _observations(buffer: Any, indices: slice) -> Any:
+    if isinstance(buffer.observations, dict):
+        return {key: buffer.to_torch(value[indices]) for key, value in buffer.observations.items()}
+    return buffer.to_torch(buffer.observations[indices])
+
+
+def _distributions(policy: ActorCriticPolicy) -> Sequence[Distribution]:
+    """
+    :return: the torch distributions of the policy's last forward pass, one for each group of action dimensions
+    """
+    holder: Any = policy.action_dist
+    distributions = getattr(holder, "distributions", None) or getattr(holder, "distribution", None)
+    if distributions is None:
+        raise ValueError(
+            f"kl_estimator='analytic' needs the action distribution of the policy, but {type(policy).__name__} does not "
+            "leave it in action_dist: use kl_estimator='sample'"
+        )
+    return [distributions] if isinstance(distributions, Distribution) else list(distributions)
+
+
+def _is_clip_off(clip_range: Any) -> bool:
+    schedule = clip_range.value_schedule if isinstance(clip_range, FloatSchedule) else clip_range
+    return isinstance(schedule, ConstantSchedule) and schedule.val < 0
+
+
+def _check_sb3_arguments(arguments: dict[str, Any], advantage_decay: float | None) -> None:
+    if advantage_decay is not None and not arguments["normalize_advantage"]:
+        raise ValueError(
+            f"advantage_decay={advantage_decay} normalises advantages and contradicts normalize_advantage=False: "
+            "use advantage_decay=None"
+        )
+    batch_size = arguments["batch_size"]
+    if batch_size is not None:
+        _check_integer("batch_size", batch_size, minimum=1)
+        if batch_size == 1 and arguments["normalize_advantage"] and advantage_decay is None:
+            raise SB3ArgumentError(
+                "batch_size must be greater than 1 to normalise advantages per minibatch, got 1; "
+                "advantage_decay=0.0 normalises over the rollout and allows 1"
+            )
+    _check_integer("n_epochs", arguments["n_epochs"], minimum=1)
+    arguments["clip_range"] = _checked_clip_range(arguments["clip_range"])
+    clip_range_vf = arguments["clip_range_vf"]
+    if isinstance(clip_range_vf, Real) and not float(clip_range_vf) > 0:
+        raise SB3ArgumentError(f"clip_range_vf must be positive, or None for no clipping, got {clip_range_vf}")
+
+
+def _checked_clip_range(clip_range: Any) -> float | Schedule:
+    if clip_range is None:
+        return _CLIP_OFF
+    if isinstance(clip_range, str) or not (callable(clip_range) or isinstance(clip_range, Real)):
+        raise TypeError(f"clip_range must be a number below 1, a schedule or None, got {clip_range!r}")
+    value = float(clip_range(1.0) if callable(clip_range) else clip_range)
+    if not value < 1:
+        raise ValueError(
+            f"clip_range must be below 1 (the ratio is clipped to [1 - clip_range, 1 + clip_range]), got {value}"
+        )
+    return cast(Schedule, clip_range) if callable(clip_range) else value
+
+
+def _check_number(name: str, value: Any, allowed: str) -> None:
+    if isinstance(value, str):
+        raise ValueError(f"{name} must be {allowed}, got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be {allowed}, got {value!r}")
+
+
+def _check_integer(name: str, value: Any, minimum: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"{name} must be an integer >= {minimum}, got {value!r}")
+    if value < minimum:
+        raise SB3ArgumentError(f"{name} must be >= {minimum}, got {value}")
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
