@@ -52,8 +52,8 @@ class LstmState:
 
 class RecurrentPPOEWMA(EwmaMixin, RecurrentPPO):
     """
-    PPO-EWMA with LSTM policies: all parameters of ``sb3_contrib.RecurrentPPO`` in the same order with the same defaults;
-    those of :class:`~sb3_ppo_ewma.EwmaMixin` by keyword.
+    PPO-EWMA with LSTM policies: all parameters of ``sb3_contrib.RecurrentPPO`` in the same order with the same
+    defaults; those of :class:`~sb3_ppo_ewma.EwmaMixin` by keyword.
 
     Current and proximal policy start each sequence from the hidden states stored at collection.
     """

@@ -1,8 +1,8 @@
 """
 Losses of PPO with decoupled proximal and behaviour policies, as pure functions on tensors.
 
-Symbols of the paper (Hilton, Cobbe, Schulman 2022, https://arxiv.org/abs/2110.00641) and their names here:
-π_θ ``log_prob``, π_prox ``log_prob_prox``, π_behav ``log_prob_behav``, Â ``advantages``, ε ``clip_range``, β ``kl_coef``.
+Symbols of the paper (Hilton, Cobbe, Schulman 2022, https://arxiv.org/abs/2110.00641) and their names here: π_θ
+``log_prob``, π_prox ``log_prob_prox``, π_behav ``log_prob_behav``, Â ``advantages``, ε ``clip_range``, β ``kl_coef``.
 """
 
 import math
@@ -114,6 +114,9 @@ def decoupled_policy_loss(
         raise ValueError(f"max_importance_ratio must be >= 1 or None, got {max_importance_ratio}")
 
     log_prob_prox, log_prob_behav = log_prob_prox.detach(), log_prob_behav.detach()
+    # A node of its own: the gradients of the two branches are added here first, as at the ratio of SB3's PPO, before
+    # that of an entropy estimated from log_prob joins them. Another order would round differently.
+    log_prob = log_prob.view_as(log_prob)
     log_ratio_behav = log_prob.detach() - log_prob_behav
     zero = th.zeros((), dtype=log_prob.dtype, device=log_prob.device)
     capped_fraction = zero

@@ -6,9 +6,8 @@ import math
 import pathlib
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from io import BufferedIOBase
-from numbers import Real
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, cast, get_args
 
 import numpy as np
@@ -18,18 +17,21 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.save_util import load_from_zip_file
-from stable_baselines3.common.type_aliases import MaybeCallback, Schedule, TensorDict
-from stable_baselines3.common.utils import (
-    ConstantSchedule,
-    FloatSchedule,
-    explained_variance,
-    obs_as_tensor,
-    update_learning_rate,
-)
+from stable_baselines3.common.type_aliases import MaybeCallback, TensorDict
+from stable_baselines3.common.utils import explained_variance, obs_as_tensor, update_learning_rate
 from torch.distributions import Distribution
 
 from sb3_ppo_ewma import losses
-from sb3_ppo_ewma._signature import bind_arguments, merged_signature
+from sb3_ppo_ewma._arguments import (
+    CLIP_OFF,
+    bind_arguments,
+    check_choice,
+    check_integer,
+    check_number,
+    check_sb3_arguments,
+    is_clip_off,
+    merged_signature,
+)
 from sb3_ppo_ewma.ewma import (
     MomentsEwma,
     ParameterEwma,
@@ -45,14 +47,8 @@ StalenessMode = Literal["decoupled", "behavior", "proximal"]
 SelfPPOEWMA = TypeVar("SelfPPOEWMA", bound="PPOEWMA")
 SelfEwmaMixin = TypeVar("SelfEwmaMixin", bound="EwmaMixin")
 
-# SB3's spelling of "no clip" once clip_range has become a schedule; also what the zoo's YAML files can express.
-_CLIP_OFF = -1.0
 # Smallest batch for evaluating a whole rollout without gradients
 _EVALUATION_BATCH_SIZE = 256
-
-
-class SB3ArgumentError(ValueError, AssertionError):
-    """A value that SB3 itself refuses with an ``AssertionError``: code that catches that keeps working."""
 
 
 class Epoch(NamedTuple):
@@ -108,29 +104,29 @@ class TrainStatistics:
 class EwmaMixin(OnPolicyAlgorithm):
     """
     Decouples the proximal from the behaviour policy in a PPO-like SB3 algorithm. Place it first:
-    ``class PPOEWMA(EwmaMixin, PPO)``. Collection, ``learn`` and ``predict`` stay those of the algorithm; families differ in
+    ``class PPOEWMA(EwmaMixin, PPO)``. Collection, ``learn`` and ``predict`` stay the algorithm's; families differ in
     :meth:`_make_policy`, :meth:`_evaluate_actions`, :meth:`_padding_mask` and :meth:`_predict_values`.
 
     Source: Hilton, Cobbe, Schulman 2022, https://arxiv.org/abs/2110.00641
 
-    :param prox_decay: β_prox in [0, 1), decay of the EWMA of the parameters per gradient step. ``"auto"``: its centre of
-        mass is the number of minibatches in one epoch over a rollout, max(1, ⌈n_steps·n_envs/batch_size⌉), as in the
-        paper; ``None``: no EWMA, the proximal policy is the behaviour policy, as in PPO
+    :param prox_decay: β_prox in [0, 1), decay of the EWMA of the parameters per gradient step. ``"auto"``: its centre
+        of mass is the number of minibatches in one epoch over a rollout, max(1, ⌈n_steps·n_envs/batch_size⌉), as in
+        the paper; ``None``: no EWMA, the proximal policy is the behaviour policy, as in PPO
     :param kl_coef: β ≥ 0, weight of KL(π_prox ‖ π_θ) in the loss; can be combined with the clip or replace it
         (``clip_range=None``)
-    :param kl_estimator: ``"sample"``: ½(log π_θ − log π_prox)² on the actions taken, as in the released code of the paper;
-        ``"analytic"``: the divergence of the distributions, as in its formula
+    :param kl_estimator: ``"sample"``: ½(log π_θ − log π_prox)² on the actions taken, as in the paper's released
+        code; ``"analytic"``: the divergence of the distributions, as in its formula
     :param max_importance_ratio: M ≥ 1, cap on π_θ/π_behav; ``None``: no cap
-    :param advantage_decay: ``None``: advantages are normalised per minibatch, as in SB3; d in [0, 1): over whole rollouts,
-        with an EWMA of their moments over iterations (0: this rollout only)
-    :param n_epochs_value: number of value epochs, run before the policy epochs with an optimiser of their own; ``None`` or
-        the same as ``n_epochs``: one joint loss, as in SB3
-    :param recompute_advantages: compute advantages and returns anew with the current value function at the start of every
-        epoch but the first (Andrychowicz et al. 2020, https://arxiv.org/abs/2006.05990)
-    :param staleness: number of iterations a rollout waits before it is trained on (§5.1 of the paper: artificial staleness)
+    :param advantage_decay: ``None``: advantages are normalised per minibatch, as in SB3; d in [0, 1): over whole
+        rollouts, with an EWMA of their moments over iterations (0: this rollout only)
+    :param n_epochs_value: number of value epochs, run before the policy epochs with an optimiser of their own; ``None``
+        or the same as ``n_epochs``: one joint loss, as in SB3
+    :param recompute_advantages: compute advantages and returns anew with the current value function at the start of
+        every epoch but the first (Andrychowicz et al. 2020, https://arxiv.org/abs/2006.05990)
+    :param staleness: number of iterations a rollout waits before it is trained on (the paper's artificial staleness)
     :param staleness_mode: the policies of a stale rollout. ``"decoupled"``: π_prox is the policy at the start of the
-        iteration, π_behav the one that collected; ``"behavior"``: the collecting policy is both; ``"proximal"``: the policy at
-        the start of the iteration is both. With an EWMA, it is π_prox in every mode
+        iteration, π_behav the one that collected; ``"behavior"``: the collecting policy is both; ``"proximal"``: the
+        policy at the start of the iteration is both. With an EWMA, it is π_prox in every mode
     :param ppo_args: positional arguments of the algorithm this is mixed into, see there. ``clip_range`` may also be
         ``None`` or a negative constant: no clip
     :param ppo_kwargs: keyword arguments of the algorithm this is mixed into
@@ -185,7 +181,7 @@ class EwmaMixin(OnPolicyAlgorithm):
         self.staleness = staleness
         self.staleness_mode: StalenessMode = staleness_mode
         self._check_own_parameters()
-        _check_sb3_arguments(arguments, advantage_decay)
+        check_sb3_arguments(arguments, advantage_decay)
 
         build = arguments.pop("_init_setup_model")
         normalize_advantage = arguments["normalize_advantage"]
@@ -208,23 +204,23 @@ class EwmaMixin(OnPolicyAlgorithm):
 
     def _check_own_parameters(self) -> None:
         if self.prox_decay is not None and self.prox_decay != "auto":
-            _check_number("prox_decay", self.prox_decay, "a number in [0, 1), 'auto' or None")
+            check_number("prox_decay", self.prox_decay, "a number in [0, 1), 'auto' or None")
             check_decay("prox_decay", self.prox_decay)
-        _check_number("kl_coef", self.kl_coef, "a number >= 0")
+        check_number("kl_coef", self.kl_coef, "a number >= 0")
         if not 0 <= self.kl_coef < math.inf:
             raise ValueError(f"kl_coef must be >= 0 and finite, got {self.kl_coef}")
-        _check_choice("kl_estimator", self.kl_estimator, get_args(KlEstimator))
-        _check_choice("staleness_mode", self.staleness_mode, get_args(StalenessMode))
+        check_choice("kl_estimator", self.kl_estimator, get_args(KlEstimator))
+        check_choice("staleness_mode", self.staleness_mode, get_args(StalenessMode))
         if self.max_importance_ratio is not None:
-            _check_number("max_importance_ratio", self.max_importance_ratio, "a number >= 1 or None")
+            check_number("max_importance_ratio", self.max_importance_ratio, "a number >= 1 or None")
             if not self.max_importance_ratio >= 1:
                 raise ValueError(f"max_importance_ratio must be >= 1 or None, got {self.max_importance_ratio}")
         if self.advantage_decay is not None:
-            _check_number("advantage_decay", self.advantage_decay, "a number in [0, 1) or None")
+            check_number("advantage_decay", self.advantage_decay, "a number in [0, 1) or None")
             check_decay("advantage_decay", self.advantage_decay)
         if self.n_epochs_value is not None:
-            _check_integer("n_epochs_value", self.n_epochs_value, minimum=1)
-        _check_integer("staleness", self.staleness, minimum=0)
+            check_integer("n_epochs_value", self.n_epochs_value, minimum=1)
+        check_integer("staleness", self.staleness, minimum=0)
         if not isinstance(self.recompute_advantages, bool):
             raise TypeError(f"recompute_advantages must be True or False, got {self.recompute_advantages!r}")
         unavailable = self.staleness > 0 and self.staleness_mode == "behavior" and self.prox_decay is None
@@ -237,7 +233,7 @@ class EwmaMixin(OnPolicyAlgorithm):
 
     def _setup_model(self) -> None:
         if self.clip_range is None:
-            self.clip_range = _CLIP_OFF
+            self.clip_range = CLIP_OFF
         super()._setup_model()
         self.generators = GeneratorStates(self.device)
         self.policy_ewma = None if self.prox_decay is None else ParameterEwma(self._copy_policy())
@@ -246,7 +242,7 @@ class EwmaMixin(OnPolicyAlgorithm):
         if self.n_epochs_value not in (None, self.n_epochs):
             self.value_optimizer = self.policy.optimizer_class(
                 self.policy.parameters(),
-                lr=self.lr_schedule(1),  # type: ignore[call-arg]  # as SB3 builds its own
+                lr=self.lr_schedule(1),  # as SB3 builds its own
                 **self.policy.optimizer_kwargs,
             )
         self.replay_buffer = StaleRollouts(self.staleness) if self.staleness > 0 else None
@@ -326,14 +322,14 @@ class EwmaMixin(OnPolicyAlgorithm):
         :param indices: of its samples
         :return: current values of their observations
         """
-        return self.policy.predict_values(_observations(buffer, indices))
+        return cast(th.Tensor, self.policy.predict_values(_observations(buffer, indices)))
 
     def _predict_last_values(self, rollout: Rollout) -> th.Tensor:
         """
         :param rollout: the rollout
         :return: current values of the observations after its last step
         """
-        return self.policy.predict_values(obs_as_tensor(rollout.last_obs, self.device))
+        return cast(th.Tensor, self.policy.predict_values(obs_as_tensor(rollout.last_obs, self.device)))
 
     def _collected_rollout(self) -> Rollout:
         """
@@ -546,8 +542,8 @@ class EwmaMixin(OnPolicyAlgorithm):
         if not bool(th.isfinite(norm) & th.isfinite(loss.detach())):
             name = next((name for name, term in terms.items() if not bool(th.isfinite(term).all())), "gradients")
             raise ValueError(
-                f"NaN or Inf in {name} after {self._n_updates} epochs and {self.num_timesteps} steps: the update was not "
-                "made, the parameters are the last good ones. A smaller learning_rate or a smaller max_grad_norm may help."
+                f"NaN or Inf in {name} after {self._n_updates} epochs and {self.num_timesteps} steps: the update was "
+                "not made, the parameters are the last good ones. A smaller learning_rate or max_grad_norm may help."
             )
         optimizer.step()
 
@@ -590,7 +586,7 @@ class EwmaMixin(OnPolicyAlgorithm):
     def _current_clip_ranges(self) -> ClipRanges:
         # Schedules may end slightly below 0 when the last rollout overshoots; only constants switch the clip off.
         progress = self._current_progress_remaining
-        clip_range = None if _is_clip_off(self.clip_range) else max(self.clip_range(progress), 0.0)
+        clip_range = None if is_clip_off(self.clip_range) else max(self.clip_range(progress), 0.0)
         clip_range_vf = None if self.clip_range_vf is None else max(self.clip_range_vf(progress), 0.0)
         return ClipRanges(clip_range, clip_range_vf)
 
@@ -634,9 +630,9 @@ class EwmaMixin(OnPolicyAlgorithm):
         self._check_own_parameters()  # load() and attributes set by hand bypass the constructor
         if self.replay_buffer is not None and self._n_updates > 0 and self.replay_buffer.missing > 0:
             warnings.warn(
-                f"The queue of stale rollouts is not full: the next {self.replay_buffer.missing} rollouts are collected "
-                "without training. To continue where training stopped, write it with save_replay_buffer() beside the "
-                "model and read it with load_replay_buffer().",
+                f"The queue of stale rollouts is not full: the next {self.replay_buffer.missing} rollouts are "
+                "collected without training. To continue where training stopped, write it with save_replay_buffer() "
+                "beside the model and read it with load_replay_buffer().",
                 stacklevel=3,
             )
         self.generators.apply_pending()
@@ -667,8 +663,8 @@ class EwmaMixin(OnPolicyAlgorithm):
     ) -> None:
         """
         Load parameters from a file or a dictionary, as in SB3. Parts that only this class has may be missing (in a file
-        of plain PPO, or after a change of ``prox_decay``): they start afresh from the loaded policy, with a warning; parts
-        that are no longer needed are dropped, with a warning.
+        of plain PPO, or after a change of ``prox_decay``): they start afresh from the loaded policy, with a warning;
+        parts that are no longer needed are dropped, with a warning.
 
         :param load_path_or_dict: file, or dictionary as from ``get_parameters``
         :param exact_match: whether SB3's own parts must all be there
@@ -703,8 +699,8 @@ class EwmaMixin(OnPolicyAlgorithm):
     @classmethod
     def load(cls: type[SelfEwmaMixin], *args: Any, **kwargs: Any) -> SelfEwmaMixin:
         """
-        Load a model saved by this class or by the SB3 algorithm it extends. The state of the random number generators is
-        restored when training goes on, unless ``seed`` is given: then that seed holds.
+        Load a model saved by this class or by the SB3 algorithm it extends. The state of the random number generators
+        is restored when training goes on, unless ``seed`` is given: then that seed holds.
 
         :param args: see SB3's ``load``
         :param kwargs: see SB3's ``load``
@@ -742,7 +738,8 @@ class EwmaMixin(OnPolicyAlgorithm):
     def to_ppo(self) -> OnPolicyAlgorithm:
         """
         Hand the trained model back as the plain SB3 algorithm: same policy, optimiser, hyper-parameters, counters and
-        environment, independent of this model. EWMA, moments, a separate value optimiser and waiting rollouts stay behind.
+        environment, independent of this model. EWMA, moments, a separate value optimiser and waiting rollouts stay
+        behind.
 
         :return: ``PPO`` (for the other families ``RecurrentPPO``, ``MaskablePPO``)
         """
@@ -752,7 +749,7 @@ class EwmaMixin(OnPolicyAlgorithm):
         model: OnPolicyAlgorithm = create(self.policy_class, env=None, device=self.device, _init_setup_model=False)
         vars(model).update({name: copy.copy(value) for name, value in vars(self).items() if name not in skipped})
         model.n_envs = self.n_envs
-        if _is_clip_off(self.clip_range):
+        if is_clip_off(self.clip_range):
             warnings.warn("PPO cannot train without its clip: clip_range is set to SB3's default 0.2", stacklevel=2)
             vars(model)["clip_range"] = 0.2
         with preserved_generators(self.device):
@@ -773,8 +770,8 @@ class PPOEWMA(EwmaMixin, PPO):
     Code of the authors: https://github.com/openai/ppo-ewma
 
     All parameters of ``stable_baselines3.PPO`` in the same order with the same defaults; those of :class:`EwmaMixin` by
-    keyword. With ``prox_decay=None`` and the other defaults it computes what SB3's PPO computes, to the bit, as long as no
-    ratio π_θ/π_behav reaches ``max_importance_ratio``.
+    keyword. With ``prox_decay=None`` and the other defaults it computes what SB3's PPO computes, to the bit, as long as
+    no ratio π_θ/π_behav reaches ``max_importance_ratio``.
 
     >>> from sb3_ppo_ewma import PPOEWMA
     >>> model = PPOEWMA("MlpPolicy", "CartPole-v1", n_steps=64).learn(64)
@@ -821,65 +818,7 @@ def _distributions(policy: ActorCriticPolicy) -> Sequence[Distribution]:
     distributions = getattr(holder, "distributions", None) or getattr(holder, "distribution", None)
     if distributions is None:
         raise ValueError(
-            f"kl_estimator='analytic' needs the action distribution of the policy, but {type(policy).__name__} does not "
-            "leave it in action_dist: use kl_estimator='sample'"
+            f"kl_estimator='analytic' needs the action distribution of the policy, but {type(policy).__name__} does "
+            "not leave it in action_dist: use kl_estimator='sample'"
         )
     return [distributions] if isinstance(distributions, Distribution) else list(distributions)
-
-
-def _is_clip_off(clip_range: Any) -> bool:
-    schedule = clip_range.value_schedule if isinstance(clip_range, FloatSchedule) else clip_range
-    return isinstance(schedule, ConstantSchedule) and schedule.val < 0
-
-
-def _check_sb3_arguments(arguments: dict[str, Any], advantage_decay: float | None) -> None:
-    if advantage_decay is not None and not arguments["normalize_advantage"]:
-        raise ValueError(
-            f"advantage_decay={advantage_decay} normalises advantages and contradicts normalize_advantage=False: "
-            "use advantage_decay=None"
-        )
-    batch_size = arguments["batch_size"]
-    if batch_size is not None:
-        _check_integer("batch_size", batch_size, minimum=1)
-        if batch_size == 1 and arguments["normalize_advantage"] and advantage_decay is None:
-            raise SB3ArgumentError(
-                "batch_size must be greater than 1 to normalise advantages per minibatch, got 1; "
-                "advantage_decay=0.0 normalises over the rollout and allows 1"
-            )
-    _check_integer("n_epochs", arguments["n_epochs"], minimum=1)
-    arguments["clip_range"] = _checked_clip_range(arguments["clip_range"])
-    clip_range_vf = arguments["clip_range_vf"]
-    if isinstance(clip_range_vf, Real) and not float(clip_range_vf) > 0:
-        raise SB3ArgumentError(f"clip_range_vf must be positive, or None for no clipping, got {clip_range_vf}")
-
-
-def _checked_clip_range(clip_range: Any) -> float | Schedule:
-    if clip_range is None:
-        return _CLIP_OFF
-    if isinstance(clip_range, str) or not (callable(clip_range) or isinstance(clip_range, Real)):
-        raise TypeError(f"clip_range must be a number below 1, a schedule or None, got {clip_range!r}")
-    value = float(clip_range(1.0) if callable(clip_range) else clip_range)
-    if not value < 1:
-        raise ValueError(
-            f"clip_range must be below 1 (the ratio is clipped to [1 - clip_range, 1 + clip_range]), got {value}"
-        )
-    return cast(Schedule, clip_range) if callable(clip_range) else value
-
-
-def _check_number(name: str, value: Any, allowed: str) -> None:
-    if isinstance(value, str):
-        raise ValueError(f"{name} must be {allowed}, got {value!r}")
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be {allowed}, got {value!r}")
-
-
-def _check_integer(name: str, value: Any, minimum: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"{name} must be an integer >= {minimum}, got {value!r}")
-    if value < minimum:
-        raise SB3ArgumentError(f"{name} must be >= {minimum}, got {value}")
-
-
-def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")

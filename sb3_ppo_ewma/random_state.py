@@ -11,8 +11,8 @@ import torch as th
 
 class GeneratorStates:
     """
-    State of the generators of torch (CPU and CUDA), numpy and Python, with the interface of a module's state: SB3 writes
-    ``state_dict()`` into the zip and hands it back to ``load_state_dict()``.
+    State of the generators of torch (CPU and CUDA), numpy and Python, with the interface of a module's state: SB3
+    writes ``state_dict()`` into the zip and hands it back to ``load_state_dict()``.
 
     Loading does not touch the generators at once: a model that is loaded only to predict or to compare must not rewind
     the random numbers of a training that runs in the same process. :meth:`apply_pending` restores them when training

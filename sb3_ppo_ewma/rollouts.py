@@ -67,9 +67,9 @@ class Rollout:
 
     def replace_values(self, values: np.ndarray, last_values: th.Tensor) -> None:
         """
-        Compute advantages and returns anew from other values, with the buffer's own GAE. Rewards stay as collected, that
-        is, with the bootstrap of truncated episodes by the value function of that time; so do the values that value
-        clipping refers to.
+        Compute advantages and returns anew from other values, with the buffer's own GAE. Rewards stay as collected,
+        that is, with the bootstrap of truncated episodes by the value function of that time; so do the values that
+        value clipping refers to.
 
         :param values: (n_envs · n_steps,), environment by environment as in the flattened buffer
         :param last_values: (n_envs,) of the observation after the last step

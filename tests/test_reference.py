@@ -185,7 +185,9 @@ LEAF_GRADIENTS = {
 }
 
 
-def away_from_clip_threshold(case: Case, log_prob: th.Tensor, log_prob_prox: th.Tensor, clip_range: float) -> np.ndarray:
+def away_from_clip_threshold(
+    case: Case, log_prob: th.Tensor, log_prob_prox: th.Tensor, clip_range: float
+) -> np.ndarray:
     """On a clip threshold the gradient depends on rounding; the recordings put samples there on purpose."""
     if case.hyperparameters["profile"] != "boundary" or not clip_range:
         return np.ones(log_prob.shape, dtype=bool)

@@ -1,0 +1,161 @@
+"""
+Constructor arguments: SB3's are passed through without being repeated, still shown to ``help``, and checked with our
+own before anything is built.
+"""
+
+import difflib
+import inspect
+from collections.abc import Mapping, Sequence
+from numbers import Real
+from typing import Any, cast
+
+import numpy as np
+from stable_baselines3.common.type_aliases import Schedule
+from stable_baselines3.common.utils import ConstantSchedule, FloatSchedule
+
+# SB3's spelling of "no clip" once clip_range has become a schedule; also what the zoo's YAML files can express.
+CLIP_OFF = -1.0
+
+
+class SB3ArgumentError(ValueError, AssertionError):
+    """A value that SB3 itself refuses with an ``AssertionError``: code that catches that keeps working."""
+
+
+def merged_signature(cls: type) -> inspect.Signature:
+    """
+    Signature of a class whose ``__init__`` passes ``*args, **kwargs`` on to the next class: the next class's parameters
+    in their order, then the keyword-only ones of the classes before it.
+
+    :param cls: the class
+    :return: its signature, without ``self``
+    """
+    own: dict[str, inspect.Parameter] = {}
+    positional: list[inspect.Parameter] = []
+    for base in cls.__mro__:
+        if "__init__" not in vars(base):
+            continue
+        parameters = list(inspect.signature(vars(base)["__init__"]).parameters.values())[1:]
+        passes_on = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        for parameter in named:
+            if parameter.kind is parameter.KEYWORD_ONLY:
+                own.setdefault(parameter.name, parameter)
+            else:
+                positional.append(parameter)
+        if not passes_on or any(p.kind is not p.KEYWORD_ONLY for p in named):
+            break
+    names = {parameter.name for parameter in positional}
+    return inspect.Signature([*positional, *(p for name, p in own.items() if name not in names)])
+
+
+def bind_arguments(cls: type, base: type, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """
+    Bind positional and keyword arguments to the parameters of a base class's constructor.
+
+    :param cls: class under construction, for the message
+    :param base: class whose ``__init__`` will be called
+    :param args: positional arguments
+    :param kwargs: keyword arguments
+    :return: arguments by name, defaults included
+    :raises TypeError: as Python does, with the nearest name for a misspelled one
+    """
+    signature = merged_signature(base)
+    unknown = [name for name in kwargs if name not in signature.parameters]
+    if unknown:
+        close = difflib.get_close_matches(unknown[0], list(merged_signature(cls).parameters), n=1)
+        hint = f". Did you mean {close[0]!r}?" if close else ""
+        raise TypeError(f"{cls.__name__}() got an unexpected keyword argument {unknown[0]!r}{hint}")
+    try:
+        bound = signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise TypeError(f"{cls.__name__}() {error}") from None
+    bound.apply_defaults()
+    return dict(bound.arguments)
+
+
+def is_clip_off(clip_range: Any) -> bool:
+    """
+    :param clip_range: schedule
+    :return: whether it is a negative constant, which switches the clip off
+    """
+    schedule = clip_range.value_schedule if isinstance(clip_range, FloatSchedule) else clip_range
+    return isinstance(schedule, ConstantSchedule) and schedule.val < 0
+
+
+def check_sb3_arguments(arguments: dict[str, Any], advantage_decay: float | None) -> None:
+    """
+    :param arguments: SB3's, by name; ``clip_range`` is brought to the form that SB3 accepts
+    :param advantage_decay: our own parameter
+    :raises TypeError: if one has the wrong type
+    :raises ValueError: if one is out of its range
+    """
+    if advantage_decay is not None and not arguments["normalize_advantage"]:
+        raise ValueError(
+            f"advantage_decay={advantage_decay} normalises advantages and contradicts normalize_advantage=False: "
+            "use advantage_decay=None"
+        )
+    batch_size = arguments["batch_size"]
+    if batch_size is not None:
+        check_integer("batch_size", batch_size, minimum=1)
+        if batch_size == 1 and arguments["normalize_advantage"] and advantage_decay is None:
+            raise SB3ArgumentError(
+                "batch_size must be greater than 1 to normalise advantages per minibatch, got 1; "
+                "advantage_decay=0.0 normalises over the rollout and allows 1"
+            )
+    check_integer("n_epochs", arguments["n_epochs"], minimum=1)
+    arguments["clip_range"] = _checked_clip_range(arguments["clip_range"])
+    clip_range_vf = arguments["clip_range_vf"]
+    if isinstance(clip_range_vf, Real) and not float(clip_range_vf) > 0:
+        raise SB3ArgumentError(f"clip_range_vf must be positive, or None for no clipping, got {clip_range_vf}")
+
+
+def _checked_clip_range(clip_range: Any) -> float | Schedule:
+    if clip_range is None:
+        return CLIP_OFF
+    if isinstance(clip_range, str) or not (callable(clip_range) or isinstance(clip_range, Real)):
+        raise TypeError(f"clip_range must be a number below 1, a schedule or None, got {clip_range!r}")
+    value = float(clip_range(1.0) if callable(clip_range) else clip_range)
+    if not value < 1:
+        raise ValueError(
+            f"clip_range must be below 1 (the ratio is clipped to [1 - clip_range, 1 + clip_range]), got {value}"
+        )
+    return cast(Schedule, clip_range) if callable(clip_range) else value
+
+
+def check_number(name: str, value: Any, allowed: str) -> None:
+    """
+    :param name: of the parameter
+    :param value: its value
+    :param allowed: description of what is allowed
+    :raises TypeError: if it is no real number
+    :raises ValueError: if it is a string
+    """
+    if isinstance(value, str):
+        raise ValueError(f"{name} must be {allowed}, got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be {allowed}, got {value!r}")
+
+
+def check_integer(name: str, value: Any, minimum: int) -> None:
+    """
+    :param name: of the parameter
+    :param value: its value
+    :param minimum: smallest allowed value
+    :raises TypeError: if it is no integer
+    :raises ValueError: if it is below the minimum
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"{name} must be an integer >= {minimum}, got {value!r}")
+    if value < minimum:
+        raise SB3ArgumentError(f"{name} must be >= {minimum}, got {value}")
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """
+    :param name: of the parameter
+    :param value: its value
+    :param choices: allowed values
+    :raises ValueError: if it is none of them
+    """
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")

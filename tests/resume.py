@@ -1,0 +1,147 @@
+"""
+Train, stop, go on in a fresh process: shared by ``test_resume.py`` and, as ``python -m tests.resume FOLDER``, by the
+process it starts. Environments are carried over with their state, as pickles.
+"""
+
+import pathlib
+import pickle
+import sys
+import warnings
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
+
+from sb3_ppo_ewma import PPOEWMA, MaskablePPOEWMA, RecurrentPPOEWMA
+
+N_STEPS = 32
+QUICK = {"n_steps": N_STEPS, "batch_size": 24, "n_epochs": 2, "device": "cpu", "learning_rate": 1e-2}
+SMALL = {"net_arch": [8]}
+
+
+class WalkEnv(gym.Env):
+    """A random walk that draws from its own generator, from numpy's and from torch's; all its state can be pickled."""
+
+    def __init__(self, action_space: spaces.Space) -> None:
+        self.observation_space = spaces.Box(-np.inf, np.inf, (2,))
+        self.action_space = action_space
+        self.state, self.n = np.zeros(2), 0
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
+        super().reset(seed=seed)
+        self.state, self.n = self.np_random.normal(size=2), 0
+        return self.state.astype(np.float32), {}
+
+    def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict]:
+        self.n += 1
+        self.state += 0.1 * self.np_random.normal(size=2) + 0.01 * np.random.rand() + 0.01 * th.rand(()).item()
+        self.state[0] += 0.1 * float(np.sum(action))
+        done = self.n >= 11
+        return self.state.astype(np.float32), -float(abs(self.state[0])), done, False, {}
+
+    def action_masks(self) -> np.ndarray:
+        return np.array([True, self.n % 2 == 0, True])
+
+
+DISCRETE, BOX = spaces.Discrete(3), spaces.Box(-1, 1, (2,))
+
+# name: class, action space, arguments
+RUNS: dict[str, tuple[type, spaces.Space, dict[str, Any]]] = {
+    "ewma": (PPOEWMA, DISCRETE, {"policy": "MlpPolicy", "policy_kwargs": SMALL, "clip_range": 0.01}),
+    "seeded": (PPOEWMA, DISCRETE, {"policy": "MlpPolicy", "policy_kwargs": SMALL, "seed": 3}),
+    "no ewma": (PPOEWMA, DISCRETE, {"policy": "MlpPolicy", "policy_kwargs": SMALL, "prox_decay": None}),
+    "kl": (
+        PPOEWMA,
+        BOX,
+        {
+            "policy": "MlpPolicy",
+            "policy_kwargs": SMALL,
+            "clip_range": None,
+            "kl_coef": 1.0,
+            "kl_estimator": "analytic",
+            "prox_decay": 0.95,
+        },
+    ),
+    "gSDE": (PPOEWMA, BOX, {"policy": "MlpPolicy", "policy_kwargs": SMALL, "use_sde": True, "sde_sample_freq": 5}),
+    "moments, value epochs": (
+        PPOEWMA,
+        BOX,
+        {"policy": "MlpPolicy", "policy_kwargs": SMALL, "advantage_decay": 0.7, "n_epochs_value": 3},
+    ),
+    "everything": (
+        PPOEWMA,
+        DISCRETE,
+        {
+            "policy": "MlpPolicy",
+            "policy_kwargs": SMALL,
+            "prox_decay": 0.9,
+            "advantage_decay": 0.7,
+            "n_epochs_value": 1,
+            "recompute_advantages": True,
+            "staleness": 2,
+            "staleness_mode": "proximal",
+        },
+    ),
+    "recurrent": (
+        RecurrentPPOEWMA,
+        DISCRETE,
+        {"policy": "MlpLstmPolicy", "policy_kwargs": {**SMALL, "lstm_hidden_size": 8}, "staleness": 1},
+    ),
+    "maskable": (MaskablePPOEWMA, DISCRETE, {"policy": "MlpPolicy", "policy_kwargs": SMALL}),
+}
+
+
+def start(name: str) -> BaseAlgorithm:
+    """Train the first half."""
+    algorithm, action_space, kwargs = RUNS[name]
+    env: VecEnv = DummyVecEnv([lambda: WalkEnv(action_space)] * 2)
+    if name == "everything":
+        env = VecNormalize(env)
+    # 5 rollouts, so that both the queue and the moments have filled
+    return algorithm(env=env, **{**QUICK, **kwargs}).learn(5 * N_STEPS * env.num_envs)
+
+
+def stop(model: BaseAlgorithm, folder: pathlib.Path) -> None:
+    """Write all that belongs to the run."""
+    folder.mkdir()
+    model.save(folder / "model")
+    if model.replay_buffer is not None:
+        model.save_replay_buffer(folder / "queue")
+    env, normalization = model.get_env(), model.get_vec_normalize_env()
+    if normalization is not None:
+        # Its own file leaves out the environment and the running returns of the episodes under way.
+        normalization.save(folder / "vec_normalize.pkl")
+        np.save(folder / "returns.npy", normalization.returns)
+        env = normalization.venv
+    (folder / "env.pkl").write_bytes(pickle.dumps(env))
+
+
+def resume(name: str, folder: pathlib.Path) -> BaseAlgorithm:
+    """Read it back."""
+    env: VecEnv = pickle.loads((folder / "env.pkl").read_bytes())
+    if (folder / "vec_normalize.pkl").exists():
+        env = VecNormalize.load(str(folder / "vec_normalize.pkl"), env)
+        env.returns = np.load(folder / "returns.npy")
+    model = RUNS[name][0].load(folder / "model", env=env, force_reset=False)
+    if model.replay_buffer is not None:
+        model.load_replay_buffer(folder / "queue")
+    return model
+
+
+def go_on(model: BaseAlgorithm) -> dict[str, dict]:
+    """Train the second half and return all parameters, averages, moments and optimisers."""
+    model.learn(3 * N_STEPS * model.n_envs, reset_num_timesteps=False)
+    return model.get_parameters()
+
+
+if __name__ == "__main__":
+    th.set_num_threads(1)
+    warnings.filterwarnings("error", "The queue of stale rollouts")
+    root = pathlib.Path(sys.argv[1])
+    for i, run in enumerate(RUNS):
+        th.rand(i), np.random.rand(i)  # generators of another state than at the start
+        th.save(go_on(resume(run, root / run)), root / f"{run}.pth")

@@ -1,0 +1,175 @@
+"""The mixin over sb3-contrib's algorithms; bit-equality with them when it is off stands in test_bit_equality.py."""
+
+import inspect
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch as th
+from sb3_contrib import MaskablePPO, RecurrentPPO
+from sb3_contrib.common.envs import InvalidActionEnvDiscrete, InvalidActionEnvMultiDiscrete
+from stable_baselines3.common.env_util import make_vec_env
+
+from sb3_ppo_ewma import EwmaMixin, MaskablePPOEWMA, RecurrentPPOEWMA
+
+QUICK = {"n_steps": 32, "batch_size": 24, "n_epochs": 2, "device": "cpu", "learning_rate": 0.01}
+LSTM = {"net_arch": [8], "lstm_hidden_size": 8}
+
+OPTIONS = [
+    {},
+    {"kl_coef": 1.0, "kl_estimator": "analytic", "clip_range": None},
+    {"advantage_decay": 0.5, "n_epochs_value": 1},
+    {"recompute_advantages": True, "staleness": 1, "prox_decay": None},
+    {"staleness": 1, "staleness_mode": "proximal"},
+]
+
+
+def parameters(policy: th.nn.Module) -> list[th.Tensor]:
+    return [tensor.clone() for tensor in policy.state_dict().values()]
+
+
+def all_equal(a: list[th.Tensor], b: list[th.Tensor]) -> bool:
+    return all(th.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def make_recurrent(**kwargs) -> RecurrentPPOEWMA:
+    env = make_vec_env(kwargs.pop("env", "CartPole-v1"), 2)
+    policy_kwargs = {**LSTM, **kwargs.pop("policy_kwargs", {})}
+    return RecurrentPPOEWMA("MlpLstmPolicy", env, policy_kwargs=policy_kwargs, **QUICK, **kwargs)
+
+
+def make_maskable(env=InvalidActionEnvDiscrete, **kwargs) -> MaskablePPOEWMA:
+    return MaskablePPOEWMA(
+        "MlpPolicy", env(dim=6, n_invalid_actions=3), policy_kwargs={"net_arch": [8]}, **QUICK, **kwargs
+    )
+
+
+@pytest.mark.parametrize("kwargs", OPTIONS)
+@pytest.mark.parametrize("make", [make_recurrent, make_maskable])
+def test_training_saving_and_loading(make, kwargs, tmp_path):
+    model = make(**kwargs)
+    before = parameters(model.policy)
+    model.learn(256)
+    after = parameters(model.policy)
+    assert not all_equal(before, after)
+    assert all(th.isfinite(tensor).all() for tensor in after)
+    model.save(tmp_path / "model")
+    loaded = type(model).load(tmp_path / "model", env=model.get_env())
+    assert all_equal(after, parameters(loaded.policy))
+    if model.proximal_policy is not None:
+        assert all_equal(parameters(model.proximal_policy), parameters(loaded.proximal_policy))
+        assert not all_equal(after, parameters(loaded.proximal_policy))
+    loaded.learn(64)
+
+
+@pytest.mark.parametrize("lstm", [{"enable_critic_lstm": True}, {"enable_critic_lstm": False}, {"shared_lstm": True}])
+def test_recurrent_value_recomputation_on_every_critic(lstm):
+    if lstm.get("shared_lstm"):
+        lstm = {"shared_lstm": True, "enable_critic_lstm": False}
+    model = make_recurrent(policy_kwargs=lstm, recompute_advantages=True).learn(128)
+    assert all(th.isfinite(tensor).all() for tensor in parameters(model.policy))
+
+
+def test_recomputed_recurrent_values_are_those_of_collection_before_any_update():
+    model = make_recurrent()
+    model.learn(64)
+    recorded = {}
+
+    def record(rollout, *_):
+        list(rollout.buffer.get(24))  # flattens
+        with th.no_grad():
+            model.policy.set_training_mode(False)
+            size = rollout.buffer.buffer_size * rollout.buffer.n_envs
+            recorded["values"] = model._predict_values(rollout.buffer, slice(0, size)).flatten().numpy()
+        recorded["collected"] = rollout.buffer.values.ravel()
+        return True
+
+    model._train_epoch = record
+    model._log_training = lambda *_: None
+    model.learn(64, reset_num_timesteps=False)
+    np.testing.assert_allclose(recorded["values"], recorded["collected"], rtol=1e-4, atol=1e-5)
+
+
+def test_padding_does_not_move_the_loss():
+    """Sequences of length 3 and 29 in one minibatch: padded entries must count for nothing."""
+    model = make_recurrent(advantage_decay=0.0)
+    poisoned = []
+    for poison in (False, True):
+        th.manual_seed(0)
+        model.set_parameters({"policy": {k: th.full_like(v, 0.1) for k, v in model.policy.state_dict().items()}}, False)
+        model.policy.optimizer.state.clear()
+        original = type(model)._evaluate_actions
+
+        def evaluate(policy, samples, actions, poison=poison, original=original):
+            values, log_prob, entropy = original(model, policy, samples, actions)
+            padding = ~model._padding_mask(samples)
+            if poison:
+                shift = padding.float() * 3.0
+                values, log_prob, entropy = values + shift[:, None], log_prob + shift, entropy + shift
+            evaluate.padded += int(padding.sum())
+            return values, log_prob, entropy
+
+        evaluate.padded = 0
+        model._evaluate_actions = evaluate
+        np.random.seed(0)
+        model.set_random_seed(0)
+        model.learn(64)
+        assert evaluate.padded > 0
+        poisoned.append(parameters(model.policy))
+    assert all_equal(*poisoned)
+
+
+@pytest.mark.parametrize("env", [InvalidActionEnvDiscrete, InvalidActionEnvMultiDiscrete])
+def test_masks_reach_the_proximal_policy(env):
+    if env is InvalidActionEnvMultiDiscrete:
+        env = lambda dim, n_invalid_actions: InvalidActionEnvMultiDiscrete(dims=[2, dim], n_invalid_actions=3)  # noqa: E731
+    model = make_maskable(env, kl_coef=1.0, kl_estimator="analytic")
+    seen = []
+    original = model._evaluate_actions
+
+    def evaluate(policy, samples, actions):
+        seen.append((policy is model.policy, samples.action_masks is not None))
+        return original(policy, samples, actions)
+
+    model._evaluate_actions = evaluate
+    model.learn(64)
+    assert {(True, True), (False, True)} == set(seen)
+    masks = np.array(model.get_env().env_method("action_masks"))
+    observation = model.get_env().reset()
+    for _ in range(20):
+        action, _ = model.proximal_policy.predict(observation, action_masks=masks)
+        assert masks[0, int(action[0] if action.ndim == 1 else action[0, -1])] or action.ndim > 1
+
+
+@pytest.mark.parametrize(("make", "plain"), [(make_recurrent, RecurrentPPO), (make_maskable, MaskablePPO)])
+def test_back_to_the_plain_algorithm(make, plain, tmp_path):
+    model = make().learn(64)
+    back = model.to_ppo()
+    assert type(back) is plain
+    back.save(tmp_path / "plain")
+    loaded = plain.load(tmp_path / "plain", env=model.get_env())
+    assert all_equal(parameters(loaded.policy), parameters(model.policy))
+    with pytest.warns(UserWarning, match="without policy_ewma: started afresh"):
+        again = type(model).load(tmp_path / "plain", env=model.get_env())
+    assert all_equal(parameters(again.proximal_policy), parameters(model.policy))
+
+
+@pytest.mark.parametrize(("cls", "plain"), [(RecurrentPPOEWMA, RecurrentPPO), (MaskablePPOEWMA, MaskablePPO)])
+def test_signature(cls, plain):
+    assert issubclass(cls, (EwmaMixin, plain))
+    ours, theirs = inspect.signature(cls).parameters, inspect.signature(plain).parameters
+    assert list(ours)[: len(theirs)] == list(theirs)
+    assert all(ours[name].default == theirs[name].default for name in theirs)
+    assert all(p.kind is p.KEYWORD_ONLY for name, p in ours.items() if name not in theirs)
+
+
+def test_missing_sb3_contrib_is_said_in_one_sentence():
+    code = (
+        "import sys; sys.modules['sb3_contrib'] = None\n"
+        "import sb3_ppo_ewma\n"
+        "try:\n    sb3_ppo_ewma.RecurrentPPOEWMA\n"
+        "except ImportError as error:\n    print(error)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "RecurrentPPOEWMA needs sb3-contrib: pip install" in result.stdout

@@ -1,0 +1,51 @@
+import random
+
+import numpy as np
+import torch as th
+
+from sb3_ppo_ewma.random_state import GeneratorStates, preserved_generators
+
+CPU = th.device("cpu")
+
+
+def draw() -> list[float]:
+    return [random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn(), th.rand(()).item()]
+
+
+def test_state_is_restored_when_training_goes_on_not_when_it_is_loaded():
+    states = GeneratorStates(CPU)
+    draw()  # leaves half a pair of normal variables behind in numpy and in random
+    saved = states.state_dict()
+    first = draw()
+    states.load_state_dict(saved)
+    assert draw() != first
+    states.apply_pending()
+    assert draw() == first
+    states.apply_pending()  # once only
+    assert draw() != first
+
+
+def test_state_is_safe_to_load_as_weights(tmp_path):
+    saved = GeneratorStates(CPU).state_dict()
+    first = draw()
+    th.save(saved, tmp_path / "state.pth")
+    states = GeneratorStates(CPU)
+    states.load_state_dict(th.load(tmp_path / "state.pth", weights_only=True))
+    states.apply_pending()
+    assert draw() == first
+
+
+def test_state_not_applied_yet_is_saved_again():
+    states = GeneratorStates(CPU)
+    saved = states.state_dict()
+    states.load_state_dict(saved)
+    draw()
+    assert th.equal(states.state_dict()["torch"], saved["torch"])
+
+
+def test_draws_inside_the_context_leave_no_trace():
+    saved = GeneratorStates(CPU)
+    saved.load_state_dict(saved.state_dict())
+    with preserved_generators(CPU):
+        first = draw()
+    assert draw() == first

@@ -1,0 +1,75 @@
+"""learn, save, load in a fresh process, learn equals the same two calls of learn in one process, to the bit."""
+
+import pathlib
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+import torch as th
+
+from tests.resume import RUNS, go_on, resume, start, stop
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> tuple[pathlib.Path, dict[str, dict]]:
+    """Folder of the interrupted runs, and the final state of the uninterrupted ones."""
+    root = tmp_path_factory.mktemp("resume")
+    uninterrupted = {}
+    for name in RUNS:
+        model = start(name)
+        stop(model, root / name)
+        uninterrupted[name] = go_on(model)
+    subprocess.run([sys.executable, "-m", "tests.resume", str(root)], check=True, cwd=ROOT)
+    return root, uninterrupted
+
+
+def differences(a: Any, b: Any, path: str = "") -> list[str]:
+    """Paths at which two nested states differ."""
+    if isinstance(a, dict):
+        if a.keys() != b.keys():
+            return [f"{path}: {sorted(map(str, a))} against {sorted(map(str, b))}"]
+        return [line for key in a for line in differences(a[key], b[key], f"{path}/{key}")]
+    if isinstance(a, (list, tuple)):
+        return [line for i, (x, y) in enumerate(zip(a, b, strict=True)) for line in differences(x, y, f"{path}/{i}")]
+    if isinstance(a, th.Tensor):
+        return [] if th.equal(a, b) else [path]
+    return [] if a == b else [path]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_resumed_run_equals_uninterrupted_run_to_the_bit(name, runs):
+    root, uninterrupted = runs
+    resumed = th.load(root / f"{name}.pth", weights_only=True)
+    assert differences(uninterrupted[name], resumed) == []
+    assert "generators" in resumed
+
+
+def test_generators_matter(runs):
+    """The comparison can fail: other random numbers lead elsewhere."""
+    root, uninterrupted = runs
+    model = resume("ewma", root / "ewma")
+    model.set_random_seed(123)
+    assert differences(uninterrupted["ewma"]["policy"], go_on(model)["policy"]) != []
+
+
+def test_average_matters(runs):
+    root, uninterrupted = runs
+    model = resume("ewma", root / "ewma")
+    model.policy_ewma.reset(model.policy)
+    assert differences(uninterrupted["ewma"]["policy"], go_on(model)["policy"]) != []
+
+
+def test_saving_does_not_disturb_training(tmp_path):
+    finals = []
+    for save in (False, True):
+        np.random.seed(0)
+        th.manual_seed(0)
+        model = start("seeded")
+        if save:
+            stop(model, tmp_path / "run")
+        finals.append(go_on(model))
+    assert differences(*finals) == []
