@@ -87,11 +87,13 @@ class RecurrentPPOEWMA(EwmaMixin, RecurrentPPO):
     def _predict_last_values(self, rollout: Rollout) -> th.Tensor:
         observations = obs_as_tensor(rollout.last_obs, self.device)
         dones = th.as_tensor(rollout.last_dones, dtype=th.float32, device=self.device)
-        values = cast(Any, self.policy).predict_values(observations, rollout.last_lstm_states, dones)
+        states = tuple(state.to(self.device) for state in rollout.last_lstm_states)
+        values = cast(Any, self.policy).predict_values(observations, states, dones)
         return cast(th.Tensor, values)
 
     def _collected_rollout(self) -> Rollout:
-        states = cast(RNNStates, self._last_lstm_states).vf
+        # On the CPU, as the buffer's arrays are, so that a queue saved on one device can be read on another
+        states = tuple(state.cpu() for state in cast(RNNStates, self._last_lstm_states).vf)
         return Rollout(self.rollout_buffer, self._last_obs, cast(np.ndarray, self._last_episode_starts), states)
 
     def learn(
