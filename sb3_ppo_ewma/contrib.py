@@ -59,6 +59,7 @@ class RecurrentPPOEWMA(EwmaMixin, RecurrentPPO):
     """
 
     _own_states: ClassVar[tuple[str, ...]] = (*EwmaMixin._own_states, "lstm_state")
+    _silent_states: ClassVar[frozenset[str]] = EwmaMixin._silent_states | {"lstm_state"}
 
     def _setup_model(self) -> None:
         super()._setup_model()

@@ -1,6 +1,5 @@
 """PPO-EWMA: PPO whose proximal policy is a moving average, as a mixin for any PPO-like SB3 algorithm."""
 
-import copy
 import functools
 import math
 import pathlib
@@ -14,10 +13,8 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3 import PPO
-from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy
-from stable_baselines3.common.save_util import load_from_zip_file
-from stable_baselines3.common.type_aliases import MaybeCallback, TensorDict
+from stable_baselines3.common.type_aliases import MaybeCallback
 from stable_baselines3.common.utils import explained_variance, obs_as_tensor, update_learning_rate
 from torch.distributions import Distribution
 
@@ -39,13 +36,13 @@ from sb3_ppo_ewma.ewma import (
     check_decay,
     decay_from_center_of_mass,
 )
-from sb3_ppo_ewma.random_state import GeneratorStates, preserved_generators
+from sb3_ppo_ewma.random_state import preserved_generators
 from sb3_ppo_ewma.rollouts import Rollout, StaleRollouts, is_finite
+from sb3_ppo_ewma.saving import SavedStateMixin
 
 KlEstimator = Literal["sample", "analytic"]
 StalenessMode = Literal["decoupled", "behavior", "proximal"]
 SelfPPOEWMA = TypeVar("SelfPPOEWMA", bound="PPOEWMA")
-SelfEwmaMixin = TypeVar("SelfEwmaMixin", bound="EwmaMixin")
 
 # Smallest batch for evaluating a whole rollout without gradients
 _EVALUATION_BATCH_SIZE = 256
@@ -101,7 +98,7 @@ class TrainStatistics:
         return {name: th.stack(values).double().cpu().numpy() for name, values in self._values.items() if values}
 
 
-class EwmaMixin(OnPolicyAlgorithm):
+class EwmaMixin(SavedStateMixin):
     """
     Decouples the proximal from the behaviour policy in a PPO-like SB3 algorithm. Place it first:
     ``class PPOEWMA(EwmaMixin, PPO)``. Collection, ``learn`` and ``predict`` stay the algorithm's; families differ in
@@ -139,7 +136,6 @@ class EwmaMixin(OnPolicyAlgorithm):
     advantage_moments: MomentsEwma | None
     value_optimizer: th.optim.Optimizer | None
     replay_buffer: StaleRollouts | None
-    generators: GeneratorStates
     batch_size: Any  # int; the recurrent and the maskable family also take None
     n_epochs: int
     clip_range: Any
@@ -147,10 +143,12 @@ class EwmaMixin(OnPolicyAlgorithm):
     normalize_advantage: bool
     target_kl: float | None
 
-    # Parts of the state that SB3 does not know, by attribute and, at the same time, by name in the saved file
-    _own_states: ClassVar[tuple[str, ...]] = ("policy_ewma", "advantage_moments", "value_optimizer", "generators")
-    # Those whose absence from a file changes nothing a user would want to know about
-    _silent_states: ClassVar[frozenset[str]] = frozenset({"generators", "lstm_state"})
+    _own_states: ClassVar[tuple[str, ...]] = (
+        *SavedStateMixin._own_states,
+        "policy_ewma",
+        "advantage_moments",
+        "value_optimizer",
+    )
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -195,13 +193,6 @@ class EwmaMixin(OnPolicyAlgorithm):
 
     # ------------------------------------------------------------------ construction
 
-    @classmethod
-    def _sb3_class(cls) -> type[OnPolicyAlgorithm]:
-        """
-        :return: the algorithm this is mixed into: PPO, RecurrentPPO, ...
-        """
-        return cast(type[OnPolicyAlgorithm], next(base for base in cls.__mro__ if not issubclass(base, EwmaMixin)))
-
     def _check_own_parameters(self) -> None:
         if self.prox_decay is not None and self.prox_decay != "auto":
             check_number("prox_decay", self.prox_decay, "a number in [0, 1), 'auto' or None")
@@ -235,7 +226,6 @@ class EwmaMixin(OnPolicyAlgorithm):
         if self.clip_range is None:
             self.clip_range = CLIP_OFF
         super()._setup_model()
-        self.generators = GeneratorStates(self.device)
         self.policy_ewma = None if self.prox_decay is None else ParameterEwma(self._copy_policy())
         self.advantage_moments = None if self.advantage_decay is None else MomentsEwma(self.advantage_decay)
         self.value_optimizer = None
@@ -635,81 +625,14 @@ class EwmaMixin(OnPolicyAlgorithm):
                 "beside the model and read it with load_replay_buffer().",
                 stacklevel=3,
             )
-        self.generators.apply_pending()
         return super()._setup_learn(*args, **kwargs)
 
-    def set_random_seed(self, seed: int | None = None) -> None:
-        """
-        Seed the generators; what :meth:`load` kept of their state is dropped.
-
-        :param seed: ``None`` does nothing
-        """
-        super().set_random_seed(seed)
-        if seed is not None and "generators" in vars(self):
-            self.generators.pending = None
-
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), *self._own_states, "_recent_policy", "_moments_before"]
+        return [*super()._excluded_save_params(), "_recent_policy", "_moments_before"]
 
-    def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
-        names, variables = super()._get_torch_save_params()
-        return [*names, *(name for name in self._own_states if getattr(self, name) is not None)], variables
-
-    def set_parameters(
-        self,
-        load_path_or_dict: str | TensorDict,
-        exact_match: bool = True,
-        device: th.device | str = "auto",
-    ) -> None:
-        """
-        Load parameters from a file or a dictionary, as in SB3. Parts that only this class has may be missing (in a file
-        of plain PPO, or after a change of ``prox_decay``): they start afresh from the loaded policy, with a warning;
-        parts that are no longer needed are dropped, with a warning.
-
-        :param load_path_or_dict: file, or dictionary as from ``get_parameters``
-        :param exact_match: whether SB3's own parts must all be there
-        :param device: device of the loaded tensors
-        """
-        if isinstance(load_path_or_dict, dict):
-            params: dict[str, Any] = dict(load_path_or_dict)
-        else:
-            params = dict(load_from_zip_file(load_path_or_dict, device=device, load_data=False)[1])
-        needed = [name for name in self._own_states if getattr(self, name) is not None]
-        missing = [name for name in needed if name not in params]
-        surplus = [name for name in self._own_states if name in params and name not in needed]
-        for name in surplus:
-            del params[name]
-        if exact_match:
-            params |= {name: getattr(self, name).state_dict() for name in missing}
-        pending = self.generators.pending
-        super().set_parameters(params, exact_match=exact_match, device=device)
-        if "generators" in missing:
-            self.generators.pending = pending
-        if self.policy_ewma is not None and "policy_ewma" in missing and "policy" in params:
+    def _start_afresh(self, missing: list[str]) -> None:
+        if self.policy_ewma is not None and "policy_ewma" in missing:
             self.policy_ewma.reset(self.policy)
-        started = [name for name in missing if name not in self._silent_states]
-        messages = []
-        if started:
-            messages.append(f"without {', '.join(started)}: started afresh from the loaded policy")
-        if surplus:
-            messages.append(f"with {', '.join(surplus)}, which this model does not use: dropped")
-        if exact_match and messages:
-            warnings.warn(f"Loaded parameters {'; '.join(messages)}.", stacklevel=2)
-
-    @classmethod
-    def load(cls: type[SelfEwmaMixin], *args: Any, **kwargs: Any) -> SelfEwmaMixin:
-        """
-        Load a model saved by this class or by the SB3 algorithm it extends. The state of the random number generators
-        is restored when training goes on, unless ``seed`` is given: then that seed holds.
-
-        :param args: see SB3's ``load``
-        :param kwargs: see SB3's ``load``
-        :return: the model
-        """
-        model = super().load(*args, **kwargs)
-        if kwargs.get("seed") is not None:
-            model.generators.pending = None
-        return model
 
     def save_replay_buffer(self, path: str | pathlib.Path | BufferedIOBase) -> None:
         """
@@ -734,32 +657,6 @@ class EwmaMixin(OnPolicyAlgorithm):
             warnings.warn("staleness=0: no rollouts wait, the file was not read", stacklevel=2)
             return
         self.replay_buffer.load(path, self.rollout_buffer, self.num_timesteps)
-
-    def to_ppo(self) -> OnPolicyAlgorithm:
-        """
-        Hand the trained model back as the plain SB3 algorithm: same policy, optimiser, hyper-parameters, counters and
-        environment, independent of this model. EWMA, moments, a separate value optimiser and waiting rollouts stay
-        behind.
-
-        :return: ``PPO`` (for the other families ``RecurrentPPO``, ``MaskablePPO``)
-        """
-        own = set(merged_signature(type(self)).parameters) - set(merged_signature(self._sb3_class()).parameters)
-        skipped = own | set(self._excluded_save_params()) | {"seed", "n_envs"}
-        create: Any = self._sb3_class()
-        model: OnPolicyAlgorithm = create(self.policy_class, env=None, device=self.device, _init_setup_model=False)
-        vars(model).update({name: copy.copy(value) for name, value in vars(self).items() if name not in skipped})
-        model.n_envs = self.n_envs
-        if is_clip_off(self.clip_range):
-            warnings.warn("PPO cannot train without its clip: clip_range is set to SB3's default 0.2", stacklevel=2)
-            vars(model)["clip_range"] = 0.2
-        with preserved_generators(self.device):
-            model._setup_model()
-            model.policy.load_state_dict(self.policy.state_dict())
-            if model.use_sde:
-                model.policy.reset_noise()  # as SB3 does after loading
-        model.policy.optimizer.load_state_dict(copy.deepcopy(self.policy.optimizer.state_dict()))
-        model.seed, model.env, model._vec_normalize_env = self.seed, self.env, self._vec_normalize_env
-        return model
 
 
 class PPOEWMA(EwmaMixin, PPO):

@@ -1,0 +1,152 @@
+"""Saving and loading of what an algorithm has beyond the SB3 algorithm it extends."""
+
+import copy
+import warnings
+from typing import Any, ClassVar, TypeVar, cast
+
+import torch as th
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from stable_baselines3.common.save_util import load_from_zip_file
+from stable_baselines3.common.type_aliases import TensorDict
+
+from sb3_ppo_ewma._arguments import is_clip_off, merged_signature
+from sb3_ppo_ewma.random_state import GeneratorStates, preserved_generators
+
+SelfSavedState = TypeVar("SelfSavedState", bound="SavedStateMixin")
+
+
+class SavedStateMixin(OnPolicyAlgorithm):
+    """
+    Names its own parts of the state in ``_own_states``; they go into SB3's file beside SB3's, and files without them
+    (those of the plain algorithm) load too. The state of the random number generators is one of them.
+    """
+
+    generators: GeneratorStates
+
+    # By attribute and, at the same time, by name in the saved file. An attribute that is None is not saved.
+    _own_states: ClassVar[tuple[str, ...]] = ("generators",)
+    # Those whose absence from a file changes nothing a user would want to know about
+    _silent_states: ClassVar[frozenset[str]] = frozenset({"generators"})
+
+    @classmethod
+    def _sb3_class(cls) -> type[OnPolicyAlgorithm]:
+        """
+        :return: the algorithm this is mixed into: PPO, RecurrentPPO, ...
+        """
+        return cast(
+            type[OnPolicyAlgorithm], next(base for base in cls.__mro__ if not issubclass(base, SavedStateMixin))
+        )
+
+    def _setup_model(self) -> None:
+        super()._setup_model()
+        self.generators = GeneratorStates(self.device)
+
+    def _setup_learn(self, *args: Any, **kwargs: Any) -> Any:
+        self.generators.apply_pending()
+        return super()._setup_learn(*args, **kwargs)
+
+    def set_random_seed(self, seed: int | None = None) -> None:
+        """
+        Seed the generators; what :meth:`load` kept of their state is dropped.
+
+        :param seed: ``None`` does nothing
+        """
+        super().set_random_seed(seed)
+        if seed is not None and "generators" in vars(self):
+            self.generators.pending = None
+
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), *self._own_states]
+
+    def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
+        names, variables = super()._get_torch_save_params()
+        return [*names, *(name for name in self._own_states if getattr(self, name) is not None)], variables
+
+    def set_parameters(
+        self,
+        load_path_or_dict: str | TensorDict,
+        exact_match: bool = True,
+        device: th.device | str = "auto",
+    ) -> None:
+        """
+        Load parameters from a file or a dictionary, as in SB3. Parts that only this class has may be missing (in a file
+        of plain PPO, or after a change of ``prox_decay``): they start afresh from the loaded policy, with a warning;
+        parts that are no longer needed are dropped, with a warning.
+
+        :param load_path_or_dict: file, or dictionary as from ``get_parameters``
+        :param exact_match: whether SB3's own parts must all be there
+        :param device: device of the loaded tensors
+        """
+        if isinstance(load_path_or_dict, dict):
+            params: dict[str, Any] = dict(load_path_or_dict)
+        else:
+            params = dict(load_from_zip_file(load_path_or_dict, device=device, load_data=False)[1])
+        needed = [name for name in self._own_states if getattr(self, name) is not None]
+        missing = [name for name in needed if name not in params]
+        surplus = [name for name in self._own_states if name in params and name not in needed]
+        for name in surplus:
+            del params[name]
+        if exact_match:
+            params |= {name: getattr(self, name).state_dict() for name in missing}
+        pending = self.generators.pending
+        super().set_parameters(params, exact_match=exact_match, device=device)
+        if "generators" in missing:
+            self.generators.pending = pending
+        if "policy" in params:
+            self._start_afresh(missing)
+        started = [name for name in missing if name not in self._silent_states]
+        messages = []
+        if started:
+            messages.append(f"without {', '.join(started)}: started afresh from the loaded policy")
+        if surplus:
+            messages.append(f"with {', '.join(surplus)}, which this model does not use: dropped")
+        if exact_match and messages:
+            warnings.warn(f"Loaded parameters {'; '.join(messages)}.", stacklevel=2)
+
+    def _start_afresh(self, missing: list[str]) -> None:
+        """
+        Start own parts that loaded parameters do not have from the policy that they do have.
+
+        :param missing: their names
+        """
+
+    @classmethod
+    def load(cls: type[SelfSavedState], *args: Any, **kwargs: Any) -> SelfSavedState:
+        """
+        Load a model saved by this class or by the SB3 algorithm it extends. The state of the random number generators
+        is restored when training goes on, unless ``seed`` is given: then that seed holds.
+
+        :param args: see SB3's ``load``
+        :param kwargs: see SB3's ``load``
+        :return: the model
+        """
+        model = super().load(*args, **kwargs)
+        if kwargs.get("seed") is not None:
+            model.generators.pending = None
+        return model
+
+    def to_ppo(self) -> OnPolicyAlgorithm:
+        """
+        Hand the trained model back as the plain SB3 algorithm: same policy, optimiser, hyper-parameters, counters and
+        environment, independent of this model. EWMA, moments, a separate value optimiser and waiting rollouts stay
+        behind.
+
+        :return: ``PPO`` (for the other families ``RecurrentPPO``, ``MaskablePPO``)
+        """
+        own = set(merged_signature(type(self)).parameters) - set(merged_signature(self._sb3_class()).parameters)
+        skipped = own | set(self._excluded_save_params()) | {"seed", "n_envs"}
+        create: Any = self._sb3_class()
+        model: OnPolicyAlgorithm = create(self.policy_class, env=None, device=self.device, _init_setup_model=False)
+        vars(model).update({name: copy.copy(value) for name, value in vars(self).items() if name not in skipped})
+        model.n_envs = self.n_envs
+        if is_clip_off(vars(self)["clip_range"]):
+            warnings.warn("PPO cannot train without its clip: clip_range is set to SB3's default 0.2", stacklevel=2)
+            vars(model)["clip_range"] = 0.2
+        with preserved_generators(self.device):
+            model._setup_model()
+            model.policy.load_state_dict(self.policy.state_dict())
+            if model.use_sde:
+                model.policy.reset_noise()  # as SB3 does after loading
+        model.policy.optimizer.load_state_dict(copy.deepcopy(self.policy.optimizer.state_dict()))
+        model.seed, model.env, model._vec_normalize_env = self.seed, self.env, self._vec_normalize_env
+        return model
