@@ -36,12 +36,12 @@ def all_equal(a: list[th.Tensor], b: list[th.Tensor]) -> bool:
 def make_recurrent(**kwargs) -> RecurrentPPOEWMA:
     env = make_vec_env(kwargs.pop("env", "CartPole-v1"), 2)
     policy_kwargs = {**LSTM, **kwargs.pop("policy_kwargs", {})}
-    return RecurrentPPOEWMA("MlpLstmPolicy", env, policy_kwargs=policy_kwargs, **QUICK, **kwargs)
+    return RecurrentPPOEWMA("MlpLstmPolicy", env, policy_kwargs=policy_kwargs, **{**QUICK, **kwargs})
 
 
 def make_maskable(env=InvalidActionEnvDiscrete, **kwargs) -> MaskablePPOEWMA:
     return MaskablePPOEWMA(
-        "MlpPolicy", env(dim=6, n_invalid_actions=3), policy_kwargs={"net_arch": [8]}, **QUICK, **kwargs
+        "MlpPolicy", env(dim=6, n_invalid_actions=3), policy_kwargs={"net_arch": [8]}, **{**QUICK, **kwargs}
     )
 
 
@@ -71,24 +71,23 @@ def test_recurrent_value_recomputation_on_every_critic(lstm):
     assert all(th.isfinite(tensor).all() for tensor in parameters(model.policy))
 
 
-def test_recomputed_recurrent_values_are_those_of_collection_before_any_update():
-    model = make_recurrent()
-    model.learn(64)
-    recorded = {}
+@pytest.mark.parametrize("make", [make_recurrent, make_maskable])
+def test_recomputed_advantages_are_those_of_collection_before_any_update(make):
+    model = make(learning_rate=0.0, recompute_advantages=True).learn(64)
+    seen = []
+    recompute = model._recompute_advantages
 
-    def record(rollout, *_):
-        list(rollout.buffer.get(24))  # flattens
-        with th.no_grad():
-            model.policy.set_training_mode(False)
-            size = rollout.buffer.buffer_size * rollout.buffer.n_envs
-            recorded["values"] = model._predict_values(rollout.buffer, slice(0, size)).flatten().numpy()
-        recorded["collected"] = rollout.buffer.values.ravel()
-        return True
+    def record(rollout):
+        collected = rollout.buffer.advantages.copy()
+        recompute(rollout)
+        seen.append((collected, rollout.buffer.advantages))
 
-    model._train_epoch = record
-    model._log_training = lambda *_: None
+    model._recompute_advantages = record
     model.learn(64, reset_num_timesteps=False)
-    np.testing.assert_allclose(recorded["values"], recorded["collected"], rtol=1e-4, atol=1e-5)
+    assert seen
+    for collected, recomputed in seen:
+        assert recomputed is not collected
+        np.testing.assert_allclose(recomputed, collected, rtol=1e-4, atol=1e-4)
 
 
 def test_padding_does_not_move_the_loss():
