@@ -126,8 +126,8 @@ class MaskablePPOEWMA(EwmaMixin, MaskablePPO):
     defaults; those of :class:`~sb3_ppo_ewma.EwmaMixin` by keyword.
     """
 
-    def _make_policy(self) -> ActorCriticPolicy:
-        policy = self.policy_class(self.observation_space, self.action_space, self.lr_schedule, **self.policy_kwargs)
+    def _make_policy(self, policy_kwargs: dict[str, Any]) -> ActorCriticPolicy:
+        policy = self.policy_class(self.observation_space, self.action_space, self.lr_schedule, **policy_kwargs)
         return cast(ActorCriticPolicy, policy)
 
     def _evaluate_actions(

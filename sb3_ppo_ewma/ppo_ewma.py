@@ -1,5 +1,6 @@
 """PPO-EWMA: PPO whose proximal policy is a moving average, as a mixin for any PPO-like SB3 algorithm."""
 
+import copy
 import functools
 import math
 import pathlib
@@ -38,7 +39,7 @@ from sb3_ppo_ewma.ewma import (
 )
 from sb3_ppo_ewma.random_state import preserved_generators
 from sb3_ppo_ewma.rollouts import Rollout, StaleRollouts, is_finite
-from sb3_ppo_ewma.saving import SavedStateMixin
+from sb3_ppo_ewma.saving import SavedStateMixin, uncompiled
 
 KlEstimator = Literal["sample", "analytic"]
 StalenessMode = Literal["decoupled", "behavior", "proximal"]
@@ -239,20 +240,22 @@ class EwmaMixin(SavedStateMixin):
         # Policy at the start of the iteration, only built when something needs it
         self._recent_policy: ParameterEwma | None = None
 
-    def _make_policy(self) -> ActorCriticPolicy:
+    def _make_policy(self, policy_kwargs: dict[str, Any]) -> ActorCriticPolicy:
         """
+        :param policy_kwargs: keyword arguments of the policy
         :return: a new policy, built as the algorithm's ``_setup_model`` does
         """
         policy = self.policy_class(
-            self.observation_space, self.action_space, self.lr_schedule, use_sde=self.use_sde, **self.policy_kwargs
+            self.observation_space, self.action_space, self.lr_schedule, use_sde=self.use_sde, **policy_kwargs
         )
         return cast(ActorCriticPolicy, policy)
 
     def _copy_policy(self) -> ActorCriticPolicy:
-        # Built anew, since copy.deepcopy() fails on policies that have been trained or use gSDE.
+        # Built anew, since copy.deepcopy() fails on policies that have been trained or use gSDE; from copied arguments,
+        # since a module among them (a pre-trained encoder) would else be part of both policies.
         with preserved_generators(self.device):
-            policy = self._make_policy().to(self.device)
-        policy.load_state_dict(self.policy.state_dict())
+            policy = self._make_policy(copy.deepcopy(self.policy_kwargs)).to(self.device)
+        policy.load_state_dict(uncompiled(self.policy).state_dict())
         if hasattr(policy, "share_features_extractor"):
             # SB3 leaves this key out, and a policy saved alone would come back with shared features.
             parameters = functools.partial(

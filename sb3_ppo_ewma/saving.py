@@ -144,9 +144,17 @@ class SavedStateMixin(OnPolicyAlgorithm):
             vars(model)["clip_range"] = 0.2
         with preserved_generators(self.device):
             model._setup_model()
-            model.policy.load_state_dict(self.policy.state_dict())
+            model.policy.load_state_dict(uncompiled(self.policy).state_dict())
             if model.use_sde:
                 model.policy.reset_noise()  # as SB3 does after loading
         model.policy.optimizer.load_state_dict(copy.deepcopy(self.policy.optimizer.state_dict()))
         model.seed, model.env, model._vec_normalize_env = self.seed, self.env, self._vec_normalize_env
         return model
+
+
+def uncompiled(module: th.nn.Module) -> th.nn.Module:
+    """
+    :param module: a module, or the result of ``torch.compile`` for it, whose parameters have other names
+    :return: the module
+    """
+    return cast(th.nn.Module, getattr(module, "_orig_mod", module))

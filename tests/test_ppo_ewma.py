@@ -14,6 +14,7 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.utils import ConstantSchedule, LinearSchedule
 
 from sb3_ppo_ewma import PPOEWMA
@@ -102,6 +103,26 @@ def test_proximal_policy_can_be_evaluated_predicted_with_and_saved_alone(tmp_pat
         loaded.get_distribution(obs).distribution.logits, proximal.get_distribution(obs).distribution.logits
     )
     assert make(prox_decay=None).proximal_policy is None
+
+
+class GivenEncoder(BaseFeaturesExtractor):
+    def __init__(self, observation_space, encoder):
+        super().__init__(observation_space, 8)
+        self.encoder = encoder
+
+    def forward(self, observations):
+        return self.encoder(observations)
+
+
+def test_module_among_the_policy_arguments_is_not_shared_with_the_average():
+    encoder = th.nn.Linear(4, 8)
+    extractor = {"features_extractor_class": GivenEncoder, "features_extractor_kwargs": {"encoder": encoder}}
+    model = make(policy_kwargs={"net_arch": [8], **extractor}, learning_rate=0.01)
+    before = encoder.weight.detach().clone()
+    model.learn(64)
+    assert encoder.weight.requires_grad
+    assert not th.equal(encoder.weight, before)
+    assert not th.equal(encoder.weight, model.proximal_policy.features_extractor.encoder.weight)
 
 
 def test_building_the_proximal_policy_draws_no_random_numbers():
