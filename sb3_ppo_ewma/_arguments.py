@@ -5,6 +5,7 @@ own before anything is built.
 
 import difflib
 import inspect
+import math
 from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any, cast
@@ -102,7 +103,15 @@ def check_sb3_arguments(arguments: dict[str, Any], advantage_decay: float | None
                 "batch_size must be greater than 1 to normalise advantages per minibatch, got 1; "
                 "advantage_decay=0.0 normalises over the rollout and allows 1"
             )
-    check_integer("n_epochs", arguments["n_epochs"], minimum=1)
+    for name in ("n_steps", "n_epochs"):
+        check_integer(name, arguments[name], minimum=1)
+    for name in ("gamma", "gae_lambda"):
+        check_number(name, arguments[name], 0, 1, closed=True)
+    check_number("ent_coef", arguments["ent_coef"], -math.inf)
+    check_number("vf_coef", arguments["vf_coef"], 0)
+    check_number("max_grad_norm", arguments["max_grad_norm"], 0, closed=True)  # float("inf"): no clipping
+    if arguments["target_kl"] is not None:
+        check_number("target_kl", arguments["target_kl"], 0)
     arguments["clip_range"] = _checked_clip_range(arguments["clip_range"])
     clip_range_vf = arguments["clip_range_vf"]
     if isinstance(clip_range_vf, Real) and not float(clip_range_vf) > 0:
@@ -122,18 +131,25 @@ def _checked_clip_range(clip_range: Any) -> float | Schedule:
     return cast(Schedule, clip_range) if callable(clip_range) else value
 
 
-def check_number(name: str, value: Any, allowed: str) -> None:
+def check_number(name: str, value: Any, low: float, high: float = math.inf, *, closed: bool = False) -> None:
     """
     :param name: of the parameter
     :param value: its value
-    :param allowed: description of what is allowed
+    :param low: smallest allowed value
+    :param high: upper end of the allowed values
+    :param closed: whether the upper end itself is allowed
     :raises TypeError: if it is no real number
-    :raises ValueError: if it is a string
+    :raises ValueError: if it is out of the range or NaN
     """
-    if isinstance(value, str):
-        raise ValueError(f"{name} must be {allowed}, got {value!r}")
+    if high < math.inf:
+        allowed = f"in [{low}, {high}{']' if closed else ')'}"
+    else:
+        allowed = f">= {low}" if low > -math.inf else "finite"
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be {allowed}, got {value!r}")
+        raise TypeError(f"{name} must be a number ({allowed}), got {value!r}")
+    number = float(value)
+    if not (low <= number < high or (closed and number == high)):
+        raise ValueError(f"{name} must be {allowed}, got {value}")
 
 
 def check_integer(name: str, value: Any, minimum: int) -> None:
@@ -150,12 +166,14 @@ def check_integer(name: str, value: Any, minimum: int) -> None:
         raise SB3ArgumentError(f"{name} must be >= {minimum}, got {value}")
 
 
-def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+def check_choice(name: str, value: Any, choices: tuple[str, ...], others: str = "") -> None:
     """
     :param name: of the parameter
     :param value: its value
     :param choices: allowed values
+    :param others: description of what else is allowed
     :raises ValueError: if it is none of them
     """
     if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+        allowed = ", ".join([*map(repr, choices), *([others] if others else [])])
+        raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
