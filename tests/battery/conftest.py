@@ -1,0 +1,31 @@
+"""
+Fixtures of the battery.
+"""
+
+from collections.abc import Iterator
+
+import pytest
+import torch as th
+
+from tests.battery.algorithms import ALGORITHMS, Algorithm
+
+
+@pytest.fixture(params=ALGORITHMS, ids=str)
+def algo(request: pytest.FixtureRequest) -> Algorithm:
+    """Every algorithm of the list."""
+    return request.param
+
+
+@pytest.fixture(params=[algo for algo in ALGORITHMS if algo.own], ids=str)
+def own_algo(request: pytest.FixtureRequest) -> Algorithm:
+    """Every algorithm of this package."""
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Tiny networks are slower with several threads."""
+    threads = th.get_num_threads()
+    th.set_num_threads(1)
+    yield
+    th.set_num_threads(threads)

@@ -1,0 +1,120 @@
+"""
+NaN and Inf end training with an error that names the quantity, and the parameters stay the last good ones.
+"""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch as th
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.policies import ActorCriticPolicy
+
+from tests.battery.algorithms import Algorithm
+from tests.battery.envs import BrokenEnv, SpaceEnv
+from tests.battery.helpers import assert_same, copy_parameters, record_log
+
+pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")
+
+
+class RolloutStart(BaseCallback):
+    """
+    Keeps the parameters that every rollout starts with.
+    """
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_rollout_start(self) -> None:
+        self.last_good = copy_parameters(self.model)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("quantity", ["observation", "reward"])
+@pytest.mark.parametrize("step", [3, 16 + 5, 16 + 15, 32])
+def test_environment(own_algo: Algorithm, quantity: str, value: float, step: int) -> None:
+    # In the first rollout, in the second one, in its last step but one, in the last
+    model = own_algo.make(BrokenEnv(quantity, value, step))
+    start = RolloutStart()
+    with pytest.raises(ValueError, match=f"NaN or Inf in .*{quantity}"):
+        model.learn(64, callback=start)
+    assert model.num_timesteps <= 32
+    assert model._n_updates == 2 * (model.num_timesteps > 16)
+    assert_same(copy_parameters(model), start.last_good)
+    assert all(th.isfinite(parameter).all() for parameter in model.policy.parameters())
+    assert all(th.isfinite(parameter).all() for parameter in model.proximal_policy.parameters())
+    # Nothing is broken: training goes on in an environment that works.
+    model.set_env(SpaceEnv())
+    assert model.learn(16).num_timesteps == 16
+
+
+class BreakingPolicy(ActorCriticPolicy):
+    """
+    Returns NaN in training, from some call on.
+    """
+
+    def __init__(self, *args: Any, quantity: int, call: int, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.quantity, self.call, self.good = quantity, call, []
+
+    def evaluate_actions(self, obs: Any, actions: th.Tensor) -> Any:
+        if not th.is_grad_enabled():
+            return super().evaluate_actions(obs, actions)
+        self.good.append({name: value.clone() for name, value in self.state_dict().items()})
+        result = list(super().evaluate_actions(obs, actions))
+        if len(self.good) >= self.call:
+            result[self.quantity] = result[self.quantity] * float("nan")
+        return result
+
+
+@pytest.mark.parametrize(
+    ("quantity", "name"), [(0, "values"), (1, "log-probabilities"), (2, "entropy")], ids=lambda value: str(value)
+)
+@pytest.mark.parametrize("call", [1, 3])
+def test_network_in_training(own_algo: Algorithm, quantity: int, name: str, call: int) -> None:
+    policy_kwargs = {"quantity": quantity, "call": call}
+    kwargs = {**own_algo.kwargs, "n_epochs_value": None}  # every minibatch has all three losses
+    algo = Algorithm(own_algo.cls, kwargs)
+    model = algo.make(SpaceEnv(), policy=BreakingPolicy, ent_coef=0.01, policy_kwargs=policy_kwargs)
+    with pytest.raises(ValueError, match=f"NaN or Inf in {name}"):
+        model.learn(64)
+    assert len(model.policy.good) == call
+    assert_same(copy_parameters(model), model.policy.good[-1])
+    assert all(th.isfinite(parameter).all() for parameter in model.proximal_policy.parameters())
+
+
+@pytest.mark.parametrize("network", ["action_net", "value_net"])
+def test_network_in_collection(own_algo: Algorithm, network: str) -> None:
+    model = own_algo.make(SpaceEnv()).learn(16)
+    with th.no_grad():
+        getattr(model.policy, network).bias[0] = np.nan
+    before = copy_parameters(model)
+    # A value that is NaN first shows in the rewards of truncated episodes, which it is added to.
+    quantity = {"action_net": "parameter 'action_net.bias'", "value_net": "value"}[network]
+    with pytest.raises(ValueError, match=f"NaN or Inf in .*{quantity}"):
+        model.learn(16)
+    after = copy_parameters(model)
+    assert all(th.equal(th.nan_to_num(value), th.nan_to_num(before[name])) for name, value in after.items())
+
+
+def test_gradients_that_overflow(own_algo: Algorithm) -> None:
+    model = own_algo.make(SpaceEnv(), learning_rate=1e-3)
+    with th.no_grad():  # finite values whose squared error is not
+        model.policy.value_net.weight.fill_(1e25)
+    before = copy_parameters(model)
+    with pytest.raises(ValueError, match="NaN or Inf in"):
+        model.learn(16)
+    assert_same(copy_parameters(model), before)
+
+
+@pytest.mark.parametrize("action_space", ["discrete", "multidiscrete", "multibinary"])
+def test_probabilities_that_underflow(own_algo: Algorithm, action_space: str) -> None:
+    """Huge steps make actions so unlikely that float32 has no probability for them; training goes on."""
+    model = own_algo.make(SpaceEnv(action_space=action_space), learning_rate=30.0, n_epochs=4, max_grad_norm=1e9)
+    rows = record_log(model)
+    model.learn(64)
+    trained = [row for _, row in rows if "train/loss" in row]
+    # The mean of -log(π_θ/π_behav), nearly; exp(-88) is the smallest normal number of float32.
+    assert max(row["train/approx_kl"] for row in trained) > 88
+    assert all(np.isfinite(row["train/loss"]) for row in trained)
+    assert all(th.isfinite(parameter).all() for parameter in model.policy.parameters())

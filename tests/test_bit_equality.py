@@ -1,0 +1,359 @@
+"""
+With the EWMA off, the algorithms compute what the ones they extend compute, to the bit, in a training step of their
+own; with the EWMA on, they still do when π_prox is replaced by π_behav, and only then.
+"""
+
+import functools
+from collections.abc import Callable
+from copy import deepcopy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch as th
+from gymnasium import spaces
+from sb3_contrib import MaskablePPO, RecurrentPPO
+from sb3_contrib.common.envs import (
+    InvalidActionEnvDiscrete,
+    InvalidActionEnvMultiBinary,
+    InvalidActionEnvMultiDiscrete,
+)
+from stable_baselines3 import PPO
+from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
+from torch import nn
+
+from sb3_ppo_ewma import PPOEWMA, EwmaMixin, MaskablePPOEWMA, RecurrentPPOEWMA
+from tests.battery.envs import OBSERVATION_SPACES, VECTOR, SpaceEnv, copies
+from tests.battery.helpers import assert_same, record_log
+
+ITERATIONS = 4
+# A learning rate and a clip range that ratios leave within a rollout
+COMMON: dict[str, Any] = {
+    "learning_rate": 0.02,
+    "clip_range": 0.05,
+    "n_steps": 16,
+    "batch_size": 8,
+    "n_epochs": 3,
+    "seed": 0,
+    "device": "cpu",
+    "policy_kwargs": {"net_arch": [8]},
+}
+CNN = {"policy_kwargs": {"net_arch": [8], "features_extractor_kwargs": {"features_dim": 8}}, "learning_rate": 3e-3}
+CNNS = {"policy_kwargs": {"net_arch": [8], "features_extractor_kwargs": {"cnn_output_dim": 8}}, "learning_rate": 3e-3}
+SQUASHED = {
+    "use_sde": True,
+    "learning_rate": 3e-3,
+    "policy_kwargs": {"net_arch": [8], "squash_output": True, "full_std": False, "use_expln": True},
+}
+LSTM = {"net_arch": [8], "lstm_hidden_size": 4}
+
+Case = tuple[Callable[[], Any], str | type[ActorCriticPolicy], dict[str, Any]]
+
+
+def env(action_space: str = "discrete", observation_space: Any = VECTOR) -> Callable[[], SpaceEnv]:
+    """:return: makes environments with these spaces; their episodes of 5 steps end within the rollout of 16"""
+    return lambda: SpaceEnv(observation_space, action_space, episode_length=5)
+
+
+def normalized_envs() -> VecEnv:
+    """:return: three environments, normalised: 48 samples in a rollout"""
+    return VecNormalize(DummyVecEnv(copies(env("box"), 3)))
+
+
+class DropoutExtractor(BaseFeaturesExtractor):
+    """Draws random numbers and moves running statistics in training."""
+
+    def __init__(self, observation_space: spaces.Box) -> None:
+        super().__init__(observation_space, 8)
+        self.layers = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Dropout(0.5))
+
+    def forward(self, observations: th.Tensor) -> th.Tensor:
+        features: th.Tensor = self.layers(observations)
+        return features
+
+
+class ScaledValuePolicy(ActorCriticPolicy):
+    """Overrides what training calls."""
+
+    def evaluate_actions(self, obs: Any, actions: th.Tensor) -> Any:
+        values, log_prob, entropy = super().evaluate_actions(obs, actions)
+        return 3 * values, log_prob, entropy
+
+
+class OrderedBuffer(RolloutBuffer):
+    """Does not shuffle."""
+
+    def get(self, batch_size: int | None = None) -> Any:
+        next(super().get(batch_size))  # flattens the arrays
+        size = self.buffer_size * self.n_envs
+        return (self._get_samples(np.arange(i, min(i + batch_size, size))) for i in range(0, size, batch_size))
+
+
+CASES: dict[str, Case] = {
+    "box": (env("box"), "MlpPolicy", {}),
+    "box_matrix": (env("box_matrix"), "MlpPolicy", {}),
+    "discrete": (env("discrete"), "MlpPolicy", {}),
+    "multidiscrete": (env("multidiscrete"), "MlpPolicy", {}),
+    "multibinary": (env("multibinary"), "MlpPolicy", {}),
+    "cartpole": (lambda: "CartPole-v1", "MlpPolicy", {}),
+    "pendulum": (lambda: "Pendulum-v1", "MlpPolicy", {}),
+    "dict": (env("multidiscrete", OBSERVATION_SPACES["dict"]), "MultiInputPolicy", CNNS),
+    "cnn": (env("discrete", OBSERVATION_SPACES["image_channels_last"]), "CnnPolicy", CNN),
+    "unshared": (
+        env("box", OBSERVATION_SPACES["image_channels_first"]),
+        "CnnPolicy",
+        {**CNN, "policy_kwargs": {**CNN["policy_kwargs"], "share_features_extractor": False}},
+    ),
+    "sde": (env("box"), "MlpPolicy", {"use_sde": True, "sde_sample_freq": 4}),
+    "sde_squashed": (env("box"), "MlpPolicy", SQUASHED),
+    # Its entropy has no closed form: PPO takes the mean of the log-probabilities, which then enter the loss twice.
+    "sde_squashed_ent_coef": (env("box"), "MlpPolicy", {**SQUASHED, "ent_coef": 0.1}),
+    "clip_range_vf": (env("box"), "MlpPolicy", {"clip_range_vf": 0.1}),
+    "target_kl": (env("discrete"), "MlpPolicy", {"target_kl": 0.01, "n_epochs": 6}),
+    "schedules": (
+        env("box"),
+        "MlpPolicy",
+        {
+            "learning_rate": lambda progress: 0.01 + 0.02 * progress,
+            "clip_range": lambda progress: 0.05 + 0.2 * progress,
+            "clip_range_vf": lambda progress: 0.05 + 0.5 * progress,
+        },
+    ),
+    "ent_coef": (env("multibinary"), "MlpPolicy", {"ent_coef": 0.1, "vf_coef": 0.9, "max_grad_norm": 0.2}),
+    "advantages_not_normalized": (env("box"), "MlpPolicy", {"normalize_advantage": False}),
+    "minibatches_of_one": (env("discrete"), "MlpPolicy", {"normalize_advantage": False, "batch_size": 1}),
+    "ragged_minibatch": (env("discrete"), "MlpPolicy", {"batch_size": 6}),
+    "ragged_minibatch_of_one": (env("discrete"), "MlpPolicy", {"batch_size": 5}),
+    "one_minibatch": (env("discrete"), "MlpPolicy", {"batch_size": 64}),
+    "several_normalized_envs": (normalized_envs, "MlpPolicy", {"batch_size": 16}),
+    "rmsprop": (
+        env("box"),
+        "MlpPolicy",
+        {
+            "policy_kwargs": {
+                "net_arch": [8],
+                "optimizer_class": th.optim.RMSprop,
+                "optimizer_kwargs": {"alpha": 0.9, "momentum": 0.5},
+            }
+        },
+    ),
+    "dropout_and_batch_norm": (
+        env("discrete"),
+        "MlpPolicy",
+        {"policy_kwargs": {"net_arch": [8], "features_extractor_class": DropoutExtractor}},
+    ),
+    "own_policy": (env("box"), ScaledValuePolicy, {}),
+    "own_buffer": (env("discrete"), "MlpPolicy", {"rollout_buffer_class": OrderedBuffer}),
+}
+RECURRENT_CASES: dict[str, Case] = {
+    "discrete": (env("discrete"), "MlpLstmPolicy", {"policy_kwargs": LSTM}),
+    "box": (env("box"), "MlpLstmPolicy", {"policy_kwargs": {**LSTM, "enable_critic_lstm": False, "shared_lstm": True}}),
+    "without_critic_lstm": (env("box"), "MlpLstmPolicy", {"policy_kwargs": {**LSTM, "enable_critic_lstm": False}}),
+    "two_layers_of_three_envs": (
+        lambda: DummyVecEnv(copies(env("multidiscrete"), 3)),
+        "MlpLstmPolicy",
+        {"batch_size": 16, "policy_kwargs": {**LSTM, "n_lstm_layers": 2, "lstm_kwargs": {"dropout": 0.5}}},
+    ),
+    "dict": (
+        env("multidiscrete", OBSERVATION_SPACES["dict"]),
+        "MultiInputLstmPolicy",
+        {**CNNS, "policy_kwargs": {**LSTM, **CNNS["policy_kwargs"]}},
+    ),
+    "cnn": (
+        env("discrete", OBSERVATION_SPACES["image_channels_last"]),
+        "CnnLstmPolicy",
+        {"learning_rate": 0.01, "policy_kwargs": {**LSTM, **CNN["policy_kwargs"]}},
+    ),
+    "sde": (env("box"), "MlpLstmPolicy", {"use_sde": True, "sde_sample_freq": 4, "policy_kwargs": LSTM}),
+    "clip_range_vf": (env("box"), "MlpLstmPolicy", {"clip_range_vf": 0.1, "ent_coef": 0.01, "policy_kwargs": LSTM}),
+    "target_kl": (env("discrete"), "MlpLstmPolicy", {"target_kl": 1e-3, "n_epochs": 6, "policy_kwargs": LSTM}),
+    "advantages_not_normalized": (
+        env("discrete"),
+        "MlpLstmPolicy",
+        {"normalize_advantage": False, "policy_kwargs": LSTM},
+    ),
+    "ragged_minibatch": (env("discrete"), "MlpLstmPolicy", {"batch_size": 6, "policy_kwargs": LSTM}),
+}
+MASKABLE_CASES: dict[str, Case] = {
+    "discrete": (lambda: InvalidActionEnvDiscrete(dim=6, n_invalid_actions=3, ep_length=5), "MlpPolicy", {}),
+    "multidiscrete": (lambda: InvalidActionEnvMultiDiscrete([2, 3], n_invalid_actions=1, ep_length=5), "MlpPolicy", {}),
+    "multibinary": (lambda: InvalidActionEnvMultiBinary(3, n_invalid_actions=1, ep_length=5), "MlpPolicy", {}),
+    "clip_range_vf": (
+        lambda: InvalidActionEnvDiscrete(dim=6, n_invalid_actions=3, ep_length=5),
+        "MlpPolicy",
+        {"clip_range_vf": 0.1, "ent_coef": 0.1, "normalize_advantage": False},
+    ),
+    "target_kl": (
+        lambda: InvalidActionEnvDiscrete(dim=6, n_invalid_actions=3, ep_length=5),
+        "MlpPolicy",
+        {"target_kl": 0.01, "n_epochs": 6},
+    ),
+    "ragged_minibatch": (
+        lambda: InvalidActionEnvMultiDiscrete([2, 3], n_invalid_actions=1, ep_length=5),
+        "MlpPolicy",
+        {"batch_size": 6},
+    ),
+}
+FAMILIES: dict[str, tuple[type[OnPolicyAlgorithm], type[EwmaMixin], dict[str, Case]]] = {
+    "PPO": (PPO, PPOEWMA, CASES),
+    "RecurrentPPO": (RecurrentPPO, RecurrentPPOEWMA, RECURRENT_CASES),
+    "MaskablePPO": (MaskablePPO, MaskablePPOEWMA, MASKABLE_CASES),
+}
+ALL_CASES = [(family, name) for family, (_, _, cases) in FAMILIES.items() for name in cases]
+pytestmark = pytest.mark.filterwarnings("ignore:You have specified a mini-batch size")
+
+
+class Run:
+    """
+    A short training.
+
+    :param cls: the algorithm
+    :param case: makes the environment; policy; arguments
+    :param own: arguments of this package's algorithms
+    """
+
+    def __init__(self, cls: type[OnPolicyAlgorithm], case: Case, **own: Any) -> None:
+        make_env, policy, kwargs = case
+        environment = make_env()
+        if isinstance(
+            environment, (InvalidActionEnvDiscrete, InvalidActionEnvMultiDiscrete, InvalidActionEnvMultiBinary)
+        ):
+            np.random.seed(0)  # their masks are drawn from the global generator, before the model is seeded
+        self.model = cls(policy, environment, **deepcopy({**COMMON, **kwargs}), **own)
+        self.rows = record_log(self.model)
+        self.model.learn(ITERATIONS * 16 * self.model.n_envs)
+        values = [*(row for _, row in self.rows), self.model.logger.name_to_value]
+        self.updates: list[dict[str, Any]] = [
+            {key: row[key] for key in row if key.startswith("train/")} for row in values if "train/loss" in row
+        ]
+        self.random_state = th.get_rng_state()
+
+    def state(self) -> dict[str, Any]:
+        """:return: all that training changes"""
+        return {
+            "policy": dict(self.model.policy.state_dict()),
+            "optimizer": self.model.policy.optimizer.state_dict(),
+            "n_updates": self.model._n_updates,
+            "num_timesteps": self.model.num_timesteps,
+            "random_state": self.random_state,
+        }
+
+    def values(self, key: str) -> list[float]:
+        """:return: what was logged under ``train/<key>`` in every update"""
+        return [row[f"train/{key}"] for row in self.updates]
+
+
+def forbid_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From here on, the training step of the extended algorithms must not be used."""
+
+    def train(self: Any) -> None:
+        raise AssertionError(f"{type(self).__name__} used the training step of the algorithm it extends")
+
+    for base, _, _ in FAMILIES.values():
+        monkeypatch.setattr(base, "train", train)
+
+
+def assert_equal_runs(own: Run, reference: Run) -> None:
+    """
+    Equal to the bit. What is logged may differ in the last digits: sums are taken in another order.
+    """
+    assert_same(own.state(), reference.state())
+    assert len(own.updates) == len(reference.updates) == ITERATIONS
+    for row, reference_row in zip(own.updates, reference.updates, strict=True):
+        for key, value in reference_row.items():
+            assert row[key] == pytest.approx(value, rel=1e-4, abs=1e-6), key
+    # Ratios stayed below the cap, and left the clip range: both say that the comparison means something.
+    assert max(own.values("importance_ratio_max")) < 100
+    assert max(own.values("importance_cap_fraction")) == 0
+    assert max(own.values("clip_fraction")) > 0
+
+
+@functools.cache
+def reference_run(family: str, name: str) -> Run:
+    """:return: the run of the algorithm that is extended, made before its training step is forbidden"""
+    base, _, cases = FAMILIES[family]
+    return Run(base, cases[name])
+
+
+@pytest.mark.parametrize(("family", "name"), ALL_CASES)
+def test_without_ewma(family: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, cls, cases = FAMILIES[family]
+    reference = reference_run(family, name)
+    forbid_training(monkeypatch)
+    own = Run(cls, cases[name], prox_decay=None)
+    assert own.model.proximal_policy is None
+    assert_equal_runs(own, reference)
+    if name == "target_kl":  # some iterations end early, and count the epoch that they ended in
+        assert ITERATIONS <= reference.model._n_updates < ITERATIONS * reference.model.n_epochs
+
+
+@pytest.mark.parametrize(("family", "name"), ALL_CASES)
+def test_with_ewma_and_the_behavior_policy_in_its_place(
+    family: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, cls, cases = FAMILIES[family]
+    reference = reference_run(family, name)
+    forbid_training(monkeypatch)
+    decoupled = Run(cls, cases[name])
+    monkeypatch.setattr(cls, "_log_prob_prox", lambda self, samples, actions: samples.old_log_prob)
+    replaced = Run(cls, cases[name])
+    assert_equal_runs(replaced, reference)
+    # The average was kept all along; without the replacement it changes what is learned.
+    assert replaced.model.policy_ewma.total_weight > 1
+    parameters = zip(decoupled.model.policy.parameters(), reference.model.policy.parameters(), strict=True)
+    assert not all(th.equal(a, b) for a, b in parameters)
+
+
+def test_the_training_step_is_forbidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    forbid_training(monkeypatch)
+    for base, _, cases in FAMILIES.values():
+        with pytest.raises(AssertionError, match="used the training step"):
+            Run(base, cases["discrete"])
+
+
+def test_early_stopping_decides_the_run() -> None:
+    make_env, policy, kwargs = CASES["target_kl"]
+    stopped = Run(PPO, CASES["target_kl"])
+    free = Run(PPO, (make_env, policy, {**kwargs, "target_kl": None}))
+    assert free.model._n_updates == ITERATIONS * 6
+    assert not th.equal(stopped.model.policy.action_net.weight, free.model.policy.action_net.weight)
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"kl_coef": 0.5},
+        {"kl_coef": 0.5, "kl_estimator": "analytic"},
+        {"advantage_decay": 0.0},
+        {"n_epochs_value": 1},
+        {"recompute_advantages": True},
+        {"staleness": 1},
+        {"max_importance_ratio": 1.01},
+        {"clip_range": None},
+    ],
+    ids=str,
+)
+def test_every_switch_changes_the_run(own: dict[str, Any]) -> None:
+    """The comparison above would notice any of them."""
+    make_env, policy, kwargs = CASES["box"]
+    plain = Run(PPOEWMA, (make_env, policy, kwargs), prox_decay=None)
+    switched = Run(PPOEWMA, (make_env, policy, {**kwargs, **own}), prox_decay=None)
+    assert not th.equal(plain.model.policy.action_net.weight, switched.model.policy.action_net.weight)
+
+
+def test_ppo_is_given_back() -> None:
+    """A model trained without the EWMA, handed back as plain PPO, goes on as PPO would have."""
+    reference = Run(PPO, CASES["box"]).model
+    own = Run(PPOEWMA, CASES["box"], prox_decay=None).model
+    ppo = own.to_ppo()
+    assert type(ppo) is PPO
+    for model in (reference, ppo):
+        model.set_env(env("box")(), force_reset=True)
+        model.set_random_seed(1)
+        model.learn(32)
+    assert_same(dict(ppo.policy.state_dict()), dict(reference.policy.state_dict()))
+    assert_same(ppo.policy.optimizer.state_dict(), reference.policy.optimizer.state_dict())

@@ -1,0 +1,240 @@
+"""What an installed package promises: imports, names, signatures, data files, extras; slow: the wheel itself."""
+
+import ast
+import inspect
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sb3_contrib
+import stable_baselines3
+import yaml
+
+import sb3_ppo_ewma
+from sb3_ppo_ewma import PPOEWMA, EwmaMixin, MaskablePPOEWMA, RecurrentPPOEWMA
+from sb3_ppo_ewma.zoo.algorithms import ALGORITHMS, hyperparameter_file
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # pytest brings it
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "sb3_ppo_ewma"
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+HYPERPARAMETER_FILES = sorted((ROOT / "zoo_hyperparams").glob("*.yml"))
+
+# Modules from the bottom up, each with the packages beside the standard library that its layer adds to those below.
+LAYERS: list[tuple[set[str], set[str]]] = [
+    ({"losses", "ewma"}, {"torch"}),
+    ({"random_state"}, {"numpy"}),
+    ({"_arguments", "rollouts"}, {"stable_baselines3"}),
+    ({"saving"}, set()),
+    ({"ppo_ewma"}, {"gymnasium"}),
+    ({"contrib"}, {"sb3_contrib"}),
+]
+OWN_PARAMETERS = {
+    "prox_decay",
+    "kl_coef",
+    "kl_estimator",
+    "max_importance_ratio",
+    "advantage_decay",
+    "n_epochs_value",
+    "recompute_advantages",
+    "staleness",
+    "staleness_mode",
+}
+FAMILIES = [
+    pytest.param(PPOEWMA, stable_baselines3.PPO, id="ppo"),
+    pytest.param(RecurrentPPOEWMA, sb3_contrib.RecurrentPPO, id="recurrent"),
+    pytest.param(MaskablePPOEWMA, sb3_contrib.MaskablePPO, id="maskable"),
+]
+
+
+def imported_modules(file: Path) -> set[str]:
+    imported: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import"
+            assert node.module is not None
+            imported |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return imported
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True
+    )
+
+
+def test_imports_go_one_way() -> None:
+    allowed: set[str] = set()
+    layered: set[str] = set()
+    for modules, distributions in LAYERS:
+        below = set(layered)
+        allowed |= distributions
+        layered |= modules
+        for module in modules:
+            imported = imported_modules(PACKAGE / f"{module}.py")
+            own = {name.split(".")[1] for name in imported if name.startswith("sb3_ppo_ewma.")}
+            # "from sb3_ppo_ewma import losses"
+            assert own <= below, f"{module} imports {own - below}, which is not below it"
+            others = {name.partition(".")[0] for name in imported} - {"sb3_ppo_ewma"} - sys.stdlib_module_names
+            assert others <= allowed, f"{module} imports {others - allowed}"
+    present = {file.stem for file in PACKAGE.glob("*.py")} - {"__init__"}
+    assert present == layered, "give every module its layer"
+
+
+@pytest.mark.parametrize("module", ["sb3_ppo_ewma", "sb3_ppo_ewma.zoo"])
+def test_import_is_light(module: str) -> None:
+    result = run_python(f"import sys, {module}; print(*(name.partition('.')[0] for name in sys.modules))")
+    assert result.returncode == 0, result.stderr
+    heavy = {"rl_zoo3", "sb3_contrib", "optuna", "huggingface_sb3", "minatar", "minigrid", "mujoco", "Box2D", "ale_py"}
+    assert not heavy & set(result.stdout.split())
+
+
+@pytest.mark.parametrize("name", ["RecurrentPPOEWMA", "MaskablePPOEWMA"])
+def test_missing_contrib_is_named(name: str) -> None:
+    result = run_python(f"import sys; sys.modules['sb3_contrib'] = None\nfrom sb3_ppo_ewma import {name}")
+    assert result.returncode == 1
+    message = f"ImportError: {name} needs sb3-contrib: pip install 'sb3-ppo-ewma[contrib]'"
+    assert result.stderr.splitlines()[-1] == message
+
+
+def test_unknown_name_is_refused() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'PPOEMA'"):
+        _ = sb3_ppo_ewma.PPOEMA
+
+
+def test_public_names() -> None:
+    for name in sb3_ppo_ewma.__all__:
+        assert getattr(sb3_ppo_ewma, name) is not None
+    assert PROJECT["dynamic"] == ["version"]
+    assert re.fullmatch(r"\d+\.\d+\.\d+(\.\w+)?", sb3_ppo_ewma.__version__)
+
+
+def test_named_extras_exist() -> None:
+    texts = [*PACKAGE.rglob("*.py"), ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "pyproject.toml"]
+    named: set[str] = set()
+    for text in texts:
+        for extras in re.findall(r"(?:sb3-ppo-ewma|pip install -e \"\.)\[([\w,-]+)\]", text.read_text()):
+            named |= set(extras.split(","))
+    assert named >= {"contrib", "zoo"}
+    assert named <= set(PROJECT["optional-dependencies"])
+
+
+def public_definitions(body: list[ast.stmt], prefix: str) -> list[tuple[str, Any]]:
+    definitions: list[tuple[str, Any]] = []
+    for node in body:
+        if not isinstance(node, ast.FunctionDef | ast.ClassDef) or node.name.startswith("_"):
+            continue
+        definitions.append((f"{prefix}.{node.name}", node))
+        if isinstance(node, ast.ClassDef):
+            definitions += public_definitions(node.body, f"{prefix}.{node.name}")
+    return definitions
+
+
+@pytest.mark.parametrize("file", sorted(PACKAGE.rglob("*.py")), ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_public_names_are_documented(file: Path) -> None:
+    module = ast.parse(file.read_text())
+    if file.name != "__main__.py":
+        assert ast.get_docstring(module), f"{file.name} has no docstring"
+    for name, node in public_definitions(module.body, file.stem):
+        docstring = ast.get_docstring(node)
+        assert docstring, f"{name} has no docstring"
+        if isinstance(node, ast.FunctionDef):
+            names = {argument.arg for argument in ast.walk(node.args) if isinstance(argument, ast.arg)}
+            missing = {name for name in names - {"self", "cls"} if f":param {name}:" not in docstring}
+            assert not missing, f"{name} does not document {missing}"
+
+
+def test_own_parameters_are_documented() -> None:
+    documented = set(re.findall(r":param (\w+):", EwmaMixin.__doc__ or ""))
+    assert documented - {"ppo_args", "ppo_kwargs"} == OWN_PARAMETERS
+
+
+@pytest.mark.parametrize(("cls", "upstream"), FAMILIES)
+def test_signature_is_that_of_sb3_with_own_parameters_after(cls: type, upstream: type) -> None:
+    parameters = list(inspect.signature(cls).parameters.values())
+    expected = list(inspect.signature(upstream).parameters.values())
+    for got, wanted in zip(parameters, expected, strict=False):
+        assert (got.name, got.default, got.kind) == (wanted.name, wanted.default, wanted.kind)
+    own = parameters[len(expected) :]
+    assert {parameter.name for parameter in own} == OWN_PARAMETERS
+    for parameter in own:
+        assert parameter.kind is inspect.Parameter.KEYWORD_ONLY, parameter
+        assert parameter.default is not inspect.Parameter.empty, parameter  # load() builds without arguments
+
+
+def test_every_hyperparameter_file_is_found() -> None:
+    assert [file.stem for file in HYPERPARAMETER_FILES] == sorted(ALGORITHMS)
+    for algo in ALGORITHMS:
+        settings = yaml.safe_load(hyperparameter_file(algo).read_text())
+        assert "default" in settings
+
+
+# ---------------------------------------------------------------------- slow: the package as others get it
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, built from the source distribution, which must therefore be complete."""
+    folder = tmp_path_factory.mktemp("dist")
+    subprocess.run([sys.executable, "-m", "build", "--outdir", str(folder), str(ROOT)], check=True, capture_output=True)
+    assert len(list(folder.glob("*.tar.gz"))) == 1
+    (file,) = folder.glob("*.whl")
+    return file
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the executables of an environment that has the wheel, and only the dependencies from this one."""
+    folder = tmp_path_factory.mktemp("elsewhere") / "venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
+    paths = sysconfig.get_paths(vars={"base": str(folder), "platbase": str(folder)})
+    # A .pth file is not read in a folder that another one names: the editable install stays out.
+    dependencies = sysconfig.get_paths()["purelib"]
+    Path(paths["purelib"], "dependencies.pth").write_text(f"{dependencies}\n")
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", str(folder)]
+    subprocess.run([*pip, "install", "--quiet", "--no-deps", "--no-index", str(wheel)], check=True)
+    return Path(paths["scripts"])
+
+
+def run_elsewhere(folder: Path, *command: str) -> str:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+@pytest.mark.slow
+def test_wheel_has_everything(wheel: Path) -> None:
+    names = set(zipfile.ZipFile(wheel).namelist())
+    sources = {str(file.relative_to(ROOT)) for file in PACKAGE.rglob("*.py")}
+    data = {f"sb3_ppo_ewma/zoo_hyperparams/{file.name}" for file in HYPERPARAMETER_FILES}
+    metadata = {name for name in names if ".dist-info/" in name}
+    assert names - metadata == sources | data | {"sb3_ppo_ewma/py.typed"}
+    assert any(name.endswith("licenses/LICENSE") for name in metadata)
+
+
+@pytest.mark.slow
+def test_installed_wheel_trains_from_its_console_script(installed: Path, tmp_path: Path) -> None:
+    code = "import sb3_ppo_ewma; print(sb3_ppo_ewma.__file__)"
+    file = run_elsewhere(tmp_path, str(installed / "python"), "-c", code).strip()
+    assert Path(file).is_relative_to(installed.parent)
+    train = ["train", "--algo", "ppo_ewma", "--env", "CartPole-v1", "-n", "512", "--eval-freq", "256", "--seed", "1"]
+    run_elsewhere(tmp_path, str(installed / "sb3-ppo-ewma"), *train)
+    run = tmp_path / "logs" / "ppo_ewma" / "CartPole-v1_1"
+    assert (run / "CartPole-v1.zip").is_file()
+    assert (run / "best_model.zip").is_file()
+    used = yaml.unsafe_load((run / "CartPole-v1" / "config.yml").read_text())
+    shipped = yaml.safe_load((ROOT / "zoo_hyperparams" / "ppo_ewma.yml").read_text())["CartPole-v1"]
+    assert {name: value for name, value in used.items() if name in shipped} == shipped
