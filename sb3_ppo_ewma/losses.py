@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch as th
-from torch.distributions import Distribution, kl_divergence
+from torch.distributions import Bernoulli, Categorical, Distribution, kl_divergence
 from torch.nn import functional as F
 
 # exp() of more than this is taken as exp() of this. Below, nothing changes; above, float32 would soon overflow
@@ -202,7 +202,8 @@ def analytic_kl(
     KL(π_prox ‖ π_θ) per state, summed over action dimensions. A sequence stands for independent dimensions.
 
     ``torch.distributions.kl_divergence`` keeps the action dimension of a diagonal Gaussian and of independent
-    Bernoulli variables; it is summed here.
+    Bernoulli variables; it is summed here. Where it computes with probabilities, which underflow to 0 and give Inf
+    (Bernoulli at a logit of 17, categorical at 104 in float32), logits are used instead.
 
     :param prox: distribution(s) of π_prox for a batch of states
     :param current: distribution(s) of π_θ for the same states, with gradient
@@ -214,9 +215,21 @@ def analytic_kl(
         current = [current]
     terms = []
     for p, q in zip(prox, current, strict=True):
-        term = kl_divergence(p, q)
+        term = _kl(p, q)
         terms.append(term.sum(dim=-1) if term.dim() > 1 else term)
     return th.stack(terms).sum(dim=0)
+
+
+def _kl(p: Distribution, q: Distribution) -> th.Tensor:
+    if isinstance(p, Categorical) and isinstance(q, Categorical):
+        # Σ p·(log p − log q); where p is 0, as for a masked action, the difference may be Inf − Inf
+        difference = th.where(p.probs > 0, p.logits - q.logits, th.zeros_like(p.logits))
+        return (p.probs * difference).sum(dim=-1)
+    if isinstance(p, Bernoulli) and isinstance(q, Bernoulli):
+        yes = F.logsigmoid(p.logits) - F.logsigmoid(q.logits)
+        no = F.logsigmoid(-p.logits) - F.logsigmoid(-q.logits)
+        return th.sigmoid(p.logits) * yes + th.sigmoid(-p.logits) * no
+    return kl_divergence(p, q)
 
 
 def _bounded_exp(exponent: th.Tensor) -> th.Tensor:

@@ -43,9 +43,10 @@ class Rollout:
         quantities = {
             "observations": (self.buffer.observations, "the environment"),
             "the last observation": (self.last_obs, "the environment"),
-            "rewards": (self.buffer.rewards, "the environment or the bootstrapped value of a truncated episode"),
+            # Before the rewards, to which the values of truncated episodes are added
             "values": (self.buffer.values, "the network"),
             "log-probabilities": (self.buffer.log_probs, "the network"),
+            "rewards": (self.buffer.rewards, "the environment"),
             "advantages": (self.buffer.advantages, "rewards or values that overflow"),
         }
         for name, (array, origin) in quantities.items():

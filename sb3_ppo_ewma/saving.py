@@ -60,7 +60,7 @@ class SavedStateMixin(OnPolicyAlgorithm):
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         names, variables = super()._get_torch_save_params()
-        return [*names, *(name for name in self._own_states if getattr(self, name) is not None)], variables
+        return [*(name for name in self._own_states if getattr(self, name) is not None), *names], variables
 
     def set_parameters(
         self,

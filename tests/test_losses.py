@@ -161,6 +161,30 @@ def test_analytic_kl_is_summed_over_action_dimensions():
     assert losses.analytic_kl(*coins).tolist() == pytest.approx([3 * expected])
 
 
+def test_analytic_kl_is_finite_where_probabilities_underflow():
+    for distribution, shape in ((Categorical, (1, 2)), (Bernoulli, (1, 1))):
+        for logit in (20.0, 200.0, 1e4, 1e30):
+            first = th.zeros(shape)
+            first[0, 0] = -logit
+            second = (-first).requires_grad_()
+            kl = losses.analytic_kl(distribution(logits=first), distribution(logits=second))
+            # All of the mass is moved to where the other one has e^−logit or, for two categories, e^−logit of it
+            assert kl.item() == pytest.approx(logit, rel=1e-5)
+            (gradient,) = th.autograd.grad(kl.sum(), second)
+            assert th.isfinite(gradient).all()
+
+
+def test_analytic_kl_of_impossible_actions():
+    """Masks give −1e8 or −Inf as logits; an action impossible for both policies counts for nothing."""
+    for low in (-1e8, -math.inf):
+        p, q = (th.tensor([[0.0, 0.0, low]]), th.tensor([[0.0, math.log(3.0), low]], requires_grad=True))
+        kl = losses.analytic_kl(Categorical(logits=p), Categorical(logits=q))
+        # KL of (½, ½) from (¼, ¾)
+        assert kl.item() == pytest.approx(0.5 * math.log(2) + 0.5 * math.log(2 / 3))
+        (gradient,) = th.autograd.grad(kl.sum(), q)
+        assert th.isfinite(gradient).all()
+
+
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [

@@ -1,6 +1,7 @@
 import random
 
 import numpy as np
+import pytest
 import torch as th
 
 from sb3_ppo_ewma.random_state import GeneratorStates, preserved_generators
@@ -33,6 +34,31 @@ def test_state_is_safe_to_load_as_weights(tmp_path):
     states.load_state_dict(th.load(tmp_path / "state.pth", weights_only=True))
     states.apply_pending()
     assert draw() == first
+
+
+def test_every_state_must_be_there_and_valid():
+    saved = GeneratorStates(CPU).state_dict()
+    assert all(tensor.dtype == th.float64 for tensor in saved.values())
+    states = GeneratorStates(CPU)
+    with pytest.raises(RuntimeError, match=r"Missing key.*python"):
+        states.load_state_dict({name: saved[name] for name in ("torch", "numpy")})
+    first = draw()
+    invalid = {name: th.rand_like(tensor) for name, tensor in saved.items()}
+    states.load_state_dict({**invalid, "torch": saved["torch"]})
+    with pytest.warns(UserWarning, match=r"state of (numpy|python)'s random numbers is not valid"):
+        states.apply_pending()
+    assert draw()[-1] == first[-1]  # torch's was valid
+
+
+def test_part_of_a_state():
+    saved = GeneratorStates(CPU).state_dict()
+    states = GeneratorStates(CPU)
+    first = draw()
+    states.load_state_dict({"python": saved["python"]}, strict=False)
+    states.apply_pending()
+    second = draw()
+    assert second[:2] == first[:2]
+    assert second[2:] != first[2:]
 
 
 def test_state_not_applied_yet_is_saved_again():
