@@ -138,7 +138,7 @@ class GoldenRun:
             },
             prox_decay=self.hp["kl_ewma_decay"], kl_coef=self.hp["kl_penalty"],
             max_importance_ratio=self.hp["imp_samp_max"] or None,
-            advantage_decay=None if feed else self.hp["adv_ewma_decay"], n_epochs_value=self.hp["n_epoch_vf"],
+            advantage_decay=None if feed else self.hp["adv_ewma_decay"] or 0.0, n_epochs_value=self.hp["n_epoch_vf"],
             staleness=self.hp["staleness"], staleness_mode=self.hp["staleness_loss"], **kwargs,
         )
         # fmt: on

