@@ -1,13 +1,15 @@
 """Saving and loading of what an algorithm has beyond the SB3 algorithm it extends."""
 
 import copy
+import io
+import pathlib
 import warnings
 from typing import Any, ClassVar, TypeVar, cast
 
 import torch as th
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.save_util import load_from_zip_file
-from stable_baselines3.common.type_aliases import TensorDict
+from stable_baselines3.common.type_aliases import GymEnv, TensorDict
 
 from sb3_ppo_ewma._arguments import is_clip_off, merged_signature
 from sb3_ppo_ewma.random_state import GeneratorStates, preserved_generators
@@ -111,16 +113,30 @@ class SavedStateMixin(OnPolicyAlgorithm):
         """
 
     @classmethod
-    def load(cls: type[SelfSavedState], *args: Any, **kwargs: Any) -> SelfSavedState:
+    def load(
+        cls: type[SelfSavedState],
+        path: str | pathlib.Path | io.BufferedIOBase,
+        env: GymEnv | None = None,
+        device: th.device | str = "auto",
+        custom_objects: dict[str, Any] | None = None,
+        print_system_info: bool = False,
+        force_reset: bool = True,
+        **kwargs: Any,
+    ) -> SelfSavedState:
         """
         Load a model saved by this class or by the SB3 algorithm it extends. The state of the random number generators
         is restored when training goes on, unless ``seed`` is given: then that seed holds.
 
-        :param args: see SB3's ``load``
-        :param kwargs: see SB3's ``load``
+        :param path: file name or open file
+        :param env: environment to go on with; ``None``: predict only
+        :param device: device of the model
+        :param custom_objects: replacements for saved attributes, by name
+        :param print_system_info: whether to print the systems of saving and loading
+        :param force_reset: whether the environment is reset before training
+        :param kwargs: attributes to change
         :return: the model
         """
-        model = super().load(*args, **kwargs)
+        model = super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
         if kwargs.get("seed") is not None:
             model.generators.pending = None
         return model
