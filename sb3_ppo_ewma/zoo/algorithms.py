@@ -1,0 +1,20 @@
+"""The algorithms by the names they have in the zoo, and where their hyper-parameters are."""
+
+from pathlib import Path
+
+from stable_baselines3.common.base_class import BaseAlgorithm
+
+from sb3_ppo_ewma import PPOEWMA, RecurrentPPOEWMA
+
+# MaskablePPOEWMA is missing: the zoo passes no action masks.
+ALGORITHMS: dict[str, type[BaseAlgorithm]] = {"ppo_ewma": PPOEWMA, "ppo_lstm_ewma": RecurrentPPOEWMA}
+
+
+def hyperparameter_file(algo: str) -> Path:
+    """
+    :param algo: one of ``ALGORITHMS``
+    :return: its file of hyper-parameters: in the installed package, or in the repository of an editable install
+    """
+    package = Path(__file__).parents[1]
+    installed = package / "zoo_hyperparams" / f"{algo}.yml"
+    return installed if installed.is_file() else package.parent / "zoo_hyperparams" / f"{algo}.yml"

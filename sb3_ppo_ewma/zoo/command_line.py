@@ -1,0 +1,140 @@
+"""The zoo's scripts behind one command, with a sentence where they would end in a traceback."""
+
+import argparse
+import os
+import runpy
+import sys
+import warnings
+from collections.abc import Sequence
+
+import gymnasium as gym
+
+PROG = "sb3-ppo-ewma"
+TRACEBACK_VARIABLE = "SB3_PPO_EWMA_TRACEBACK"
+
+# Name of the script: its module and what it is for. Every one of them runs as `python -m module` does.
+SCRIPTS = {
+    "train": ("rl_zoo3.train", "train an agent, or search for hyper-parameters (-optimize)"),
+    "enjoy": ("rl_zoo3.enjoy", "watch a trained agent, or only measure it (--no-render)"),
+    "record_video": ("rl_zoo3.record_video", "record a video of a trained agent"),
+    "record_training": ("rl_zoo3.record_training", "record one video of all checkpoints of a training run"),
+    "plot_train": ("rl_zoo3.plots.plot_train", "plot the reward during training"),
+    "all_plots": ("rl_zoo3.plots.all_plots", "plot and tabulate evaluations of several runs"),
+    "plot_from_file": ("rl_zoo3.plots.plot_from_file", "plot what all_plots saved"),
+    "benchmark": ("rl_zoo3.benchmark", "evaluate all trained agents of a folder"),
+    "push_to_hub": ("rl_zoo3.push_to_hub", "upload a trained agent to the Hugging Face Hub"),
+    "load_from_hub": ("rl_zoo3.load_from_hub", "download a trained agent from the Hugging Face Hub"),
+}
+
+# Options these scripts cannot do without but do not declare as required
+_REQUIRED_OPTIONS = {
+    "all_plots": [("-a", "--algos"), ("-e", "--env"), ("-f", "--exp-folders")],
+    "plot_from_file": [("-i", "--input")],
+}
+
+# The extra of this package that brings a module; other modules go by their own name.
+_EXTRAS = {
+    **dict.fromkeys(
+        ("rl_zoo3", "sb3_contrib", "optuna", "requests", "huggingface_sb3", "pytablewriter", "pandas"), "zoo"
+    ),
+    **dict.fromkeys(("seaborn", "rliable", "scipy", "matplotlib"), "plots"),
+    **dict.fromkeys(("moviepy", "pygame"), "video"),
+    "tensorboard": "tensorboard",
+}
+
+# Errors of the user's input or machine: a sentence says it all. Anything else is a bug and keeps its traceback.
+_EXPECTED_ERRORS = (ImportError, ValueError, AssertionError, OSError, gym.error.Error)
+_HTTP_PACKAGES = {"httpx", "httpx2", "requests"}
+_EXPECTED_FROM = {"optuna", "sqlalchemy", "yaml", "huggingface_hub", *_HTTP_PACKAGES}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """
+    Run one of the zoo's scripts with our algorithms.
+
+    :param argv: name of the script and its arguments; those of the process by default
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    script = _parser().parse_args(arguments[:1]).script
+    process_arguments, sys.argv = sys.argv, [f"{PROG} {script}", *arguments[1:]]
+    try:
+        _run(script, arguments[1:])
+    except Exception as error:
+        if os.environ.get(TRACEBACK_VARIABLE) or not _is_expected(error):
+            raise
+        sys.exit(f"{PROG} {script}: {explain(error)}")
+    finally:
+        sys.argv = process_arguments
+
+
+def _parser() -> argparse.ArgumentParser:
+    width = max(map(len, SCRIPTS))
+    scripts = "\n".join(f"  {name:<{width}}  {purpose}" for name, (_, purpose) in SCRIPTS.items())
+    parser = argparse.ArgumentParser(
+        prog=PROG,
+        usage=f"{PROG} SCRIPT [ARGUMENTS ...]",
+        description="Run a script of rl-zoo3, which then knows ppo_ewma and ppo_lstm_ewma beside its own algorithms.",
+        epilog=f"scripts:\n{scripts}\n\n"
+        f"'{PROG} SCRIPT --help' lists the arguments of a script. {TRACEBACK_VARIABLE}=1 in the\n"
+        "environment shows the traceback of every error.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("script", metavar="SCRIPT", choices=SCRIPTS, help="one of the scripts below")
+    return parser
+
+
+def _run(script: str, arguments: list[str]) -> None:
+    # Here, so that the scripts are listed without rl_zoo3.
+    from sb3_ppo_ewma.zoo import child_processes, hub, registration
+
+    registration.register()
+    hub.mend()
+    if not {"-h", "--help"} & set(arguments):
+        _check_required_options(script, arguments)
+        if script == "record_training":
+            child_processes.find_ffmpeg()  # before the script deletes the videos of the last time
+    # Some of them are imported by their package or by us already; they still run as new.
+    warnings.filterwarnings("ignore", message=".*found in sys.modules after import of package", module="runpy")
+    with child_processes.brought_home():
+        runpy.run_module(SCRIPTS[script][0], run_name="__main__")
+
+
+def _check_required_options(script: str, arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog=f"{PROG} {script}", add_help=False)
+    for short, long in _REQUIRED_OPTIONS.get(script, []):
+        parser.add_argument(short, long, nargs="+", required=True)
+    parser.parse_known_args(arguments)
+
+
+def _is_expected(error: Exception) -> bool:
+    return bool(str(error)) and (isinstance(error, _EXPECTED_ERRORS) or bool(_packages(error) & _EXPECTED_FROM))
+
+
+def explain(error: Exception) -> str:
+    """
+    :param error: an error that a user can do something about
+    :return: a sentence for it
+    """
+    message = str(error)
+    if isinstance(error, ModuleNotFoundError) and error.name is not None:
+        module = error.name.partition(".")[0]
+        package = f"'sb3-ppo-ewma[{_EXTRAS[module]}]'" if module in _EXTRAS else module
+        return f"the package {module} is not installed: pip install {package}"
+    if _packages(error) & _HTTP_PACKAGES:
+        return f"the request to the Hugging Face Hub failed: {message}"
+    if isinstance(error, OSError) and error.filename is not None:
+        if os.path.basename(str(error.filename)) == "benchmark.md":
+            return "none of the agents could be evaluated"  # so upstream has no folder to write its table to
+        return f"{error.filename}: {error.strerror}"
+    if message.startswith("min() "):  # of no runs: plot_from_file skips algorithms with a single one
+        return "it takes at least two runs of every algorithm"
+    if "not found in gym registry" in message:
+        return (
+            f"{message} If a package registers it, name the package with --gym-packages; MiniGrid and MinAtar come "
+            "with pip install 'sb3-ppo-ewma[envs]', Atari with pip install 'sb3-ppo-ewma[atari]'."
+        )
+    return message
+
+
+def _packages(error: Exception) -> set[str]:
+    return {cls.__module__.partition(".")[0] for cls in type(error).__mro__}

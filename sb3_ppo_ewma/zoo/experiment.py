@@ -1,0 +1,154 @@
+"""
+Mends of rl-zoo3's ``ExperimentManager`` and of the way it reads ``-params``. They turn failures into what was meant,
+for all algorithms, and change nothing that works.
+"""
+
+import argparse
+import functools
+import inspect
+import re
+from pathlib import Path
+from pprint import pprint
+from typing import Any
+
+import optuna
+import rl_zoo3.utils
+from rl_zoo3 import exp_manager
+from rl_zoo3.exp_manager import ExperimentManager
+from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER
+from rl_zoo3.utils import ALGOS, StoreDict
+
+from sb3_ppo_ewma.zoo.algorithms import ALGORITHMS, hyperparameter_file
+from sb3_ppo_ewma.zoo.mending import Function, replace
+
+_BARE_WORD = re.compile(r"[A-Za-z_][\w.+-]*")
+_SCHEDULES = ("learning_rate", "clip_range", "clip_range_vf", "delta_std")
+# What hyper-parameters can raise: NaNs and refused values, overflows, too little memory (in torch a RuntimeError)
+_BAD_TRIAL = (ValueError, TypeError, AssertionError, ArithmeticError, RuntimeError, MemoryError)
+# What Optuna says, in memory and journals, and in databases, when it is asked for the best trial of none
+_NO_BEST_TRIAL = ("No trials are completed yet.", "Record does not exist.")
+
+
+@functools.cache  # once
+def mend() -> None:
+    """Apply the mends, in place: a script may hold the class already."""
+    replace(ExperimentManager, "__init__", _init)
+    replace(ExperimentManager, "entry_point", _entry_point)
+    replace(ExperimentManager, "setup_experiment", _setup_experiment)
+    replace(ExperimentManager, "read_hyperparameters", _read_hyperparameters)
+    replace(ExperimentManager, "load_trial", _load_trial)
+    replace(ExperimentManager, "_preprocess_schedules", _preprocess_schedules)
+    replace(ExperimentManager, "objective", _objective)
+    replace(ExperimentManager, "hyperparameters_optimization", _hyperparameters_optimization)
+    replace(StoreDict, "__call__", _store)
+
+
+def _init(upstream: Function, manager: Any, *args: Any, **kwargs: Any) -> None:
+    # Without --conf-file, upstream looks in its own folder, where our files are not.
+    upstream(manager, *args, **kwargs)
+    default = Path(exp_manager.__file__).parent / "hyperparams" / f"{manager.algo}.yml"
+    if manager.algo in ALGORITHMS and Path(manager.config) == default:
+        manager.config = str(hyperparameter_file(manager.algo))
+
+
+def _entry_point(upstream: Function, env_id: str) -> str:
+    try:
+        return str(upstream(env_id))
+    except KeyError:
+        raise ValueError(f"{env_id} not found in gym registry.") from None
+
+
+def _setup_experiment(upstream: Function, manager: Any) -> Any:
+    try:
+        result = upstream(manager)
+        if result is None:  # -optimize builds models later: refuse unknown names now, not in every trial
+            inspect.signature(ALGOS[manager.algo]).bind_partial(**manager._hyperparams)
+        return result
+    except TypeError as error:  # an unknown hyper-parameter or one of the wrong type
+        raise ValueError(f"{manager.algo}: {error}") from error
+
+
+def _read_hyperparameters(upstream: Function, manager: Any) -> Any:
+    if manager.trial_id is not None and not (manager.storage and manager.study_name):
+        raise ValueError(f"--trial-id {manager.trial_id} needs --storage and --study-name")
+    if manager.trial_id == 0:
+        # Upstream tests whether it is true. Command line arguments go before those of the trial.
+        trial = manager.load_trial(manager.storage, manager.study_name, 0)
+        manager.custom_hyperparams = {**trial, **(manager.custom_hyperparams or {})}
+    return upstream(manager)
+
+
+def _load_trial(
+    upstream: Function, manager: Any, storage: str, study_name: str, trial_id: int | None = None, convert: bool = True
+) -> dict[str, Any]:
+    if storage.endswith(".log") and not Path(storage).is_file():
+        raise FileNotFoundError(f"--storage {storage} does not exist")  # Optuna would create it
+    try:
+        params: dict[str, Any] = upstream(manager, storage, study_name, trial_id, convert=False)
+    except KeyError:
+        raise ValueError(f"{storage} has no study {study_name}") from None
+    except IndexError:
+        raise ValueError(f"study {study_name} has no trial {trial_id}") from None
+    try:
+        return HYPERPARAMS_CONVERTER[manager.algo](params) if convert else params
+    except KeyError as error:
+        raise ValueError(
+            f"trial {trial_id} of study {study_name} has no {error}: it is none of {manager.algo}, or never started"
+        ) from None
+
+
+def _preprocess_schedules(upstream: Function, hyperparams: dict[str, Any]) -> dict[str, Any]:
+    # Upstream refuses None, SB3's and our constructors know what it means.
+    given = {name: hyperparams[name] for name in _SCHEDULES if name in hyperparams}
+    without = [name for name, value in given.items() if value is None]
+    for name in without:
+        del hyperparams[name]
+    try:
+        return {**upstream(hyperparams), **dict.fromkeys(without)}
+    except ValueError as error:
+        raise ValueError(f"schedules must be numbers, lin_NUMBER or None, got {given}") from error
+
+
+def _objective(upstream: Function, manager: Any, trial: optuna.Trial) -> float:
+    # Upstream catches what training raises, but not what building the model does.
+    try:
+        return float(upstream(manager, trial))
+    except _BAD_TRIAL as error:
+        print(f"Trial {trial.number} is pruned: {error}")
+        pprint(trial.params)
+        raise optuna.TrialPruned from error
+
+
+def _hyperparameters_optimization(upstream: Function, manager: Any) -> None:
+    try:
+        upstream(manager)
+    except ValueError as error:
+        if str(error) not in _NO_BEST_TRIAL:
+            raise
+        raise ValueError(
+            "no trial was completed: each one was pruned or failed, for the reasons printed above"
+        ) from None
+
+
+def _store(
+    upstream: Function,
+    action: argparse.Action,
+    parser: argparse.ArgumentParser,
+    namespace: argparse.Namespace,
+    values: list[str],
+    option_string: str | None = None,
+) -> None:
+    setattr(namespace, action.dest, dict(_read_pair(action, pair) for pair in values))
+
+
+def _read_pair(action: argparse.Action, pair: str) -> tuple[str, Any]:
+    name, colon, text = pair.partition(":")
+    if not (name and colon and text):
+        raise argparse.ArgumentError(action, f"expected NAME:VALUE, got {pair!r}")
+    try:
+        # As upstream: Python, in its namespace
+        return name, eval(text, vars(rl_zoo3.utils))
+    except Exception as error:
+        if isinstance(error, NameError | SyntaxError) and _BARE_WORD.fullmatch(text):
+            return name, text  # upstream wants it in two pairs of quotes
+        raise argparse.ArgumentError(action, f"cannot read the value of {pair!r}: {error}") from error

@@ -1,0 +1,36 @@
+"""What rl-zoo3 and gymnasium are told."""
+
+import importlib.util
+
+import gymnasium as gym
+from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
+from rl_zoo3.utils import ALGOS
+
+from sb3_ppo_ewma.zoo import experiment
+from sb3_ppo_ewma.zoo.algorithms import ALGORITHMS
+from sb3_ppo_ewma.zoo.search_space import convert_ppo_ewma_params, sample_ppo_ewma_params
+
+_MINATAR_GAMES = ("asterix", "breakout", "freeway", "seaquest", "space_invaders")
+
+
+def register() -> None:
+    """See :func:`sb3_ppo_ewma.zoo.register`."""
+    # All three are dictionaries that the zoo's modules share: change them, do not replace them.
+    for name, algorithm in ALGORITHMS.items():
+        ALGOS.setdefault(name, algorithm)
+        HYPERPARAMS_SAMPLER.setdefault(name, sample_ppo_ewma_params)
+        HYPERPARAMS_CONVERTER.setdefault(name, convert_ppo_ewma_params)
+    experiment.mend()
+    _register_minatar()
+
+
+def _register_minatar() -> None:
+    if importlib.util.find_spec("minatar") is None:
+        return
+    # By name, not through minatar.gym.register_envs(): that imports seaborn, a second at every start.
+    for game in _MINATAR_GAMES:
+        for version, minimal_actions in ((0, False), (1, True)):
+            env_id = f"MinAtar/{game.title().replace('_', '')}-v{version}"
+            if env_id not in gym.registry:
+                kwargs = {"game": game, "use_minimal_action_set": minimal_actions}
+                gym.register(env_id, entry_point="minatar.gym:BaseEnv", kwargs=kwargs)
