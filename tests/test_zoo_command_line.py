@@ -52,6 +52,11 @@ def run_python(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
 
 
+def test_refused_run_leaves_no_folder(capsys, tmp_path):
+    assert "prox_decay must be" in refusal([*TRAIN, "-params", "prox_decay:1.5"], capsys)
+    assert list((tmp_path / "logs" / "ppo_ewma").iterdir()) == []
+
+
 @pytest.mark.parametrize("option", ["-h", "--help"])
 def test_help_lists_all_scripts(option, capsys):
     with pytest.raises(SystemExit) as finished:

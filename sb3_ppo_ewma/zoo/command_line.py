@@ -35,7 +35,17 @@ _REQUIRED_OPTIONS = {
 # The extra of this package that brings a module; other modules go by their own name.
 _EXTRAS = {
     **dict.fromkeys(
-        ("rl_zoo3", "sb3_contrib", "optuna", "requests", "huggingface_sb3", "pytablewriter", "pandas"), "zoo"
+        (
+            "rl_zoo3",
+            "sb3_contrib",
+            "optuna",
+            "requests",
+            "huggingface_hub",
+            "huggingface_sb3",
+            "pytablewriter",
+            "pandas",
+        ),
+        "zoo",
     ),
     **dict.fromkeys(("seaborn", "rliable", "scipy", "matplotlib"), "plots"),
     **dict.fromkeys(("moviepy", "pygame"), "video"),

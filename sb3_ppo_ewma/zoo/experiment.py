@@ -7,6 +7,7 @@ import argparse
 import functools
 import inspect
 import re
+import shutil
 from pathlib import Path
 from pprint import pprint
 from typing import Any
@@ -59,13 +60,18 @@ def _entry_point(upstream: Function, env_id: str) -> str:
 
 
 def _setup_experiment(upstream: Function, manager: Any) -> Any:
+    is_new = not Path(manager.save_path).exists()
     try:
         result = upstream(manager)
         if result is None:  # -optimize builds models later: refuse unknown names now, not in every trial
             inspect.signature(ALGOS[manager.algo]).bind_partial(**manager._hyperparams)
         return result
-    except TypeError as error:  # an unknown hyper-parameter or one of the wrong type
-        raise ValueError(f"{manager.algo}: {error}") from error
+    except Exception as error:
+        if is_new:  # made just now; enjoy would take it for the latest run
+            shutil.rmtree(manager.save_path, ignore_errors=True)
+        if isinstance(error, TypeError):  # an unknown hyper-parameter or one of the wrong type
+            raise ValueError(f"{manager.algo}: {error}") from error
+        raise
 
 
 def _read_hyperparameters(upstream: Function, manager: Any) -> Any:
