@@ -106,13 +106,7 @@ def decoupled_policy_loss(
     _check_shapes(
         log_prob, log_prob_prox=log_prob_prox, log_prob_behav=log_prob_behav, advantages=advantages, kl=kl, mask=mask
     )
-    if clip_range is not None and not 0 <= clip_range < 1:
-        raise ValueError(f"clip_range must be in [0, 1) or None, got {clip_range}")
-    if not 0 <= kl_coef < math.inf:
-        raise ValueError(f"kl_coef must be >= 0 and finite, got {kl_coef}")
-    if max_importance_ratio is not None and not max_importance_ratio >= 1:
-        raise ValueError(f"max_importance_ratio must be >= 1 or None, got {max_importance_ratio}")
-
+    _check_coefficients(clip_range, kl_coef, max_importance_ratio)
     log_prob_prox, log_prob_behav = log_prob_prox.detach(), log_prob_behav.detach()
     # A node of its own: the gradients of the two branches are added here first, as at the ratio of SB3's PPO, before
     # that of an entropy estimated from log_prob joins them. Another order would round differently.
@@ -239,6 +233,15 @@ def _bounded_exp(exponent: th.Tensor) -> th.Tensor:
 def _half_square(log_ratio: th.Tensor) -> th.Tensor:
     bound = _MAX_LOG_RATIO[log_ratio.dtype]
     return 0.5 * th.clamp(log_ratio, -bound, bound) ** 2
+
+
+def _check_coefficients(clip_range: float | None, kl_coef: float, max_importance_ratio: float | None) -> None:
+    if clip_range is not None and not 0 <= clip_range < 1:
+        raise ValueError(f"clip_range must be in [0, 1) or None, got {clip_range}")
+    if not 0 <= kl_coef < math.inf:
+        raise ValueError(f"kl_coef must be >= 0 and finite, got {kl_coef}")
+    if max_importance_ratio is not None and not max_importance_ratio >= 1:
+        raise ValueError(f"max_importance_ratio must be >= 1 or None, got {max_importance_ratio}")
 
 
 def _check_shapes(first: th.Tensor, **others: th.Tensor | None) -> None:
