@@ -19,13 +19,14 @@ CLIP_OFF = -1.0
 
 
 class SB3ArgumentError(ValueError, AssertionError):
-    """A value that SB3 itself refuses with an ``AssertionError``: code that catches that keeps working."""
+    """A refused value; also an ``AssertionError``, since SB3 raises that for some and code may catch it."""
 
 
 def merged_signature(cls: type) -> inspect.Signature:
     """
     Signature of a class whose ``__init__`` passes ``*args, **kwargs`` on to the next class: the next class's parameters
-    in their order, then the keyword-only ones of the classes before it.
+    in their order, then the keyword-only ones of the classes before it. Where an ``__init__`` names positional
+    parameters of its own, those behind it can be given by keyword only.
 
     :param cls: the class
     :return: its signature, without ``self``
@@ -38,12 +39,13 @@ def merged_signature(cls: type) -> inspect.Signature:
         parameters = list(inspect.signature(vars(base)["__init__"]).parameters.values())[1:]
         passes_on = any(p.kind is p.VAR_KEYWORD for p in parameters)
         named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        ends_positional = bool(positional)
         for parameter in named:
-            if parameter.kind is parameter.KEYWORD_ONLY:
-                own.setdefault(parameter.name, parameter)
+            if parameter.kind is parameter.KEYWORD_ONLY or ends_positional:
+                own.setdefault(parameter.name, parameter.replace(kind=parameter.KEYWORD_ONLY))
             else:
                 positional.append(parameter)
-        if not passes_on or any(p.kind is not p.KEYWORD_ONLY for p in named):
+        if not passes_on:
             break
     names = {parameter.name for parameter in positional}
     return inspect.Signature([*positional, *(p for name, p in own.items() if name not in names)])
@@ -63,7 +65,8 @@ def bind_arguments(cls: type, base: type, args: Sequence[Any], kwargs: Mapping[s
     signature = merged_signature(base)
     unknown = [name for name in kwargs if name not in signature.parameters]
     if unknown:
-        close = difflib.get_close_matches(unknown[0], list(merged_signature(cls).parameters), n=1)
+        known = [name for name in merged_signature(cls).parameters if name != unknown[0]]
+        close = difflib.get_close_matches(unknown[0], known, n=1)
         hint = f". Did you mean {close[0]!r}?" if close else ""
         raise TypeError(f"{cls.__name__}() got an unexpected keyword argument {unknown[0]!r}{hint}")
     try:
@@ -124,6 +127,8 @@ def _checked_clip_range(clip_range: Any) -> float | Schedule:
     if isinstance(clip_range, str) or not (callable(clip_range) or isinstance(clip_range, Real)):
         raise TypeError(f"clip_range must be a number below 1, a schedule or None, got {clip_range!r}")
     value = float(clip_range(1.0) if callable(clip_range) else clip_range)
+    if value < 0 and callable(clip_range) and not is_clip_off(clip_range):
+        raise ValueError(f"clip_range must start at 0 or above, got a schedule that starts at {value}; None: no clip")
     if not value < 1:
         raise ValueError(
             f"clip_range must be below 1 (the ratio is clipped to [1 - clip_range, 1 + clip_range]), got {value}"

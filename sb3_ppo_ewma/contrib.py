@@ -10,8 +10,8 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import MaybeCallback
 from stable_baselines3.common.utils import obs_as_tensor
 
-from sb3_ppo_ewma.ppo_ewma import EwmaMixin, _observations
-from sb3_ppo_ewma.rollouts import Rollout
+from sb3_ppo_ewma.ppo_ewma import EwmaMixin
+from sb3_ppo_ewma.rollouts import Rollout, observations_at
 
 SelfRecurrentPPOEWMA = TypeVar("SelfRecurrentPPOEWMA", bound="RecurrentPPOEWMA")
 SelfMaskablePPOEWMA = TypeVar("SelfMaskablePPOEWMA", bound="MaskablePPOEWMA")
@@ -82,7 +82,7 @@ class RecurrentPPOEWMA(EwmaMixin, RecurrentPPO):
             for states in (buffer.hidden_states_vf, buffer.cell_states_vf)
         ]
         episode_starts = buffer.to_torch(buffer.episode_starts[indices]).flatten()
-        values = cast(Any, self.policy).predict_values(_observations(buffer, indices), tuple(states), episode_starts)
+        values = cast(Any, self.policy).predict_values(observations_at(buffer, indices), tuple(states), episode_starts)
         return cast(th.Tensor, values)
 
     def _predict_last_values(self, rollout: Rollout) -> th.Tensor:

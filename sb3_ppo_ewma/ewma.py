@@ -2,7 +2,7 @@
 Debiased exponentially weighted moving averages: of a module's parameters (the proximal policy of PPO-EWMA) and of the
 moments of a stream of batches (advantage normalisation), with the conversions between the ways to give a decay.
 
-Source: Hilton, Cobbe, Schulman 2022, https://arxiv.org/abs/2110.00641, §3 and appendices.
+Source: Hilton, Cobbe, Schulman 2022, https://arxiv.org/abs/2110.00641.
 """
 
 import math
@@ -88,7 +88,7 @@ class ParameterEwma(nn.Module):
     so that θ̄ is the average of all θ seen, weighted by β^age, without a bias towards θ_0. Buffers (running statistics)
     are copied, not averaged.
 
-    Source: Hilton et al. 2022, §3.2 and algorithm 1.
+    Source: Hilton et al. 2022.
 
     :param module: holds the average: a copy of its own of the averaged module; it is frozen and put in evaluation mode
     """
@@ -209,8 +209,9 @@ class MomentsEwma(nn.Module):
         """
         if self.weight.item() == 0:
             return 0.0, 1.0
-        denominator = self.weight - ddof * self.squared_weight / self.weight
-        return self.mean.item(), (self.squared_deviations / denominator).item()
+        denominator = (self.weight - ddof * self.squared_weight / self.weight).item()
+        # A single sample has no unbiased variance: 0, as its squared deviation.
+        return self.mean.item(), self.squared_deviations.item() / denominator if denominator > 0 else 0.0
 
     def normalize(self, samples: th.Tensor) -> th.Tensor:
         """
@@ -218,7 +219,13 @@ class MomentsEwma(nn.Module):
         :return: (samples − mean) / (standard deviation + 1e-8), in the dtype of the samples
         """
         mean, variance = self.moments()
-        return ((samples.double() - mean) / (math.sqrt(variance) + 1e-8)).to(samples.dtype)
+        wide = samples if samples.device.type == "mps" else samples.double()  # mps has no float64
+        return ((wide - mean) / (math.sqrt(variance) + 1e-8)).to(samples.dtype)
+
+    def reset(self) -> None:
+        """Forget all batches."""
+        for state in (self.weight, self.squared_weight, self.mean, self.squared_deviations):
+            state.zero_()
 
     def snapshot(self) -> dict[str, Any]:
         """

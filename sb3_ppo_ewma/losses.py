@@ -89,7 +89,7 @@ def decoupled_policy_loss(
     capped sample keeps a bounded gradient. Everything stays in log space until the last exp(), whose argument is
     limited to 40 in float32 and 300 in float64: loss and gradients are finite for any finite log-probabilities.
 
-    Source: Hilton et al. 2022, §2 and §4; cap and sample estimate of the KL as in its released code.
+    Source: Hilton et al. 2022; cap and sample estimate of the KL as in its released code.
 
     :param log_prob: (batch,) log π_θ(a|s), with gradient
     :param log_prob_prox: (batch,) log π_prox(a|s)

@@ -37,7 +37,7 @@ from sb3_ppo_ewma.ewma import (
     decay_from_center_of_mass,
 )
 from sb3_ppo_ewma.random_state import preserved_generators
-from sb3_ppo_ewma.rollouts import Rollout, StaleRollouts, is_finite
+from sb3_ppo_ewma.rollouts import Rollout, StaleRollouts, is_finite, observations_at
 from sb3_ppo_ewma.saving import SavedStateMixin, uncompiled
 
 KlEstimator = Literal["sample", "analytic"]
@@ -95,7 +95,7 @@ class TrainStatistics:
         """
         :return: all values by name
         """
-        return {name: th.stack(values).double().cpu().numpy() for name, values in self._values.items() if values}
+        return {name: th.stack(values).cpu().double().numpy() for name, values in self._values.items() if values}
 
 
 class EwmaMixin(SavedStateMixin):
@@ -123,7 +123,8 @@ class EwmaMixin(SavedStateMixin):
     :param staleness: number of iterations a rollout waits before it is trained on (the paper's artificial staleness)
     :param staleness_mode: the policies of a stale rollout. ``"decoupled"``: π_prox is the policy at the start of the
         iteration, π_behav the one that collected; ``"behavior"``: the collecting policy is both; ``"proximal"``: the
-        policy at the start of the iteration is both. With an EWMA, it is π_prox in every mode
+        policy at the start of the iteration is both. With ``prox_decay`` not ``None``, the EWMA is π_prox in every
+        mode, which then only decides what π_behav is
     :param ppo_args: positional arguments of the algorithm this is mixed into, see there. ``clip_range`` may also be
         ``None`` or a negative constant: no clip
     :param ppo_kwargs: keyword arguments of the algorithm this is mixed into
@@ -149,6 +150,8 @@ class EwmaMixin(SavedStateMixin):
         "advantage_moments",
         "value_optimizer",
     )
+
+    _policy_states: ClassVar[frozenset[str]] = frozenset({"policy_ewma"})
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -218,22 +221,45 @@ class EwmaMixin(SavedStateMixin):
                 "use kl_estimator='sample'"
             )
 
+    def _check_built_parameters(self) -> None:
+        """
+        Refuse parameters that were set by hand and that the model was not built for.
+        """
+        queue_length = 0 if self.replay_buffer is None else self.replay_buffer.staleness
+        fits = {
+            "prox_decay": (self.prox_decay is None) == (self.policy_ewma is None),
+            "advantage_decay": (self.advantage_decay is None) == (self.advantage_moments is None),
+            "n_epochs_value": self._has_value_epochs() == (self.value_optimizer is not None),
+            "staleness": self.staleness == queue_length,
+        }
+        for name, value_fits in fits.items():
+            if not value_fits:
+                raise ValueError(
+                    f"{name} was set to {getattr(self, name)!r} by hand, but the model was built without: save it and "
+                    f"give {name} to load()"
+                )
+        if self.advantage_moments is not None:
+            self.advantage_moments.decay = cast(float, self.advantage_decay)
+
     def _setup_model(self) -> None:
-        if self.clip_range is None:
+        if self.clip_range is None:  # load(..., clip_range=None) bypasses the constructor
             self.clip_range = CLIP_OFF
         super()._setup_model()
         self.policy_ewma = None if self.prox_decay is None else ParameterEwma(self._copy_policy())
         self.advantage_moments = None if self.advantage_decay is None else MomentsEwma(self.advantage_decay)
-        self.value_optimizer = None
-        if self.n_epochs_value not in (None, self.n_epochs):
-            self.value_optimizer = self.policy.optimizer_class(
-                self.policy.parameters(),
-                lr=self.lr_schedule(1),  # as SB3 builds its own
-                **self.policy.optimizer_kwargs,
-            )
+        self.value_optimizer = self._make_value_optimizer() if self._has_value_epochs() else None
         self.replay_buffer = StaleRollouts(self.staleness) if self.staleness > 0 else None
         # Policy at the start of the iteration, only built when something needs it
         self._recent_policy: ParameterEwma | None = None
+
+    def _has_value_epochs(self) -> bool:
+        return self.n_epochs_value not in (None, self.n_epochs)
+
+    def _make_value_optimizer(self) -> th.optim.Optimizer:
+        # As SB3 builds the policy's own; both own all parameters.
+        policy = self.policy
+        optimizer = policy.optimizer_class(policy.parameters(), lr=self.lr_schedule(1), **policy.optimizer_kwargs)
+        return cast(th.optim.Optimizer, optimizer)
 
     def _make_policy(self, policy_kwargs: dict[str, Any]) -> ActorCriticPolicy:
         """
@@ -262,8 +288,8 @@ class EwmaMixin(SavedStateMixin):
     @property
     def proximal_policy(self) -> ActorCriticPolicy | None:
         """
-        :return: π_prox, the EWMA of the policy, to predict with, evaluate or save; it changes as training goes on.
-            ``None`` with ``prox_decay=None``
+        :return: π_prox, the EWMA of the policy, to predict with, evaluate or save; it changes as training goes on. With
+            gSDE, each access draws its exploration noise anew. ``None`` with ``prox_decay=None``
         """
         if self.policy_ewma is None:
             return None
@@ -310,7 +336,7 @@ class EwmaMixin(SavedStateMixin):
         :param indices: of its samples
         :return: current values of their observations
         """
-        return cast(th.Tensor, self.policy.predict_values(_observations(buffer, indices)))
+        return cast(th.Tensor, self.policy.predict_values(observations_at(buffer, indices)))
 
     def _predict_last_values(self, rollout: Rollout) -> th.Tensor:
         """
@@ -372,8 +398,6 @@ class EwmaMixin(SavedStateMixin):
             finished = self._train_epoch(rollout, epoch, clip_ranges, statistics)
             self._n_updates += epoch.policy
             if not finished:
-                if self.verbose >= 1:
-                    print(f"Early stopping at epoch {index}: approx_kl exceeds 1.5 * target_kl ({self.target_kl})")
                 break
         self._log_training(rollout, clip_ranges, advantage_std, statistics)
 
@@ -521,7 +545,11 @@ class EwmaMixin(SavedStateMixin):
             log_ratio = log_prob - samples.old_log_prob
             approx_kl = losses.masked_mean((th.exp(log_ratio) - 1) - log_ratio, mask)
         statistics.add(approx_kl=approx_kl)
-        return self.target_kl is not None and approx_kl.item() > 1.5 * self.target_kl
+        if self.target_kl is None or approx_kl.item() <= 1.5 * self.target_kl:
+            return False
+        if self.verbose >= 1:
+            print(f"Early stopping at n_updates={self._n_updates} due to reaching max kl: {approx_kl.item():.2f}")
+        return True
 
     def _optimize(self, loss: th.Tensor, optimizer: th.optim.Optimizer, terms: dict[str, th.Tensor]) -> None:
         optimizer.zero_grad()
@@ -615,7 +643,9 @@ class EwmaMixin(SavedStateMixin):
     # ------------------------------------------------------------------ learning, saving, loading
 
     def _setup_learn(self, *args: Any, **kwargs: Any) -> Any:
-        self._check_own_parameters()  # load() and attributes set by hand bypass the constructor
+        # load() and attributes set by hand bypass the constructor.
+        self._check_own_parameters()
+        self._check_built_parameters()
         if self.replay_buffer is not None and self._n_updates > 0 and self.replay_buffer.missing > 0:
             warnings.warn(
                 f"The queue of stale rollouts is not full: the next {self.replay_buffer.missing} rollouts are "
@@ -628,9 +658,14 @@ class EwmaMixin(SavedStateMixin):
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "_recent_policy", "_moments_before"]
 
-    def _start_afresh(self, missing: list[str]) -> None:
-        if self.policy_ewma is not None and "policy_ewma" in missing:
+    def _start_afresh(self, name: str) -> None:
+        if name == "policy_ewma" and self.policy_ewma is not None:
             self.policy_ewma.reset(self.policy)
+        elif name == "advantage_moments" and self.advantage_moments is not None:
+            self.advantage_moments.reset()
+        elif name == "value_optimizer":
+            self.value_optimizer = self._make_value_optimizer()
+        super()._start_afresh(name)
 
     def save_replay_buffer(self, path: str | pathlib.Path | BufferedIOBase) -> None:
         """
@@ -697,12 +732,6 @@ class PPOEWMA(EwmaMixin, PPO):
 
 def _constructor_parameters(inherited: Any, share_features_extractor: bool) -> dict[str, Any]:
     return {"share_features_extractor": share_features_extractor, **inherited()}
-
-
-def _observations(buffer: Any, indices: slice) -> Any:
-    if isinstance(buffer.observations, dict):
-        return {key: buffer.to_torch(value[indices]) for key, value in buffer.observations.items()}
-    return buffer.to_torch(buffer.observations[indices])
 
 
 def _distributions(policy: ActorCriticPolicy) -> Sequence[Distribution]:

@@ -96,6 +96,17 @@ def is_finite(array: Any) -> bool:
     return not np.issubdtype(array.dtype, np.inexact) or bool(np.isfinite(array).all())
 
 
+def observations_at(buffer: RolloutBuffer, indices: slice) -> Any:
+    """
+    :param buffer: flattened rollout buffer
+    :param indices: of its samples
+    :return: their observations as tensors on the buffer's device, a dictionary of them for dictionary observations
+    """
+    if isinstance(buffer.observations, dict):
+        return {key: buffer.to_torch(value[indices]) for key, value in buffer.observations.items()}
+    return buffer.to_torch(buffer.observations[indices])
+
+
 class StaleRollouts:
     """
     First-in, first-out queue that delays training on a rollout by ``staleness`` iterations.
@@ -129,7 +140,11 @@ class StaleRollouts:
         :param path: file name (``.pkl`` is added where there is no suffix) or open binary file
         :param num_timesteps: the model's, checked by :meth:`load`
         """
-        content = {"format": _FORMAT_VERSION, "num_timesteps": num_timesteps, "rollouts": list(self.waiting)}
+        content = {
+            "format": _FORMAT_VERSION,
+            "num_timesteps": num_timesteps,
+            "parts": {"stale_rollouts": list(self.waiting)},
+        }
         if isinstance(path, BufferedIOBase):
             pickle.dump(content, path, protocol=pickle.HIGHEST_PROTOCOL)
             return
@@ -152,14 +167,15 @@ class StaleRollouts:
         else:
             with _with_suffix(path).open("rb") as file:
                 content = pickle.load(file)
-        if not isinstance(content, dict) or content.get("format") != _FORMAT_VERSION or "rollouts" not in content:
+        known = isinstance(content, dict) and content.get("format") == _FORMAT_VERSION
+        if not known or "stale_rollouts" not in content["parts"]:
             raise ValueError(f"{path} is not a queue of waiting rollouts (format {_FORMAT_VERSION})")
         if content["num_timesteps"] != num_timesteps:
             raise ValueError(
                 f"{path} belongs to num_timesteps={content['num_timesteps']}, the model is at {num_timesteps}: "
                 "load the file that was saved together with the model"
             )
-        rollouts: list[Rollout] = content["rollouts"]
+        rollouts: list[Rollout] = content["parts"]["stale_rollouts"]
         if len(rollouts) > self.staleness:
             raise ValueError(f"{path} has {len(rollouts)} waiting rollouts, staleness={self.staleness} allows fewer")
         expected = (model_buffer.buffer_size, model_buffer.n_envs)

@@ -11,7 +11,7 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.type_aliases import GymEnv, TensorDict
 
-from sb3_ppo_ewma._arguments import is_clip_off, merged_signature
+from sb3_ppo_ewma._arguments import is_clip_off
 from sb3_ppo_ewma.random_state import GeneratorStates, preserved_generators
 
 SelfSavedState = TypeVar("SelfSavedState", bound="SavedStateMixin")
@@ -29,15 +29,16 @@ class SavedStateMixin(OnPolicyAlgorithm):
     _own_states: ClassVar[tuple[str, ...]] = ("generators",)
     # Those whose absence from a file changes nothing a user would want to know about
     _silent_states: ClassVar[frozenset[str]] = frozenset({"generators"})
+    # Those that are derived from the policy and have to start afresh whenever another policy is put in without them
+    _policy_states: ClassVar[frozenset[str]] = frozenset()
 
     @classmethod
     def _sb3_class(cls) -> type[OnPolicyAlgorithm]:
         """
         :return: the algorithm this is mixed into: PPO, RecurrentPPO, ...
         """
-        return cast(
-            type[OnPolicyAlgorithm], next(base for base in cls.__mro__ if not issubclass(base, SavedStateMixin))
-        )
+        bases = (base for base in cls.__mro__ if issubclass(base, OnPolicyAlgorithm))
+        return next(base for base in bases if not issubclass(base, SavedStateMixin))
 
     def _setup_model(self) -> None:
         super()._setup_model()
@@ -94,8 +95,9 @@ class SavedStateMixin(OnPolicyAlgorithm):
         super().set_parameters(params, exact_match=exact_match, device=device)
         if "generators" in missing:
             self.generators.pending = pending
-        if "policy" in params:
-            self._start_afresh(missing)
+        for name in missing:
+            if exact_match or (name in self._policy_states and "policy" in params):
+                self._start_afresh(name)
         started = [name for name in missing if name not in self._silent_states]
         messages = []
         if started:
@@ -105,11 +107,11 @@ class SavedStateMixin(OnPolicyAlgorithm):
         if exact_match and messages:
             warnings.warn(f"Loaded parameters {'; '.join(messages)}.", stacklevel=2)
 
-    def _start_afresh(self, missing: list[str]) -> None:
+    def _start_afresh(self, name: str) -> None:
         """
-        Start own parts that loaded parameters do not have from the policy that they do have.
+        Start an own part that loaded parameters do not have anew, from the policy that they do have.
 
-        :param missing: their names
+        :param name: of the part
         """
 
     @classmethod
@@ -149,11 +151,10 @@ class SavedStateMixin(OnPolicyAlgorithm):
 
         :return: ``PPO`` (for the other families ``RecurrentPPO``, ``MaskablePPO``)
         """
-        own = set(merged_signature(type(self)).parameters) - set(merged_signature(self._sb3_class()).parameters)
-        skipped = own | set(self._excluded_save_params()) | {"seed", "n_envs"}
         create: Any = self._sb3_class()
         model: OnPolicyAlgorithm = create(self.policy_class, env=None, device=self.device, _init_setup_model=False)
-        vars(model).update({name: copy.copy(value) for name, value in vars(self).items() if name not in skipped})
+        taken = {*vars(model), "observation_space", "action_space"} - {*self._excluded_save_params(), "seed"}
+        vars(model).update({name: copy.copy(value) for name, value in vars(self).items() if name in taken})
         model.n_envs = self.n_envs
         if is_clip_off(vars(self)["clip_range"]):
             warnings.warn("PPO cannot train without its clip: clip_range is set to SB3's default 0.2", stacklevel=2)

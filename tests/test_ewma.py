@@ -98,6 +98,14 @@ def test_moments_of_two_batches():
     assert moments.moments(ddof=1)[1] == pytest.approx(5.5 / 1.25)
 
 
+def test_single_sample_has_no_variance():
+    moments = MomentsEwma(0.5)
+    moments.update(th.tensor([3.0]))
+    assert moments.moments(ddof=1) == (3.0, 0.0)
+    moments.reset()
+    assert moments.moments() == (0.0, 1.0)
+
+
 def test_decay_zero_remembers_the_last_batch_only():
     moments = MomentsEwma(0.0)
     moments.update(th.tensor([1e6, -1e6]))

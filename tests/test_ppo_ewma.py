@@ -1,6 +1,7 @@
 """What PPOEWMA does beyond PPO."""
 
 import copy
+import inspect
 import io
 import math
 import warnings
@@ -201,12 +202,16 @@ class MultiEnv(gym.Env):
 
 
 @pytest.mark.parametrize(
-    "action_space", [spaces.Box(-1, 1, (2,)), spaces.Discrete(3), spaces.MultiDiscrete([2, 3]), spaces.MultiBinary(3)]
+    ("action_space", "use_sde"),
+    [
+        (spaces.Box(-1, 1, (2,)), False),
+        (spaces.Box(-1, 1, (2,)), True),
+        (spaces.Discrete(3), False),
+        (spaces.MultiDiscrete([2, 3]), False),
+        (spaces.MultiBinary(3), False),
+    ],
 )
-@pytest.mark.parametrize("use_sde", [False, True])
 def test_analytic_kl_on_every_action_space(action_space, use_sde):
-    if use_sde and not isinstance(action_space, spaces.Box):
-        pytest.skip("gSDE is for continuous actions")
     model = make(MultiEnv(action_space), kl_coef=1.0, kl_estimator="analytic", use_sde=use_sde, learning_rate=0.01)
     model.learn(64)
     assert logged(model)["train/kl_loss"] > 0
@@ -437,6 +442,18 @@ def test_changed_parameters_start_or_drop_their_state(tmp_path):
         PPOEWMA.load(tmp_path / "model", n_epochs_value=5)
 
 
+def test_trained_model_starts_missing_parts_afresh(tmp_path):
+    ppo = PPO("MlpPolicy", "CartPole-v1", **QUICK).learn(64)
+    ppo.save(tmp_path / "ppo")
+    model = make(**FULL).learn(64)
+    with pytest.warns(UserWarning, match="without policy_ewma, advantage_moments, value_optimizer: started afresh"):
+        model.set_parameters(tmp_path / "ppo.zip")
+    assert all_equal(parameters(model.proximal_policy), parameters(ppo.policy))
+    assert float(model.advantage_moments.weight) == 0
+    assert not model.value_optimizer.state
+    model.learn(32, reset_num_timesteps=False)
+
+
 def test_part_of_the_parameters_restarts_the_average():
     source, model = make(seed=1), make(seed=2).learn(32)
     model.set_parameters({"policy": source.policy.state_dict()}, exact_match=False)
@@ -547,6 +564,7 @@ def test_loading_does_not_rewind_the_generators_but_an_explicit_seed_does(tmp_pa
         ({"clip_range": 1.0}, "clip_range must be below 1"),
         ({"clip_range": math.nan}, "clip_range must be below 1"),
         ({"clip_range": lambda _: 2.0}, "clip_range must be below 1"),
+        ({"clip_range": lambda _: -1.0}, "clip_range must start at 0 or above"),
         ({"clip_range_vf": 0.0}, "clip_range_vf must be positive"),
         ({"batch_size": 1}, "batch_size must be greater than 1"),
         ({"batch_size": 0}, "batch_size must be >= 1, got 0"),
@@ -609,12 +627,63 @@ def test_positional_arguments_are_those_of_ppo():
         PPOEWMA("MlpPolicy")
 
 
-def test_values_set_by_hand_or_at_loading_are_checked_before_learning(tmp_path):
+def test_values_given_at_loading_are_checked_before_learning(tmp_path):
     model = make()
     model.save(tmp_path / "model")
-    loaded = PPOEWMA.load(tmp_path / "model", env=model.get_env(), kl_coef=-1.0)
-    with pytest.raises(ValueError, match="kl_coef"):
+    loaded = PPOEWMA.load(tmp_path / "model", env=model.get_env(), staleness_mode="recent")
+    with pytest.raises(ValueError, match="staleness_mode"):
         loaded.learn(32)
+    assert loaded.num_timesteps == 0
+
+
+@pytest.mark.parametrize(
+    ("built", "by_hand"),
+    [
+        ({}, {"prox_decay": None}),
+        ({"prox_decay": None}, {"prox_decay": 0.5}),
+        ({}, {"advantage_decay": 0.5}),
+        ({"advantage_decay": 0.5}, {"advantage_decay": None}),
+        ({"n_epochs_value": 4}, {"n_epochs_value": None}),
+        ({"n_epochs_value": 4}, {"n_epochs": 4}),
+        ({}, {"staleness": 1}),
+        ({"staleness": 2}, {"staleness": 1}),
+    ],
+)
+def test_what_the_model_was_not_built_for_cannot_be_set_by_hand(built, by_hand):
+    model = make(**built)
+    for name, value in by_hand.items():
+        setattr(model, name, value)
+    with pytest.raises(ValueError, match=r"by hand.* to load\(\)"):
+        model.learn(32)
+    assert model.num_timesteps == 0
+
+
+def test_numbers_can_be_set_by_hand():
+    model = make(prox_decay=0.5, advantage_decay=0.5, n_epochs=1).learn(32)
+    model.prox_decay, model.advantage_decay = 0.0, 0.0
+    model.learn(32, reset_num_timesteps=False)
+    assert float(model.policy_ewma.total_weight) == 1.0
+    assert float(model.advantage_moments.weight) == 32
+
+
+def test_plain_mixins_and_own_constructors():
+    class Plain:
+        def greet(self):
+            return "hello"
+
+    class Mixed(Plain, PPOEWMA):
+        pass
+
+    class Own(PPOEWMA):
+        def __init__(self, policy, env, foo=1, **kwargs):
+            super().__init__(policy, env, **kwargs)
+            self.foo = foo
+
+    assert Mixed("MlpPolicy", "CartPole-v1", **QUICK).learn(32).greet() == "hello"
+    model = Own("MlpPolicy", "CartPole-v1", foo=3, prox_decay=0.9, **QUICK).learn(32)
+    assert list(inspect.signature(Own).parameters)[:3] == ["policy", "env", "foo"]
+    assert {"prox_decay", "n_steps"} <= set(inspect.signature(Own).parameters)
+    assert not {"prox_decay", "staleness", "foo"} & set(vars(model.to_ppo()))
 
 
 class BrokenEnv(MultiEnv):

@@ -50,6 +50,15 @@ def test_queue_survives_a_file(tmp_path):
     assert restored.exchange(make_rollout()).buffer.rewards[0, 0] == 1.0
 
 
+def test_restored_rollouts_are_on_the_device_of_the_model(tmp_path):
+    queue, restored, buffer = StaleRollouts(1), StaleRollouts(1), make_rollout().buffer
+    queue.exchange(make_rollout())
+    queue.save(tmp_path / "queue", num_timesteps=8)
+    buffer.device = th.device("meta")
+    restored.load(tmp_path / "queue", buffer, num_timesteps=8)
+    assert restored.waiting[0].buffer.device.type == "meta"
+
+
 def test_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
     queue = StaleRollouts(1)
     queue.exchange(make_rollout(3.0))
