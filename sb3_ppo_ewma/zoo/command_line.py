@@ -4,6 +4,7 @@ import argparse
 import os
 import runpy
 import sys
+import traceback
 import warnings
 from collections.abc import Sequence
 
@@ -72,7 +73,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     except Exception as error:
         if os.environ.get(TRACEBACK_VARIABLE) or not _is_expected(error):
             raise
-        sys.exit(f"{PROG} {script}: {explain(error)}")
+        # Behind an error in the middle of training there may be more than a slip of the user's.
+        in_training = any(frame.name == "learn" for frame in traceback.extract_tb(error.__traceback__))
+        hint = f" ({TRACEBACK_VARIABLE}=1 in the environment shows where)" if in_training else ""
+        sys.exit(f"{PROG} {script}: {explain(error)}{hint}")
     finally:
         sys.argv = process_arguments
 

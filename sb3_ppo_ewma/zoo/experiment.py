@@ -67,7 +67,9 @@ def _setup_experiment(upstream: Function, manager: Any) -> Any:
             inspect.signature(ALGOS[manager.algo]).bind_partial(**manager._hyperparams)
         return result
     except Exception as error:
-        if is_new:  # made just now; enjoy would take it for the latest run
+        # Made just now; enjoy would take it for the latest run. Upstream writes the arguments when a run begins: with
+        # them it is that of another process that was given the same number.
+        if is_new and not Path(manager.params_path, "args.yml").exists():
             shutil.rmtree(manager.save_path, ignore_errors=True)
         if isinstance(error, TypeError):  # an unknown hyper-parameter or one of the wrong type
             raise ValueError(f"{manager.algo}: {error}") from error
