@@ -25,8 +25,9 @@ class SB3ArgumentError(ValueError, AssertionError):
 def merged_signature(cls: type) -> inspect.Signature:
     """
     Signature of a class whose ``__init__`` passes ``*args, **kwargs`` on to the next class: the next class's parameters
-    in their order, then the keyword-only ones of the classes before it. Where an ``__init__`` names positional
-    parameters of its own, those behind it can be given by keyword only.
+    in their order, then the keyword-only ones of the classes before it, whose defaults go before those of the same
+    name. Where an ``__init__`` names positional parameters of its own, those behind it can be given by keyword only
+    and need not be given, since it may give them itself.
 
     :param cls: the class
     :return: its signature, without ``self``
@@ -41,17 +42,22 @@ def merged_signature(cls: type) -> inspect.Signature:
         named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
         ends_positional = bool(positional)
         for parameter in named:
+            if ends_positional and parameter.default is parameter.empty:
+                parameter = parameter.replace(default=None)
             if parameter.kind is parameter.KEYWORD_ONLY or ends_positional:
                 own.setdefault(parameter.name, parameter.replace(kind=parameter.KEYWORD_ONLY))
             else:
-                positional.append(parameter)
+                default = own[parameter.name].default if parameter.name in own else parameter.default
+                positional.append(parameter.replace(default=default))
         if not passes_on:
             break
     names = {parameter.name for parameter in positional}
     return inspect.Signature([*positional, *(p for name, p in own.items() if name not in names)])
 
 
-def bind_arguments(cls: type, base: type, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def bind_arguments(
+    cls: type, base: type, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """
     Bind positional and keyword arguments to the parameters of a base class's constructor.
 
@@ -59,7 +65,7 @@ def bind_arguments(cls: type, base: type, args: Sequence[Any], kwargs: Mapping[s
     :param base: class whose ``__init__`` will be called
     :param args: positional arguments
     :param kwargs: keyword arguments
-    :return: arguments by name, defaults included
+    :return: by name, the arguments that were given, and all of them, defaults included
     :raises TypeError: as Python does, with the nearest name for a misspelled one
     """
     signature = merged_signature(base)
@@ -73,8 +79,9 @@ def bind_arguments(cls: type, base: type, args: Sequence[Any], kwargs: Mapping[s
         bound = signature.bind(*args, **kwargs)
     except TypeError as error:
         raise TypeError(f"{cls.__name__}() {error}") from None
+    given = dict(bound.arguments)
     bound.apply_defaults()
-    return dict(bound.arguments)
+    return given, dict(bound.arguments)
 
 
 def is_clip_off(clip_range: Any) -> bool:
@@ -88,16 +95,13 @@ def is_clip_off(clip_range: Any) -> bool:
 
 def check_sb3_arguments(arguments: dict[str, Any], advantage_decay: float | None) -> None:
     """
-    :param arguments: SB3's, by name; ``clip_range`` is brought to the form that SB3 accepts
+    :param arguments: SB3's, by name, defaults included
     :param advantage_decay: our own parameter
     :raises TypeError: if one has the wrong type
     :raises ValueError: if one is out of its range
     """
-    if advantage_decay is not None and not arguments["normalize_advantage"]:
-        raise ValueError(
-            f"advantage_decay={advantage_decay} normalises advantages and contradicts normalize_advantage=False: "
-            "use advantage_decay=None"
-        )
+    if advantage_decay is not None:
+        check_normalization(advantage_decay, arguments["normalize_advantage"])
     batch_size = arguments["batch_size"]
     if batch_size is not None:
         check_integer("batch_size", batch_size, minimum=1)
@@ -115,13 +119,32 @@ def check_sb3_arguments(arguments: dict[str, Any], advantage_decay: float | None
     check_number("max_grad_norm", arguments["max_grad_norm"], 0, closed=True)  # float("inf"): no clipping
     if arguments["target_kl"] is not None:
         check_number("target_kl", arguments["target_kl"], 0)
-    arguments["clip_range"] = _checked_clip_range(arguments["clip_range"])
+    checked_clip_range(arguments["clip_range"])
     clip_range_vf = arguments["clip_range_vf"]
     if isinstance(clip_range_vf, Real) and not float(clip_range_vf) > 0:
         raise SB3ArgumentError(f"clip_range_vf must be positive, or None for no clipping, got {clip_range_vf}")
 
 
-def _checked_clip_range(clip_range: Any) -> float | Schedule:
+def check_normalization(advantage_decay: float, normalize_advantage: bool) -> None:
+    """
+    :param advantage_decay: decay of the advantages' moments
+    :param normalize_advantage: SB3's switch
+    :raises ValueError: if they contradict each other
+    """
+    if not normalize_advantage:
+        raise ValueError(
+            f"advantage_decay={advantage_decay} normalises advantages and contradicts normalize_advantage=False: "
+            "use advantage_decay=None"
+        )
+
+
+def checked_clip_range(clip_range: Any) -> float | Schedule:
+    """
+    :param clip_range: what the user gave
+    :return: the same in a form that SB3 accepts
+    :raises TypeError: if it is neither a number nor a schedule nor ``None``
+    :raises ValueError: if it is 1 or above, or a schedule that starts below 0
+    """
     if clip_range is None:
         return CLIP_OFF
     if isinstance(clip_range, str) or not (callable(clip_range) or isinstance(clip_range, Real)):

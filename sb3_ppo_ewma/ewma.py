@@ -120,8 +120,14 @@ class ParameterEwma(nn.Module):
         if not 0 <= decay <= 1:
             raise ValueError(f"decay must be in [0, 1], got {decay}")
         weight = decay * self.total_weight.item() + 1
+        pairs = list(zip(self.module.parameters(), source.parameters(), strict=True))
         # β·w/w' = 1 − 1/w', so the update is an interpolation by 1/w'.
-        th._foreach_lerp_(list(self.module.parameters()), list(source.parameters()), 1 / weight)
+        averaged = [pair for pair in pairs if pair[0].is_floating_point()]
+        th._foreach_lerp_([average for average, _ in averaged], [parameter for _, parameter in averaged], 1 / weight)
+        if len(averaged) < len(pairs):  # frozen integers
+            for average, parameter in pairs:
+                if not average.is_floating_point():
+                    average.copy_(parameter)
         self._copy_buffers(source)
         self.total_weight.fill_(weight)
 

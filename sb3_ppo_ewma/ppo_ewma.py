@@ -25,8 +25,10 @@ from sb3_ppo_ewma._arguments import (
     bind_arguments,
     check_choice,
     check_integer,
+    check_normalization,
     check_number,
     check_sb3_arguments,
+    checked_clip_range,
     is_clip_off,
     merged_signature,
 )
@@ -171,7 +173,7 @@ class EwmaMixin(SavedStateMixin):
         staleness_mode: StalenessMode = "decoupled",
         **ppo_kwargs: Any,
     ) -> None:
-        arguments = bind_arguments(type(self), self._sb3_class(), ppo_args, ppo_kwargs)
+        given, arguments = bind_arguments(type(self), self._sb3_class(), ppo_args, ppo_kwargs)
         self.prox_decay = prox_decay
         self.kl_coef = kl_coef
         self.kl_estimator: KlEstimator = kl_estimator
@@ -184,14 +186,17 @@ class EwmaMixin(SavedStateMixin):
         self._check_own_parameters()
         check_sb3_arguments(arguments, advantage_decay)
 
-        build = arguments.pop("_init_setup_model")
-        normalize_advantage = arguments["normalize_advantage"]
-        # SB3 refuses minibatches and rollouts of one sample, whose standard deviation is NaN. Moments over iterations
-        # have no such limit.
-        arguments["normalize_advantage"] = normalize_advantage and advantage_decay is None
-        super().__init__(**arguments, _init_setup_model=False)
-        self.normalize_advantage = normalize_advantage
-        if build:
+        # Only what was given is passed on: a class in between may have defaults of its own.
+        if "clip_range" in given:
+            given["clip_range"] = checked_clip_range(given["clip_range"])
+        if advantage_decay is not None:
+            # SB3 refuses minibatches and rollouts of one sample, whose standard deviation is NaN. Moments over
+            # iterations have no such limit.
+            given["normalize_advantage"] = False
+        super().__init__(**{**given, "_init_setup_model": False})
+        if advantage_decay is not None:
+            self.normalize_advantage = True
+        if arguments["_init_setup_model"]:
             self._setup_model()
 
     # ------------------------------------------------------------------ construction
@@ -239,6 +244,7 @@ class EwmaMixin(SavedStateMixin):
                     f"give {name} to load()"
                 )
         if self.advantage_moments is not None:
+            check_normalization(cast(float, self.advantage_decay), self.normalize_advantage)
             self.advantage_moments.decay = cast(float, self.advantage_decay)
 
     def _setup_model(self) -> None:
@@ -277,12 +283,10 @@ class EwmaMixin(SavedStateMixin):
         with preserved_generators(self.device):
             policy = self._make_policy(copy.deepcopy(self.policy_kwargs)).to(self.device)
         policy.load_state_dict(uncompiled(self.policy).state_dict())
-        if hasattr(policy, "share_features_extractor"):
-            # SB3 leaves this key out, and a policy saved alone would come back with shared features.
-            parameters = functools.partial(
-                _constructor_parameters, policy._get_constructor_parameters, policy.share_features_extractor
-            )
-            policy._get_constructor_parameters = parameters  # type: ignore[method-assign]
+        # SB3's policies leave some arguments out of what they save (share_features_extractor, the LSTM's size), and
+        # come back without them when they are saved alone.
+        parameters = functools.partial(_constructor_parameters, policy._get_constructor_parameters, self.policy_kwargs)
+        policy._get_constructor_parameters = parameters  # type: ignore[method-assign]
         return policy
 
     @property
@@ -371,6 +375,14 @@ class EwmaMixin(SavedStateMixin):
                 if not bool(th.isfinite(parameter).all()):
                     raise ValueError(f"NaN or Inf in the policy's parameter {name!r}") from error
             raise
+
+    def _update_info_buffer(self, infos: list[dict[str, Any]], dones: np.ndarray | None = None) -> None:
+        # Called at every step. The value of a truncated episode's last observation goes into the rewards, where a NaN
+        # would be blamed on them, and an Inf may not show: tanh of it is 1.
+        for info in infos:
+            if info.get("TimeLimit.truncated", False) and not is_finite(info.get("terminal_observation", 0)):
+                raise ValueError("NaN or Inf in the terminal observation that the environment returned")
+        super()._update_info_buffer(infos, dones)
 
     def _next_rollout(self) -> Rollout | None:
         rollout = self._collected_rollout()
@@ -646,7 +658,8 @@ class EwmaMixin(SavedStateMixin):
         # load() and attributes set by hand bypass the constructor.
         self._check_own_parameters()
         self._check_built_parameters()
-        if self.replay_buffer is not None and self._n_updates > 0 and self.replay_buffer.missing > 0:
+        collected = self.num_timesteps // (self.n_steps * self.n_envs)
+        if self.replay_buffer is not None and len(self.replay_buffer.waiting) < min(self.staleness, collected):
             warnings.warn(
                 f"The queue of stale rollouts is not full: the next {self.replay_buffer.missing} rollouts are "
                 "collected without training. To continue where training stopped, write it with save_replay_buffer() "
@@ -730,8 +743,8 @@ class PPOEWMA(EwmaMixin, PPO):
         return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
 
 
-def _constructor_parameters(inherited: Any, share_features_extractor: bool) -> dict[str, Any]:
-    return {"share_features_extractor": share_features_extractor, **inherited()}
+def _constructor_parameters(inherited: Any, policy_kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {**policy_kwargs, **inherited()}
 
 
 def _distributions(policy: ActorCriticPolicy) -> Sequence[Distribution]:

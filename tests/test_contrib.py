@@ -90,6 +90,14 @@ def test_recomputed_advantages_are_those_of_collection_before_any_update(make):
         np.testing.assert_allclose(recomputed, collected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("lstm", [{"lstm_hidden_size": 5}, {"n_lstm_layers": 2}, {"enable_critic_lstm": False}])
+def test_recurrent_average_is_saved_alone(lstm, tmp_path):
+    proximal = make_recurrent(policy_kwargs=lstm).learn(64).proximal_policy
+    proximal.save(tmp_path / "proximal")
+    loaded = type(proximal).load(tmp_path / "proximal")
+    assert all_equal(parameters(proximal), parameters(loaded))
+
+
 def test_padding_does_not_move_the_loss():
     """Sequences of length 3 and 29 in one minibatch: padded entries must count for nothing."""
     model = make_recurrent(advantage_decay=0.0)

@@ -63,6 +63,18 @@ def test_buffers_are_copied():
     assert ewma.module.num_batches_tracked == 1
 
 
+def test_integer_parameters_are_copied():
+    def with_integer(value: int) -> nn.Module:
+        result = module(float(value))
+        result.count = nn.Parameter(th.tensor(value), requires_grad=False)
+        return result
+
+    ewma = ParameterEwma(with_integer(0))
+    ewma.update(with_integer(3), 0.5)
+    assert ewma.module.count == 3
+    assert ewma.module.weight.item() == pytest.approx(2.0)
+
+
 def test_average_is_frozen_and_in_evaluation_mode():
     ewma = ParameterEwma(nn.Sequential(nn.Linear(2, 2), nn.Dropout()))
     assert not ewma.module.training

@@ -18,7 +18,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.utils import ConstantSchedule, LinearSchedule
 
-from sb3_ppo_ewma import PPOEWMA
+from sb3_ppo_ewma import PPOEWMA, EwmaMixin
 from sb3_ppo_ewma._arguments import SB3ArgumentError
 
 QUICK = {"n_steps": 32, "batch_size": 16, "n_epochs": 2, "seed": 0, "device": "cpu", "policy_kwargs": {"net_arch": [8]}}
@@ -404,6 +404,17 @@ def test_queue_has_a_file_of_its_own(tmp_path):
         loaded.load_replay_buffer(tmp_path / "queue")
 
 
+def test_queue_lost_while_it_fills_is_said(tmp_path):
+    make(staleness=3).learn(64).save(tmp_path / "model")
+    loaded = PPOEWMA.load(tmp_path / "model", env=make_vec_env("CartPole-v1"))
+    with pytest.warns(UserWarning, match="the next 3 rollouts are collected without training"):
+        loaded.learn(32, reset_num_timesteps=False)
+    model = make(staleness=3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.learn(64).learn(32, reset_num_timesteps=False)
+
+
 def test_without_staleness_there_is_no_queue(tmp_path):
     model = make()
     assert model.replay_buffer is None
@@ -658,6 +669,15 @@ def test_what_the_model_was_not_built_for_cannot_be_set_by_hand(built, by_hand):
     assert model.num_timesteps == 0
 
 
+def test_contradiction_given_at_loading(tmp_path):
+    model = make(normalize_advantage=False)
+    model.save(tmp_path / "model")
+    with pytest.warns(UserWarning, match="advantage_moments"):
+        loaded = PPOEWMA.load(tmp_path / "model", env=model.get_env(), advantage_decay=0.5)
+    with pytest.raises(ValueError, match="contradicts normalize_advantage=False"):
+        loaded.learn(32)
+
+
 def test_numbers_can_be_set_by_hand():
     model = make(prox_decay=0.5, advantage_decay=0.5, n_epochs=1).learn(32)
     model.prox_decay, model.advantage_decay = 0.0, 0.0
@@ -686,6 +706,42 @@ def test_plain_mixins_and_own_constructors():
     assert not {"prox_decay", "staleness", "foo"} & set(vars(model.to_ppo()))
 
 
+class OwnDefaults(PPO):
+    def __init__(self, *args, n_steps=48, **kwargs):
+        super().__init__(*args, n_steps=n_steps, **kwargs)
+
+
+class OwnPositional(PPO):
+    def __init__(self, policy, env, extra=3, **kwargs):
+        self.extra = extra
+        super().__init__(policy, env, **kwargs)
+
+
+class OwnPolicy(PPO):
+    def __init__(self, env, **kwargs):
+        super().__init__("MlpPolicy", env, **kwargs)
+
+
+def test_mixin_over_other_classes_keeps_their_constructors():
+    class Defaults(EwmaMixin, OwnDefaults):
+        pass
+
+    class Positional(EwmaMixin, OwnPositional):
+        pass
+
+    class Policy(EwmaMixin, OwnPolicy):
+        pass
+
+    kwargs = {"batch_size": 16, "n_epochs": 1, "device": "cpu"}
+    assert Defaults("MlpPolicy", "CartPole-v1", **kwargs).n_steps == 48
+    assert inspect.signature(Defaults).parameters["n_steps"].default == 48
+    assert Defaults("MlpPolicy", "CartPole-v1", n_steps=32, **kwargs).learn(32).n_steps == 32
+    model = Positional("MlpPolicy", "CartPole-v1", n_steps=32, prox_decay=0.5, **kwargs).learn(32)
+    assert (model.extra, model.n_steps, model.prox_decay) == (3, 32, 0.5)
+    assert Policy("CartPole-v1", n_steps=32, **kwargs).learn(32).policy_ewma is not None
+    assert type(model.to_ppo()) is OwnPositional
+
+
 class BrokenEnv(MultiEnv):
     def __init__(self, what, action_space, at_step=40):
         super().__init__(action_space)
@@ -711,6 +767,16 @@ def test_nan_from_the_environment_ends_training_with_good_parameters(what, at_st
         model.learn(32, reset_num_timesteps=False)
     assert all_equal(before[0], parameters(model.policy))
     assert all_equal(before[1], parameters(model.policy_ewma))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_nan_in_the_last_observation_of_a_truncated_episode(bad):
+    class Truncated(MultiEnv):
+        def step(self, action):
+            return np.array([0.0, 0.0, bad], dtype=np.float32), 0.0, False, True, {}
+
+    with pytest.raises(ValueError, match="NaN or Inf in the terminal observation"):
+        make(Truncated(spaces.Discrete(2))).learn(32)
 
 
 def test_nan_gradient_leaves_the_last_good_parameters():
