@@ -1,6 +1,7 @@
 """The zoo's scripts behind one command, with a sentence where they would end in a traceback."""
 
 import argparse
+import importlib
 import os
 import runpy
 import sys
@@ -98,6 +99,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(script: str, arguments: list[str]) -> None:
+    importlib.import_module("rl_zoo3")  # first: where it is missing, so is what else the modules below import
     # Here, so that the scripts are listed without rl_zoo3.
     from sb3_ppo_ewma.zoo import child_processes, hub, registration
 
