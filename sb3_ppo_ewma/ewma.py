@@ -7,7 +7,6 @@ Source: Hilton, Cobbe, Schulman 2022, https://arxiv.org/abs/2110.00641.
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch as th
 from torch import nn
@@ -120,15 +119,12 @@ class ParameterEwma(nn.Module):
         if not 0 <= decay <= 1:
             raise ValueError(f"decay must be in [0, 1], got {decay}")
         weight = decay * self.total_weight.item() + 1
-        pairs = list(zip(self.module.parameters(), source.parameters(), strict=True))
+        averages, copies = _averaged_and_copied(self.module)
+        parameters, originals = _averaged_and_copied(source)
         # β·w/w' = 1 − 1/w', so the update is an interpolation by 1/w'.
-        averaged = [pair for pair in pairs if pair[0].is_floating_point()]
-        th._foreach_lerp_([average for average, _ in averaged], [parameter for _, parameter in averaged], 1 / weight)
-        if len(averaged) < len(pairs):  # frozen integers
-            for average, parameter in pairs:
-                if not average.is_floating_point():
-                    average.copy_(parameter)
-        self._copy_buffers(source)
+        th._foreach_lerp_(averages, parameters, 1 / weight)
+        for copied, original in zip(copies, originals, strict=True):
+            copied.copy_(original)
         self.total_weight.fill_(weight)
 
     @th.no_grad()
@@ -138,14 +134,22 @@ class ParameterEwma(nn.Module):
 
         :param source: the averaged module
         """
-        for average, parameter in zip(self.module.parameters(), source.parameters(), strict=True):
-            average.copy_(parameter)
-        self._copy_buffers(source)
+        for tensors, originals in zip(_averaged_and_copied(self.module), _averaged_and_copied(source), strict=True):
+            for tensor, original in zip(tensors, originals, strict=True):
+                tensor.copy_(original)
         self.total_weight.fill_(1.0)
 
-    def _copy_buffers(self, source: nn.Module) -> None:
-        for average, buffer in zip(self.module.buffers(), source.buffers(), strict=True):
-            average.copy_(buffer)
+
+def _averaged_and_copied(module: nn.Module) -> tuple[list[th.Tensor], list[th.Tensor]]:
+    """
+    :param module: any module
+    :return: its floating-point parameters; its buffers and other (frozen integer) parameters
+    """
+    averaged: list[th.Tensor] = []
+    copied: list[th.Tensor] = list(module.buffers())
+    for parameter in module.parameters():
+        (averaged if parameter.is_floating_point() else copied).append(parameter)
+    return averaged, copied
 
 
 class MomentsEwma(nn.Module):
@@ -232,9 +236,3 @@ class MomentsEwma(nn.Module):
         """Forget all batches."""
         for state in (self.weight, self.squared_weight, self.mean, self.squared_deviations):
             state.zero_()
-
-    def snapshot(self) -> dict[str, Any]:
-        """
-        :return: a copy of the state, for ``load_state_dict``
-        """
-        return {name: value.clone() for name, value in self.state_dict().items()}

@@ -507,6 +507,7 @@ class EwmaMixin(SavedStateMixin):
         analytic = self.kl_coef > 0 and self.kl_estimator == "analytic"
         current = _distributions(self.policy) if analytic else []
         log_prob_prox = self._log_prob_prox(samples, actions)
+        proximal = self._proximal_distributions(samples, actions) if analytic else []
         loss, stats = losses.decoupled_policy_loss(
             log_prob,
             log_prob_prox,
@@ -514,7 +515,7 @@ class EwmaMixin(SavedStateMixin):
             self._normalized_advantages(samples.advantages, mask),
             clip_range=clip_range,
             kl_coef=self.kl_coef,
-            kl=losses.analytic_kl(self._proximal_distributions(samples, actions), current) if analytic else None,
+            kl=losses.analytic_kl(proximal, current) if analytic else None,
             max_importance_ratio=self.max_importance_ratio,
             mask=mask,
         )
@@ -546,7 +547,9 @@ class EwmaMixin(SavedStateMixin):
 
     def _proximal_distributions(self, samples: Any, actions: th.Tensor) -> Sequence[Distribution]:
         average = self.policy_ewma if self.policy_ewma is not None else self._recent_policy
-        self._log_prob_of(average, samples, actions)
+        if self.policy_ewma is None and self.staleness == 0:
+            # log π_prox came from the rollout; otherwise computing it has just left the distributions behind.
+            self._log_prob_of(average, samples, actions)
         return _distributions(cast(ActorCriticPolicy, cast(ParameterEwma, average).module))
 
     def _exceeds_target_kl(
@@ -557,7 +560,7 @@ class EwmaMixin(SavedStateMixin):
             log_ratio = log_prob - samples.old_log_prob
             approx_kl = losses.masked_mean((th.exp(log_ratio) - 1) - log_ratio, mask)
         statistics.add(approx_kl=approx_kl)
-        if self.target_kl is None or approx_kl.item() <= 1.5 * self.target_kl:
+        if self.target_kl is None or not approx_kl.item() > 1.5 * self.target_kl:  # a NaN goes on, to be named
             return False
         if self.verbose >= 1:
             print(f"Early stopping at n_updates={self._n_updates} due to reaching max kl: {approx_kl.item():.2f}")
@@ -584,7 +587,7 @@ class EwmaMixin(SavedStateMixin):
         advantages = rollout.buffer.advantages
         if self.advantage_moments is None:
             return float(advantages.std())
-        self._moments_before = self.advantage_moments.snapshot()
+        self._moments_before = copy.deepcopy(self.advantage_moments.state_dict())
         self.advantage_moments.update(th.as_tensor(advantages))
         return math.sqrt(self.advantage_moments.moments()[1])
 

@@ -217,6 +217,14 @@ def test_analytic_kl_on_every_action_space(action_space, use_sde):
     assert logged(model)["train/kl_loss"] > 0
 
 
+def test_analytic_kl_evaluates_the_proximal_policy_once():
+    model = make(kl_coef=1.0, kl_estimator="analytic", n_epochs=1)
+    policies, original = [], model._evaluate_actions
+    model._evaluate_actions = lambda policy, *args: (policies.append(policy), original(policy, *args))[1]
+    model.learn(32)
+    assert policies == [model.policy, model.policy_ewma.module] * 2  # minibatches
+
+
 class ForgetfulPolicy(ActorCriticPolicy):
     """Computes log-probabilities without leaving its distribution behind."""
 
@@ -797,8 +805,14 @@ def test_nan_gradient_leaves_the_last_good_parameters():
     assert all_equal(before[1], parameters(model.policy_ewma))
 
 
-def test_nan_from_the_network_is_named():
-    model = make()
+@pytest.mark.parametrize("target_kl", [None, 0.1])
+def test_nan_from_the_network_is_named(target_kl):
+    model = make(target_kl=target_kl)
+    original = model._evaluate_actions
+    model._evaluate_actions = lambda *args: (original(*args)[0], original(*args)[1] * math.nan, original(*args)[2])
+    with pytest.raises(ValueError, match="NaN or Inf in log-probabilities"):
+        model.learn(32)
+    model = make(target_kl=target_kl)
     original = model._evaluate_actions
     model._evaluate_actions = lambda *args: (original(*args)[0] * math.nan, *original(*args)[1:])
     with pytest.raises(ValueError, match="NaN or Inf in values"):
