@@ -1,5 +1,6 @@
 """
-PPO-EWMA for Stable-Baselines3: decoupled proximal and behaviour policies (https://arxiv.org/abs/2110.00641).
+PPO-EWMA, PPG and PPG-EWMA for Stable-Baselines3: decoupled proximal and behaviour policies
+(https://arxiv.org/abs/2110.00641), and an auxiliary phase (https://arxiv.org/abs/2009.04416).
 
 The recurrent and the maskable algorithm need sb3-contrib and are imported on first use.
 """
@@ -7,13 +8,32 @@ The recurrent and the maskable algorithm need sb3-contrib and are imported on fi
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from sb3_ppo_ewma.policies import ImpalaPolicy, PPGCnnPolicy, PPGImpalaPolicy, PPGMultiInputPolicy, PPGPolicy
+from sb3_ppo_ewma.ppg import PPG, PPGEWMA, AuxiliaryPhaseMixin
 from sb3_ppo_ewma.ppo_ewma import PPOEWMA, EwmaMixin
+from sb3_ppo_ewma.torch_layers import ImpalaCNN, SmallGridCNN
 
 if TYPE_CHECKING:
     from sb3_ppo_ewma.contrib import MaskablePPOEWMA, RecurrentPPOEWMA
 
 __version__ = "0.1.0"
-__all__ = ["PPOEWMA", "EwmaMixin", "MaskablePPOEWMA", "RecurrentPPOEWMA", "__version__"]
+__all__ = [
+    "PPG",
+    "PPGEWMA",
+    "PPOEWMA",
+    "AuxiliaryPhaseMixin",
+    "EwmaMixin",
+    "ImpalaCNN",
+    "ImpalaPolicy",
+    "MaskablePPOEWMA",
+    "PPGCnnPolicy",
+    "PPGImpalaPolicy",
+    "PPGMultiInputPolicy",
+    "PPGPolicy",
+    "RecurrentPPOEWMA",
+    "SmallGridCNN",
+    "__version__",
+]
 
 _CONTRIB = ("MaskablePPOEWMA", "RecurrentPPOEWMA")
 

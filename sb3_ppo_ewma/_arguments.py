@@ -25,9 +25,9 @@ class SB3ArgumentError(ValueError, AssertionError):
 def merged_signature(cls: type) -> inspect.Signature:
     """
     Signature of a class whose ``__init__`` passes ``*args, **kwargs`` on to the next class: the next class's parameters
-    in their order, then the keyword-only ones of the classes before it, whose defaults go before those of the same
-    name. Where an ``__init__`` names positional parameters of its own, those behind it can be given by keyword only
-    and need not be given, since it may give them itself.
+    in their order, then the keyword-only ones of the classes before it, whose defaults, and those in
+    ``_sb3_defaults``, go before those of the same name. Where an ``__init__`` names positional parameters of its own,
+    those behind it can be given by keyword only and need not be given, since it may give them itself.
 
     :param cls: the class
     :return: its signature, without ``self``
@@ -51,6 +51,8 @@ def merged_signature(cls: type) -> inspect.Signature:
                 positional.append(parameter.replace(default=default))
         if not passes_on:
             break
+    changed: Mapping[str, Any] = getattr(cls, "_sb3_defaults", {})
+    positional = [p.replace(default=changed[p.name]) if p.name in changed else p for p in positional]
     names = {parameter.name for parameter in positional}
     return inspect.Signature([*positional, *(p for name, p in own.items() if name not in names)])
 
@@ -178,6 +180,19 @@ def check_number(name: str, value: Any, low: float, high: float = math.inf, *, c
     number = float(value)
     if not (low <= number < high or (closed and number == high)):
         raise ValueError(f"{name} must be {allowed}, got {value}")
+
+
+def check_schedule(name: str, value: Any) -> None:
+    """
+    :param name: of the parameter
+    :param value: number or schedule
+    :raises TypeError: if it is neither
+    :raises ValueError: if it is, or starts, below 0
+    """
+    if callable(value):
+        check_number(f"{name} at the start", value(1.0), 0)
+    else:
+        check_number(name, value, 0)
 
 
 def check_integer(name: str, value: Any, minimum: int) -> None:

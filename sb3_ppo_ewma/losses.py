@@ -40,6 +40,20 @@ class PolicyLossStats(NamedTuple):
     importance_cap_fraction: th.Tensor
 
 
+class AuxiliaryLossStats(NamedTuple):
+    """
+    Detached terms of the auxiliary loss of one minibatch without their coefficients, all of shape ().
+
+    :param policy_kl: E[KL(π_old ‖ π_θ)]
+    :param value_loss: ½·E[(V − V_targ)²]
+    :param aux_value_loss: ½·E[(V_aux − V_targ)²]
+    """
+
+    policy_kl: th.Tensor
+    value_loss: th.Tensor
+    aux_value_loss: th.Tensor
+
+
 def masked_mean(values: th.Tensor, mask: th.Tensor | None = None) -> th.Tensor:
     """
     Mean over the entries that count.
@@ -187,6 +201,45 @@ def entropy_loss(entropy: th.Tensor | None, log_prob: th.Tensor, mask: th.Tensor
     :return: shape ()
     """
     return -masked_mean(-log_prob if entropy is None else entropy, mask)
+
+
+def auxiliary_loss(
+    kl: th.Tensor,
+    values: th.Tensor,
+    aux_values: th.Tensor,
+    returns: th.Tensor,
+    *,
+    beta_clone: float = 1.0,
+    vf_true_coef: float = 1.0,
+    vf_aux_coef: float = 1.0,
+) -> tuple[th.Tensor, AuxiliaryLossStats]:
+    """
+    Joint objective of the auxiliary phase, to be minimised::
+
+        ½·c_aux·E[(V_aux − V_targ)²] + β_clone·E[KL(π_old ‖ π_θ)] + ½·c_vf·E[(V − V_targ)²]
+
+    Source: Cobbe et al. 2020, https://arxiv.org/abs/2009.04416, §2; c_aux and c_vf are 1 there.
+
+    :param kl: (batch,) KL(π_old ‖ π_θ) per state, summed over action dimensions, with gradient
+    :param values: (batch,) V, with gradient
+    :param aux_values: (batch,) V_aux, with gradient
+    :param returns: (batch,) V_targ, the value targets of the policy phase
+    :param beta_clone: β_clone ≥ 0
+    :param vf_true_coef: c_vf ≥ 0
+    :param vf_aux_coef: c_aux ≥ 0
+    :return: loss of shape (), statistics
+    :raises ValueError: if shapes differ or a coefficient is negative
+    """
+    _check_shapes(kl, values=values, aux_values=aux_values, returns=returns)
+    coefficients = {"beta_clone": beta_clone, "vf_true_coef": vf_true_coef, "vf_aux_coef": vf_aux_coef}
+    for name, coefficient in coefficients.items():
+        if not 0 <= coefficient < math.inf:
+            raise ValueError(f"{name} must be >= 0 and finite, got {coefficient}")
+    policy_kl = kl.mean()
+    value_loss = 0.5 * F.mse_loss(values, returns)
+    aux_value_loss = 0.5 * F.mse_loss(aux_values, returns)
+    loss = vf_aux_coef * aux_value_loss + beta_clone * policy_kl + vf_true_coef * value_loss
+    return loss, AuxiliaryLossStats(policy_kl.detach(), value_loss.detach(), aux_value_loss.detach())
 
 
 def analytic_kl(

@@ -3,19 +3,17 @@
 import copy
 import functools
 import math
-import pathlib
 import warnings
 from collections import defaultdict
-from collections.abc import Sequence
-from io import BufferedIOBase
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, cast, get_args
 
 import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3 import PPO
-from stable_baselines3.common.policies import ActorCriticPolicy
-from stable_baselines3.common.type_aliases import MaybeCallback
+from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
+from stable_baselines3.common.type_aliases import MaybeCallback, Schedule
 from stable_baselines3.common.utils import explained_variance, obs_as_tensor, update_learning_rate
 from torch.distributions import Distribution
 
@@ -32,12 +30,14 @@ from sb3_ppo_ewma._arguments import (
     is_clip_off,
     merged_signature,
 )
+from sb3_ppo_ewma.distributions import standard_deviation, torch_distributions
 from sb3_ppo_ewma.ewma import (
     MomentsEwma,
     ParameterEwma,
     center_of_mass_from_decay,
     decay_from_center_of_mass,
 )
+from sb3_ppo_ewma.policies import ImpalaPolicy, with_features_extractor
 from sb3_ppo_ewma.random_state import preserved_generators
 from sb3_ppo_ewma.rollouts import Rollout, StaleRollouts, is_finite, observations_at
 from sb3_ppo_ewma.saving import SavedStateMixin, uncompiled
@@ -46,8 +46,10 @@ KlEstimator = Literal["sample", "analytic"]
 StalenessMode = Literal["decoupled", "behavior", "proximal"]
 SelfPPOEWMA = TypeVar("SelfPPOEWMA", bound="PPOEWMA")
 
+_ANALYTIC = "kl_estimator='analytic' (there is also 'sample')"
+
 # Smallest batch for evaluating a whole rollout without gradients
-_EVALUATION_BATCH_SIZE = 256
+EVALUATION_BATCH_SIZE = 256
 
 
 class Epoch(NamedTuple):
@@ -138,7 +140,7 @@ class EwmaMixin(SavedStateMixin):
     policy_ewma: ParameterEwma | None
     advantage_moments: MomentsEwma | None
     value_optimizer: th.optim.Optimizer | None
-    replay_buffer: StaleRollouts | None
+    stale_rollouts: StaleRollouts | None
     batch_size: Any  # int; the recurrent and the maskable family also take None
     n_epochs: int
     clip_range: Any
@@ -154,6 +156,11 @@ class EwmaMixin(SavedStateMixin):
     )
 
     _policy_states: ClassVar[frozenset[str]] = frozenset({"policy_ewma"})
+
+    _own_buffers: ClassVar[tuple[str, ...]] = ("stale_rollouts",)
+
+    # Defaults that differ from SB3's
+    _sb3_defaults: ClassVar[Mapping[str, Any]] = {}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -174,6 +181,8 @@ class EwmaMixin(SavedStateMixin):
         **ppo_kwargs: Any,
     ) -> None:
         given, arguments = bind_arguments(type(self), self._sb3_class(), ppo_args, ppo_kwargs)
+        given = {**self._sb3_defaults, **given}
+        arguments |= given
         self.prox_decay = prox_decay
         self.kl_coef = kl_coef
         self.kl_estimator: KlEstimator = kl_estimator
@@ -189,6 +198,8 @@ class EwmaMixin(SavedStateMixin):
         # Only what was given is passed on: a class in between may have defaults of its own.
         if "clip_range" in given:
             given["clip_range"] = checked_clip_range(given["clip_range"])
+        if given.get("policy_kwargs"):
+            given["policy_kwargs"] = with_features_extractor(given["policy_kwargs"])
         if advantage_decay is not None:
             # SB3 refuses minibatches and rollouts of one sample, whose standard deviation is NaN. Moments over
             # iterations have no such limit.
@@ -226,22 +237,27 @@ class EwmaMixin(SavedStateMixin):
                 "use kl_estimator='sample'"
             )
 
-    def _check_built_parameters(self) -> None:
+    def _fits_built_model(self) -> dict[str, bool]:
         """
-        Refuse parameters that were set by hand and that the model was not built for.
+        :return: by name of a parameter, whether the model was built for its present value
         """
-        queue_length = 0 if self.replay_buffer is None else self.replay_buffer.staleness
-        fits = {
+        queue_length = 0 if self.stale_rollouts is None else self.stale_rollouts.staleness
+        return {
             "prox_decay": (self.prox_decay is None) == (self.policy_ewma is None),
             "advantage_decay": (self.advantage_decay is None) == (self.advantage_moments is None),
             "n_epochs_value": self._has_value_epochs() == (self.value_optimizer is not None),
             "staleness": self.staleness == queue_length,
         }
-        for name, value_fits in fits.items():
-            if not value_fits:
+
+    def _check_built_parameters(self) -> None:
+        """
+        Refuse parameters that were set by hand and that the model was not built for.
+        """
+        for name, fits in self._fits_built_model().items():
+            if not fits:
                 raise ValueError(
-                    f"{name} was set to {getattr(self, name)!r} by hand, but the model was built without: save it and "
-                    f"give {name} to load()"
+                    f"{name} was set to {getattr(self, name)!r} by hand, but the model was built for another value: "
+                    f"save it and give {name} to load()"
                 )
         if self.advantage_moments is not None:
             check_normalization(cast(float, self.advantage_decay), self.normalize_advantage)
@@ -253,18 +269,21 @@ class EwmaMixin(SavedStateMixin):
         super()._setup_model()
         self.policy_ewma = None if self.prox_decay is None else ParameterEwma(self._copy_policy())
         self.advantage_moments = None if self.advantage_decay is None else MomentsEwma(self.advantage_decay)
-        self.value_optimizer = self._make_value_optimizer() if self._has_value_epochs() else None
-        self.replay_buffer = StaleRollouts(self.staleness) if self.staleness > 0 else None
+        self.value_optimizer = self._make_optimizer(self.lr_schedule) if self._has_value_epochs() else None
+        self.stale_rollouts = StaleRollouts(self.staleness) if self.staleness > 0 else None
         # Policy at the start of the iteration, only built when something needs it
         self._recent_policy: ParameterEwma | None = None
 
     def _has_value_epochs(self) -> bool:
         return self.n_epochs_value not in (None, self.n_epochs)
 
-    def _make_value_optimizer(self) -> th.optim.Optimizer:
-        # As SB3 builds the policy's own; both own all parameters.
+    def _make_optimizer(self, schedule: Schedule) -> th.optim.Optimizer:
+        """
+        :param schedule: of the learning rate
+        :return: a further optimiser of all the policy's parameters, built as SB3 builds the policy's own
+        """
         policy = self.policy
-        optimizer = policy.optimizer_class(policy.parameters(), lr=self.lr_schedule(1), **policy.optimizer_kwargs)
+        optimizer = policy.optimizer_class(policy.parameters(), lr=schedule(1), **policy.optimizer_kwargs)
         return cast(th.optim.Optimizer, optimizer)
 
     def _make_policy(self, policy_kwargs: dict[str, Any]) -> ActorCriticPolicy:
@@ -387,7 +406,7 @@ class EwmaMixin(SavedStateMixin):
     def _next_rollout(self) -> Rollout | None:
         rollout = self._collected_rollout()
         rollout.check_finite()
-        return rollout if self.replay_buffer is None else self.replay_buffer.exchange(rollout)
+        return rollout if self.stale_rollouts is None else self.stale_rollouts.exchange(rollout)
 
     # ------------------------------------------------------------------ training
 
@@ -412,6 +431,7 @@ class EwmaMixin(SavedStateMixin):
             if not finished:
                 break
         self._log_training(rollout, clip_ranges, advantage_std, statistics)
+        self._end_iteration(rollout)
 
     def _epochs(self) -> list[Epoch]:
         if self.value_optimizer is None:
@@ -428,6 +448,13 @@ class EwmaMixin(SavedStateMixin):
             if self._recent_policy is None:
                 self._recent_policy = ParameterEwma(self._copy_policy())
             self._recent_policy.reset(self.policy)
+
+    def _end_iteration(self, rollout: Rollout) -> None:
+        """
+        Called at the end of every training, for algorithms that do more.
+
+        :param rollout: that was trained on
+        """
 
     def _needs_recent_policy(self) -> bool:
         if self.staleness > 0 and self.staleness_mode == "proximal":
@@ -505,7 +532,7 @@ class EwmaMixin(SavedStateMixin):
     ) -> th.Tensor:
         # Before the proximal policy is evaluated: SB3's policies keep their last distribution only.
         analytic = self.kl_coef > 0 and self.kl_estimator == "analytic"
-        current = _distributions(self.policy) if analytic else []
+        current = torch_distributions(self.policy, _ANALYTIC) if analytic else []
         log_prob_prox = self._log_prob_prox(samples, actions)
         proximal = self._proximal_distributions(samples, actions) if analytic else []
         loss, stats = losses.decoupled_policy_loss(
@@ -550,7 +577,7 @@ class EwmaMixin(SavedStateMixin):
         if self.policy_ewma is None and self.staleness == 0:
             # log π_prox came from the rollout; otherwise computing it has just left the distributions behind.
             self._log_prob_of(average, samples, actions)
-        return _distributions(cast(ActorCriticPolicy, cast(ParameterEwma, average).module))
+        return torch_distributions(cast(ActorCriticPolicy, cast(ParameterEwma, average).module), _ANALYTIC)
 
     def _exceeds_target_kl(
         self, samples: Any, log_prob: th.Tensor, mask: th.Tensor | None, statistics: TrainStatistics
@@ -603,7 +630,7 @@ class EwmaMixin(SavedStateMixin):
         self.policy.set_training_mode(False)
         buffer = rollout.buffer
         size = buffer.buffer_size * buffer.n_envs
-        step = max(_EVALUATION_BATCH_SIZE, self.batch_size or size)
+        step = max(EVALUATION_BATCH_SIZE, self.batch_size or size)
         values = th.cat([self._predict_values(buffer, slice(i, i + step)).flatten() for i in range(0, size, step)])
         rollout.replace_values(values.cpu().numpy(), self._predict_last_values(rollout))
         self.policy.set_training_mode(True)
@@ -647,7 +674,7 @@ class EwmaMixin(SavedStateMixin):
         buffer = rollout.buffer
         record("train/explained_variance", explained_variance(buffer.values.flatten(), buffer.returns.flatten()))
         if hasattr(self.policy, "log_std"):
-            record("train/std", th.exp(self.policy.log_std).mean().item())
+            record("train/std", standard_deviation(self.policy).mean().item())
         record("train/n_updates", self._n_updates, exclude="tensorboard")
         if clip_ranges.policy is not None:
             record("train/clip_fraction", np.mean(values["clip_fraction"]))
@@ -662,9 +689,9 @@ class EwmaMixin(SavedStateMixin):
         self._check_own_parameters()
         self._check_built_parameters()
         collected = self.num_timesteps // (self.n_steps * self.n_envs)
-        if self.replay_buffer is not None and len(self.replay_buffer.waiting) < min(self.staleness, collected):
+        if self.stale_rollouts is not None and len(self.stale_rollouts.waiting) < min(self.staleness, collected):
             warnings.warn(
-                f"The queue of stale rollouts is not full: the next {self.replay_buffer.missing} rollouts are "
+                f"The queue of stale rollouts is not full: the next {self.stale_rollouts.missing} rollouts are "
                 "collected without training. To continue where training stopped, write it with save_replay_buffer() "
                 "beside the model and read it with load_replay_buffer().",
                 stacklevel=3,
@@ -680,32 +707,8 @@ class EwmaMixin(SavedStateMixin):
         elif name == "advantage_moments" and self.advantage_moments is not None:
             self.advantage_moments.reset()
         elif name == "value_optimizer":
-            self.value_optimizer = self._make_value_optimizer()
+            self.value_optimizer = self._make_optimizer(self.lr_schedule)
         super()._start_afresh(name)
-
-    def save_replay_buffer(self, path: str | pathlib.Path | BufferedIOBase) -> None:
-        """
-        Save the rollouts that wait to be trained on, with the step they belong to. Without staleness there are none.
-
-        :param path: file name (``.pkl`` is added where there is no suffix) or open binary file
-        """
-        if self.replay_buffer is None:
-            warnings.warn("staleness=0: no rollouts wait, nothing was saved", stacklevel=2)
-            return
-        self.replay_buffer.save(path, self.num_timesteps)
-
-    def load_replay_buffer(self, path: str | pathlib.Path | BufferedIOBase, truncate_last_traj: bool = True) -> None:
-        """
-        Load the rollouts that wait to be trained on.
-
-        :param path: what :meth:`save_replay_buffer` wrote at the same step as the model
-        :param truncate_last_traj: has no meaning here; part of SB3's interface
-        :raises ValueError: if the file belongs to another step or does not fit the model
-        """
-        if self.replay_buffer is None:
-            warnings.warn("staleness=0: no rollouts wait, the file was not read", stacklevel=2)
-            return
-        self.replay_buffer.load(path, self.rollout_buffer, self.num_timesteps)
 
 
 class PPOEWMA(EwmaMixin, PPO):
@@ -722,6 +725,8 @@ class PPOEWMA(EwmaMixin, PPO):
     >>> from sb3_ppo_ewma import PPOEWMA
     >>> model = PPOEWMA("MlpPolicy", "CartPole-v1", n_steps=64).learn(64)
     """
+
+    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {**PPO.policy_aliases, "ImpalaPolicy": ImpalaPolicy}
 
     def learn(
         self: SelfPPOEWMA,
@@ -748,17 +753,3 @@ class PPOEWMA(EwmaMixin, PPO):
 
 def _constructor_parameters(inherited: Any, policy_kwargs: dict[str, Any]) -> dict[str, Any]:
     return {**policy_kwargs, **inherited()}
-
-
-def _distributions(policy: ActorCriticPolicy) -> Sequence[Distribution]:
-    """
-    :return: the torch distributions of the policy's last forward pass, one for each group of action dimensions
-    """
-    holder: Any = policy.action_dist
-    distributions = getattr(holder, "distributions", None) or getattr(holder, "distribution", None)
-    if distributions is None:
-        raise ValueError(
-            f"kl_estimator='analytic' needs the action distribution of the policy, but {type(policy).__name__} does "
-            "not leave it in action_dist: use kl_estimator='sample'"
-        )
-    return [distributions] if isinstance(distributions, Distribution) else list(distributions)

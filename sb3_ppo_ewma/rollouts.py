@@ -1,19 +1,22 @@
-"""Rollouts on their way from collection to training: checks, waiting (artificial staleness), recomputed advantages."""
+"""
+Rollouts on their way from collection to training: checks, recomputed advantages, waiting (artificial staleness), and
+what is kept of them for the auxiliary phase.
+"""
 
 import copy
-import os
-import pathlib
-import pickle
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
-from io import BufferedIOBase
 from typing import Any
 
 import numpy as np
 import torch as th
 from stable_baselines3.common.buffers import RolloutBuffer
 
-_FORMAT_VERSION = 1
+from sb3_ppo_ewma.memory import available_memory
+
+# Names of what a phase buffer stores. Keys of dictionary observations stand behind a slash.
+_RETURNS, _OBSERVATIONS = "returns", "observations"
 
 
 @dataclass
@@ -133,60 +136,197 @@ class StaleRollouts:
         """
         return self.staleness - len(self.waiting)
 
-    def save(self, path: str | pathlib.Path | BufferedIOBase, num_timesteps: int) -> None:
+    def __len__(self) -> int:
         """
-        Write the queue, atomically when ``path`` is a file name: a run that is killed leaves the old file whole.
+        :return: number of waiting rollouts
+        """
+        return len(self.waiting)
 
-        :param path: file name (``.pkl`` is added where there is no suffix) or open binary file
-        :param num_timesteps: the model's, checked by :meth:`load`
+    def pieces(self) -> Iterator[Rollout]:
         """
-        content = {
-            "format": _FORMAT_VERSION,
-            "num_timesteps": num_timesteps,
-            "parts": {"stale_rollouts": list(self.waiting)},
-        }
-        if isinstance(path, BufferedIOBase):
-            pickle.dump(content, path, protocol=pickle.HIGHEST_PROTOCOL)
-            return
-        path = _with_suffix(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        with temporary.open("wb") as file:
-            pickle.dump(content, file, protocol=pickle.HIGHEST_PROTOCOL)
-        temporary.replace(path)
+        :return: the waiting rollouts, oldest first
+        """
+        return iter(self.waiting)
 
-    def load(self, path: str | pathlib.Path | BufferedIOBase, model_buffer: RolloutBuffer, num_timesteps: int) -> None:
+    def restored(self, pieces: Iterator[Any], count: int, model_buffer: RolloutBuffer) -> "StaleRollouts":
         """
-        :param path: as for :meth:`save`
-        :param model_buffer: the model's rollout buffer; the waiting ones must fit it
-        :param num_timesteps: the model's
-        :raises ValueError: if the file is of another kind, another step or another size of rollouts
+        :param pieces: waiting rollouts, oldest first
+        :param count: their number
+        :param model_buffer: the model's rollout buffer
+        :return: a queue of them
+        :raises ValueError: if there are too many or their size differs
         """
-        if isinstance(path, BufferedIOBase):
-            content = pickle.load(path)
-        else:
-            with _with_suffix(path).open("rb") as file:
-                content = pickle.load(file)
-        known = isinstance(content, dict) and content.get("format") == _FORMAT_VERSION
-        if not known or "stale_rollouts" not in content["parts"]:
-            raise ValueError(f"{path} is not a queue of waiting rollouts (format {_FORMAT_VERSION})")
-        if content["num_timesteps"] != num_timesteps:
-            raise ValueError(
-                f"{path} belongs to num_timesteps={content['num_timesteps']}, the model is at {num_timesteps}: "
-                "load the file that was saved together with the model"
-            )
-        rollouts: list[Rollout] = content["parts"]["stale_rollouts"]
-        if len(rollouts) > self.staleness:
-            raise ValueError(f"{path} has {len(rollouts)} waiting rollouts, staleness={self.staleness} allows fewer")
+        if count > self.staleness:
+            raise ValueError(f"has {count} waiting rollouts, staleness={self.staleness} allows fewer")
+        queue = StaleRollouts(self.staleness)
         expected = (model_buffer.buffer_size, model_buffer.n_envs)
-        for rollout in rollouts:
+        for rollout in pieces:
             size = (rollout.buffer.buffer_size, rollout.buffer.n_envs)
             if size != expected:
-                raise ValueError(f"{path} has rollouts of (n_steps, n_envs) = {size}, the model expects {expected}")
+                raise ValueError(f"has rollouts of (n_steps, n_envs) = {size}, the model expects {expected}")
             rollout.buffer.device = model_buffer.device
-        self.waiting = deque(rollouts)
+            queue.waiting.append(rollout)
+        return queue
 
 
-def _with_suffix(path: str | pathlib.Path) -> pathlib.Path:
-    path = pathlib.Path(path)
-    return path if path.suffix else path.with_suffix(".pkl")
+class PhaseBuffer:
+    """
+    Observations and value targets of the rollouts of a policy phase, each quantity in one preallocated block and in the
+    dtype of the rollout buffer, which is that of the observation space. Memory is reserved with the first rollout.
+
+    :param n_rollouts: number of rollouts of a phase
+    """
+
+    def __init__(self, n_rollouts: int) -> None:
+        self.n_rollouts = n_rollouts
+        self._n_stored = 0
+        self._blocks: dict[str, np.ndarray] = {}
+
+    def __len__(self) -> int:
+        """
+        :return: number of stored rollouts
+        """
+        return self._n_stored
+
+    @property
+    def is_full(self) -> bool:
+        """
+        :return: whether the phase is complete
+        """
+        return self._n_stored == self.n_rollouts
+
+    @property
+    def nbytes(self) -> int:
+        """
+        :return: memory reserved
+        """
+        return sum(block.nbytes for block in self._blocks.values())
+
+    @property
+    def n_samples(self) -> int:
+        """
+        :return: number of stored samples
+        """
+        return self._n_stored * len(self._blocks[_RETURNS][0]) if self._blocks else 0
+
+    def check_memory(self, buffer: RolloutBuffer) -> None:
+        """
+        :param buffer: a rollout of the size that will be stored
+        :raises ValueError: if the blocks are still to be reserved and cannot fit into the available memory
+        """
+        available = available_memory()
+        if self._blocks or available is None:
+            return
+        needed = self.n_rollouts * sum(array.nbytes for array in _samples_of(buffer).values())
+        if needed > available:
+            n_samples = self.n_rollouts * buffer.buffer_size * buffer.n_envs
+            raise ValueError(
+                f"n_policy_iterations={self.n_rollouts} rollouts of n_steps={buffer.buffer_size} and "
+                f"n_envs={buffer.n_envs} are {n_samples} samples of {needed / n_samples:.0f} bytes: the auxiliary "
+                f"phase needs {needed / 2**30:.1f} GiB of memory, {available / 2**30:.1f} GiB are available. Reduce "
+                "one of the three."
+            )
+
+    def add(self, buffer: RolloutBuffer) -> None:
+        """
+        :param buffer: rollout buffer, it is copied
+        :raises ValueError: if the phase is complete or the size differs from that of the rollouts before
+        """
+        self._store(_samples_of(buffer))
+
+    def _store(self, samples: dict[str, np.ndarray]) -> None:
+        if self.is_full:
+            raise ValueError(f"n_policy_iterations={self.n_rollouts} rollouts are stored already")
+        if not self._blocks:
+            self._blocks = {
+                name: np.empty((self.n_rollouts, *array.shape), array.dtype) for name, array in samples.items()
+            }
+        expected = {name: (block.shape[1:], block.dtype) for name, block in self._blocks.items()}
+        given = {name: (array.shape, array.dtype) for name, array in samples.items()}
+        if given != expected:
+            raise ValueError(f"rollout of {given}, this phase stores {expected}")
+        for name, array in samples.items():
+            self._blocks[name][self._n_stored] = array
+        self._n_stored += 1
+
+    def clear(self) -> None:
+        """Begin the next phase; the memory stays reserved."""
+        self._n_stored = 0
+
+    def minibatches(self, batch_size: int) -> Iterator[np.ndarray]:
+        """
+        One epoch: every stored sample once, in an order that mixes iterations and environments.
+
+        :param batch_size: number of samples; the last minibatch may be smaller
+        :return: indices for :meth:`observations` and :meth:`returns`
+        """
+        permutation = np.random.permutation(self.n_samples)  # SB3's generator for minibatches
+        for start in range(0, len(permutation), batch_size):
+            yield permutation[start : start + batch_size]
+
+    def observations(self, indices: np.ndarray | slice, device: th.device) -> Any:
+        """
+        :param indices: of samples
+        :param device: where to put them
+        :return: their observations as a tensor, or as a dictionary of tensors
+        """
+        if _OBSERVATIONS in self._blocks:
+            return self._gather(_OBSERVATIONS, indices, device)
+        names = [name for name in self._blocks if name != _RETURNS]
+        return {name.partition("/")[2]: self._gather(name, indices, device) for name in names}
+
+    def returns(self, indices: np.ndarray | slice, device: th.device) -> th.Tensor:
+        """
+        :param indices: of samples
+        :param device: where to put them
+        :return: their value targets, (batch,)
+        """
+        return self._gather(_RETURNS, indices, device)
+
+    def _gather(self, name: str, indices: np.ndarray | slice, device: th.device) -> th.Tensor:
+        block = self._blocks[name]
+        samples = block.reshape(-1, *block.shape[2:])[: self.n_samples]  # a view
+        return th.as_tensor(samples[indices], device=device)
+
+    def pieces(self) -> Iterator[dict[str, np.ndarray]]:
+        """
+        :return: the stored rollouts
+        """
+        for i in range(self._n_stored):
+            yield {name: block[i] for name, block in self._blocks.items()}
+
+    def restored(self, pieces: Iterator[Any], count: int, model_buffer: RolloutBuffer) -> "PhaseBuffer":
+        """
+        :param pieces: stored rollouts
+        :param count: their number
+        :param model_buffer: the model's rollout buffer
+        :return: a buffer of the same phase with these rollouts
+        :raises ValueError: if there are too many or they do not fit
+        """
+        if count >= self.n_rollouts:
+            raise ValueError(f"has {count} rollouts of a phase, n_policy_iterations={self.n_rollouts} allows fewer")
+        buffer = PhaseBuffer(self.n_rollouts)
+        buffer.check_memory(model_buffer)
+        expected = {name: (array.shape, array.dtype) for name, array in _samples_of(model_buffer).items()}
+        for piece in pieces:
+            given = {name: (array.shape, array.dtype) for name, array in piece.items()}
+            if given != expected:
+                raise ValueError(f"has rollouts of {given}, the model expects {expected}")
+            buffer._store(piece)
+        return buffer
+
+
+def _samples_of(buffer: RolloutBuffer) -> dict[str, np.ndarray]:
+    """
+    :param buffer: rollout buffer, flattened or not
+    :return: what a phase stores of it, arrays of shape (n_steps · n_envs, ...)
+    """
+    n_samples = buffer.buffer_size * buffer.n_envs
+    samples = {_RETURNS: buffer.returns.reshape(n_samples)}
+    observations: Any = buffer.observations
+    shapes: Any = buffer.obs_shape
+    if not isinstance(observations, dict):
+        return {**samples, _OBSERVATIONS: observations.reshape(n_samples, *shapes)}
+    for key, array in observations.items():
+        samples[f"{_OBSERVATIONS}/{key}"] = array.reshape(n_samples, *shapes[key])
+    return samples

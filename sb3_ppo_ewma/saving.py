@@ -13,6 +13,7 @@ from stable_baselines3.common.type_aliases import GymEnv, TensorDict
 
 from sb3_ppo_ewma._arguments import is_clip_off
 from sb3_ppo_ewma.random_state import GeneratorStates, preserved_generators
+from sb3_ppo_ewma.rollout_files import KeptRollouts, RolloutPath, read_rollouts, write_rollouts
 
 SelfSavedState = TypeVar("SelfSavedState", bound="SavedStateMixin")
 
@@ -31,6 +32,14 @@ class SavedStateMixin(OnPolicyAlgorithm):
     _silent_states: ClassVar[frozenset[str]] = frozenset({"generators"})
     # Those that are derived from the policy and have to start afresh whenever another policy is put in without them
     _policy_states: ClassVar[frozenset[str]] = frozenset()
+    # Own states of all classes: a file may come from one that has more of them.
+    _known_states: ClassVar[set[str]] = set()
+    # By attribute, the rollouts that are kept from one iteration to the next. An attribute that is None keeps none.
+    _own_buffers: ClassVar[tuple[str, ...]] = ()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        SavedStateMixin._known_states.update(cls._own_states)
 
     @classmethod
     def _sb3_class(cls) -> type[OnPolicyAlgorithm]:
@@ -59,7 +68,7 @@ class SavedStateMixin(OnPolicyAlgorithm):
             self.generators.pending = None
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), *self._own_states]
+        return [*super()._excluded_save_params(), *self._own_states, *self._own_buffers]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         names, variables = super()._get_torch_save_params()
@@ -86,7 +95,7 @@ class SavedStateMixin(OnPolicyAlgorithm):
             params = dict(load_from_zip_file(load_path_or_dict, device=device, load_data=False)[1])
         needed = [name for name in self._own_states if getattr(self, name) is not None]
         missing = [name for name in needed if name not in params]
-        surplus = [name for name in self._own_states if name in params and name not in needed]
+        surplus = [name for name in params if name in self._known_states and name not in needed]
         for name in surplus:
             del params[name]
         if exact_match:
@@ -142,6 +151,41 @@ class SavedStateMixin(OnPolicyAlgorithm):
         if kwargs.get("seed") is not None:
             model.generators.pending = None
         return model
+
+    @property
+    def replay_buffer(self) -> dict[str, KeptRollouts] | None:
+        """
+        :return: by name, the rollouts that :meth:`save_replay_buffer` writes, ``None`` if the model keeps none. SB3's
+            ``CheckpointCallback`` asks for it
+        """
+        buffers = {name: getattr(self, name) for name in self._own_buffers}
+        return {name: buffer for name, buffer in buffers.items() if buffer is not None} or None
+
+    def save_replay_buffer(self, path: RolloutPath) -> None:
+        """
+        Save the rollouts that are kept from one iteration to the next, with the step they belong to.
+
+        :param path: file name (``.pkl`` is added where there is no suffix) or open binary file
+        """
+        if self.replay_buffer is None:
+            warnings.warn("The model keeps no rollouts (staleness=0): nothing was saved", stacklevel=2)
+            return
+        write_rollouts(path, self.num_timesteps, self.replay_buffer)
+
+    def load_replay_buffer(self, path: RolloutPath, truncate_last_traj: bool = True) -> None:
+        """
+        Load the rollouts that are kept from one iteration to the next.
+
+        :param path: what :meth:`save_replay_buffer` wrote at the same step as the model
+        :param truncate_last_traj: has no meaning here; part of SB3's interface
+        :raises ValueError: if the file belongs to another step or does not fit the model
+        """
+        if self.replay_buffer is None:
+            warnings.warn("The model keeps no rollouts (staleness=0): the file was not read", stacklevel=2)
+            return
+        loaded = read_rollouts(path, self.num_timesteps, self.replay_buffer, self.rollout_buffer)
+        for name, buffer in loaded.items():
+            setattr(self, name, buffer)
 
     def to_ppo(self) -> OnPolicyAlgorithm:
         """

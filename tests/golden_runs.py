@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from typing import Any
+from unittest.mock import patch
 
 import gymnasium as gym
 import numpy as np
@@ -9,70 +10,24 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.logger import Logger
-from stable_baselines3.common.policies import ActorCriticPolicy
-from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.vec_env import DummyVecEnv
 from torch import nn
 
-from sb3_ppo_ewma import PPOEWMA
+from sb3_ppo_ewma import PPG, PPOEWMA, PPGPolicy
 from tests.golden_data import Case, param_layout
 
 POLICY_STEP_KINDS = (0, 1)  # joint and policy steps, each followed by an update of the EWMA
+AUXILIARY_STEP, EWMA_RESET = 3, 4
 
 # Names of the reference's layers in our policy
-DUAL_NAMES = {
-    "pi_enc.lin": "mlp_extractor.policy_net.0",
-    "vf_enc.lin": "mlp_extractor.value_net.0",
+NAMES = {
+    "pi_enc.lin": "features_extractor.mlp.0",
+    "vf_enc.lin": "vf_features_extractor.mlp.0",
+    "pi_vhead": "value_net",
     "vf_vhead": "value_net",
     "pi_head": "action_net",
     "aux_vf_head": "aux_value_net",
 }
-SHARED_NAMES = {
-    "pi_enc.lin": "features_extractor.linear",
-    "pi_vhead": "value_net",
-    "pi_head": "action_net",
-    "aux_vf_head": "aux_value_net",
-}
-
-
-class TanhTrunk(BaseFeaturesExtractor):
-    def __init__(self, observation_space: spaces.Box, features_dim: int) -> None:
-        super().__init__(observation_space, features_dim)
-        self.linear = nn.Linear(observation_space.shape[0], features_dim)
-
-    def forward(self, observations: th.Tensor) -> th.Tensor:
-        return th.tanh(self.linear(observations))
-
-
-class GoldenPolicy(ActorCriticPolicy):
-    """SB3's policy with the recorded architectures; observations stay float64, which SB3 would cast to float32."""
-
-    def __init__(self, *args: Any, arch: str, n_hidden: int, **kwargs: Any) -> None:
-        self.arch = arch
-        if arch == "dual":
-            kwargs |= {"net_arch": {"pi": [n_hidden], "vf": [n_hidden]}}
-        else:
-            kwargs |= {
-                "net_arch": [],
-                "features_extractor_class": TanhTrunk,
-                "features_extractor_kwargs": {"features_dim": n_hidden},
-            }
-        super().__init__(*args, **kwargs)
-
-    def _build_mlp_extractor(self) -> None:
-        super()._build_mlp_extractor()
-        # Untouched by PPO, but part of the recorded parameter vectors
-        self.aux_value_net = nn.Linear(self.mlp_extractor.latent_dim_pi, 1)
-
-    def extract_features(self, obs: th.Tensor, features_extractor: Any = None) -> th.Tensor:
-        return self.features_extractor(obs)
-
-    def evaluate_actions(self, obs: th.Tensor, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
-        features = self.extract_features(obs)
-        latent_pi = self.mlp_extractor.forward_actor(features)
-        latent_vf = self.mlp_extractor.forward_critic(features.detach() if self.arch == "detach" else features)
-        distribution = self._get_action_dist_from_latent(latent_pi)
-        return self.value_net(latent_vf), distribution.log_prob(actions), distribution.entropy()
 
 
 class PrescribedBuffer(RolloutBuffer):
@@ -118,7 +73,6 @@ class GoldenRun:
     def __init__(self, family: str, case: Case, feed: bool, algorithm: type[PPOEWMA] = PPOEWMA, **kwargs: Any) -> None:
         self.case, self.feed, self.hp, self.data = case, feed, case.hyperparameters, case.arrays
         self.layout = param_layout(family, self.hp["arch"])
-        self.names = DUAL_NAMES if self.hp["arch"] == "dual" else SHARED_NAMES
         shapes = {entry["name"]: entry["shape"] for entry in self.layout}
         n_hidden, n_obs = shapes["pi_enc.lin.weight"]
         dtype = np.float32 if case.dtype == th.float32 else np.float64
@@ -127,13 +81,13 @@ class GoldenRun:
         clip_range = self.hp["clip_param"] or None
         # fmt: off
         self.model = algorithm(
-            GoldenPolicy, env, learning_rate=self.hp["lr"], n_steps=self.hp["nstep"],
+            PPGPolicy, env, learning_rate=self.hp["lr"], n_steps=self.hp["nstep"],
             batch_size=self.hp["nstep"] * n_envs // self.hp["nminibatch"], n_epochs=self.hp["n_epoch_pi"],
             gamma=self.hp["gamma"], gae_lambda=self.hp["lam"], clip_range=clip_range, normalize_advantage=not feed,
             ent_coef=self.hp["entcoef"], vf_coef=self.hp["vfcoef"], max_grad_norm=float("inf"),
             rollout_buffer_class=PrescribedBuffer, rollout_buffer_kwargs={"dtype": dtype}, device="cpu",
             policy_kwargs={
-                "arch": self.hp["arch"], "n_hidden": n_hidden,
+                "critic_arch": self.hp["arch"], "trunk_arch": [n_hidden], "net_arch": [],
                 "optimizer_kwargs": {"eps": self.hp["adam_eps"], "betas": (self.hp["beta1"], self.hp["beta2"])},
             },
             prox_decay=self.hp["kl_ewma_decay"], kl_coef=self.hp["kl_penalty"],
@@ -160,7 +114,7 @@ class GoldenRun:
 
     def _our_name(self, name: str) -> str:
         layer, kind = name.rsplit(".", 1)
-        return f"{self.names[layer]}.{kind}"
+        return f"{NAMES[layer]}.{kind}"
 
     def _flat(self, policy: nn.Module) -> np.ndarray:
         tensors = dict(policy.named_parameters())
@@ -181,10 +135,13 @@ class GoldenRun:
 
             def recorded_update(*args: Any) -> None:
                 update(*args)
-                self.ewma.append(self._flat(model.policy_ewma.module))
-                self.weights.append(float(model.policy_ewma.total_weight))
+                self._record_ewma()
 
             model.policy_ewma.update = recorded_update
+
+    def _record_ewma(self) -> None:
+        self.ewma.append(self._flat(self.model.policy_ewma.module))
+        self.weights.append(float(self.model.policy_ewma.total_weight))
 
     def collect(self, segment: int) -> None:
         """Fill the rollout buffer with one recorded segment, as ``collect_rollouts`` would."""
@@ -214,10 +171,69 @@ class GoldenRun:
 
     def run(self) -> None:
         """Repeat the whole recording."""
-        # Events without samples are resets of the EWMA.
-        minibatches = iter([mask for mask in self.data["mb_mask"] if mask.any()])
+        is_policy_step = np.isin(self.data["step_kind"], (AUXILIARY_STEP, EWMA_RESET), invert=True)
+        minibatches = iter(self.data["mb_mask"][is_policy_step])
         self.model.rollout_buffer.minibatches = minibatches
-        for segment in range(len(self.data["seg_index"]) + self.hp["staleness"]):
-            self.collect(segment)
-            self.model.train()
+        # SB3 casts observations to float32.
+        with patch("stable_baselines3.common.policies.preprocess_obs", lambda obs, *_, **__: obs):
+            for segment in range(len(self.data["seg_index"]) + self.hp["staleness"]):
+                self.collect(segment)
+                self.model.train()
         assert next(minibatches, None) is None
+
+
+class GoldenPhasicRun(GoldenRun):
+    """The same with auxiliary phases; see there."""
+
+    def __init__(self, family: str, case: Case, feed: bool, algorithm: type[PPG] = PPG) -> None:
+        hp = case.hyperparameters
+        coefficients = hp["name2coef"]
+        super().__init__(
+            family,
+            case,
+            feed,
+            algorithm,
+            n_policy_iterations=hp["n_pi"],
+            n_aux_epochs=hp["n_aux_epochs"],
+            aux_learning_rate=hp["aux_lr"],
+            beta_clone=coefficients.get("pol_distance", 1.0),
+            vf_true_coef=coefficients.get("vf_true", 1.0),
+            vf_aux_coef=coefficients.get("vf_aux", 1.0),
+        )
+        # Ours are those of the policy's optimiser
+        for group in self.model.aux_optimizer.param_groups:
+            group["betas"] = (hp["aux_beta1"], hp["aux_beta2"])
+
+    def _record(self) -> None:
+        super()._record()
+        model = self.model
+        model.aux_optimizer.register_step_post_hook(lambda *_: self.params.append(self._flat(model.policy)))
+        if model.policy_ewma is None or model.phase_buffer is None:
+            return
+        train_auxiliary_phase = model._train_auxiliary_phase
+
+        def recorded_phase(*args: Any) -> None:
+            train_auxiliary_phase(*args)
+            self._record_ewma()  # reset by now
+
+        model._train_auxiliary_phase = recorded_phase
+
+    def run(self) -> None:
+        """Repeat the whole recording."""
+        masks = iter(self.data["mb_mask"][self.data["step_kind"] == AUXILIARY_STEP])
+        buffer = self.model.phase_buffer
+        if buffer is not None:
+            buffer.minibatches = lambda _: self._prescribed(buffer.n_samples, masks)
+        super().run()
+        assert next(masks, None) is None
+
+    def _prescribed(self, n_samples: int, masks: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+        n_steps, n_envs = self.hp["nstep"], self.hp["nenv"]
+        done = 0
+        while done < n_samples:
+            env, step = np.nonzero(next(masks))
+            iterations = [list(self.data["seg_index"]).index(segment) for segment in step // n_steps]
+            # Stored rollouts run through one environment after the other.
+            indices = (np.array(iterations) % self.hp["n_pi"] * n_envs + env) * n_steps + step % n_steps
+            done += len(indices)
+            yield indices

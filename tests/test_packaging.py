@@ -17,7 +17,7 @@ import stable_baselines3
 import yaml
 
 import sb3_ppo_ewma
-from sb3_ppo_ewma import PPOEWMA, EwmaMixin, MaskablePPOEWMA, RecurrentPPOEWMA
+from sb3_ppo_ewma import PPG, PPGEWMA, PPOEWMA, AuxiliaryPhaseMixin, EwmaMixin, MaskablePPOEWMA, RecurrentPPOEWMA
 from sb3_ppo_ewma.zoo.algorithms import ALGORITHMS, hyperparameter_file
 
 if sys.version_info >= (3, 11):
@@ -33,10 +33,12 @@ HYPERPARAMETER_FILES = sorted((ROOT / "zoo_hyperparams").glob("*.yml"))
 # Modules from the bottom up, each with the packages beside the standard library that its layer adds to those below.
 LAYERS: list[tuple[set[str], set[str]]] = [
     ({"losses", "ewma"}, {"torch"}),
-    ({"random_state"}, {"numpy"}),
-    ({"_arguments", "rollouts"}, {"stable_baselines3"}),
-    ({"saving"}, set()),
-    ({"ppo_ewma"}, {"gymnasium"}),
+    ({"random_state", "memory"}, {"numpy"}),
+    ({"_arguments", "distributions", "rollouts", "rollout_files"}, {"stable_baselines3"}),
+    ({"saving", "torch_layers"}, {"gymnasium"}),
+    ({"policies"}, set()),
+    ({"ppo_ewma"}, set()),
+    ({"ppg"}, set()),
     ({"contrib"}, {"sb3_contrib"}),
 ]
 OWN_PARAMETERS = {
@@ -49,6 +51,15 @@ OWN_PARAMETERS = {
     "recompute_advantages",
     "staleness",
     "staleness_mode",
+}
+PHASE_PARAMETERS = {
+    "n_policy_iterations",
+    "n_aux_epochs",
+    "aux_batch_size",
+    "aux_learning_rate",
+    "beta_clone",
+    "vf_true_coef",
+    "vf_aux_coef",
 }
 FAMILIES = [
     pytest.param(PPOEWMA, stable_baselines3.PPO, id="ppo"),
@@ -159,6 +170,8 @@ def test_public_names_are_documented(file: Path) -> None:
 def test_own_parameters_are_documented() -> None:
     documented = set(re.findall(r":param (\w+):", EwmaMixin.__doc__ or ""))
     assert documented - {"ppo_args", "ppo_kwargs"} == OWN_PARAMETERS
+    documented = set(re.findall(r":param (\w+):", AuxiliaryPhaseMixin.__doc__ or ""))
+    assert documented - {"args", "kwargs"} == PHASE_PARAMETERS | {"prox_decay", "advantage_decay"}
 
 
 @pytest.mark.parametrize(("cls", "upstream"), FAMILIES)
@@ -172,6 +185,29 @@ def test_signature_is_that_of_sb3_with_own_parameters_after(cls: type, upstream:
     for parameter in own:
         assert parameter.kind is inspect.Parameter.KEYWORD_ONLY, parameter
         assert parameter.default is not inspect.Parameter.empty, parameter  # load() builds without arguments
+
+
+@pytest.mark.parametrize(("cls", "prox_decay"), [(PPG, None), (PPGEWMA, "auto")])
+def test_signature_of_ppg_is_that_of_ppo_with_the_papers_defaults(cls: type, prox_decay: str | None) -> None:
+    parameters = inspect.signature(cls).parameters
+    expected = inspect.signature(stable_baselines3.PPO).parameters
+    assert list(parameters)[: len(expected)] == list(expected)
+    changed = {name for name in expected if parameters[name] != expected[name]}
+    assert changed == {"n_epochs"}
+    assert {name for name in parameters if name not in expected} == OWN_PARAMETERS | PHASE_PARAMETERS
+    papers = {
+        "n_epochs": 1,
+        "n_policy_iterations": 32,
+        "n_aux_epochs": 6,
+        "aux_batch_size": None,
+        "aux_learning_rate": 5e-4,
+        "beta_clone": 1.0,
+        "vf_true_coef": 1.0,
+        "vf_aux_coef": 1.0,
+        "advantage_decay": 0.0,
+        "prox_decay": prox_decay,
+    }
+    assert {name: parameters[name].default for name in papers} == papers
 
 
 def test_every_hyperparameter_file_is_found() -> None:

@@ -7,7 +7,9 @@ Every family and case of the recordings is consumed, except:
 - ``reward_normalizer`` and runs with reward normalisation: VecNormalize's job;
 - float64 GAE, where SB3's rollout buffer is float32;
 - buffers of averaged modules: the reference freezes them, ours are copied;
-- ``aux_losses`` and ``e2e_ppg``: the auxiliary phase, which PPO-EWMA does not have.
+- multi-dimensional auxiliary KL: the reference averages over D action dimensions, ours is the sum, D times as much;
+- float32 runs of ``e2e_ppg``: the KL divergence has no gradient but rounding noise at the first auxiliary step, which
+  Adam makes a step of; they are compared within a few learning rates.
 
 Stale runs take the recorded advantages and targets: the reference bootstraps with the current model, SB3 at collection.
 """
@@ -28,15 +30,15 @@ from stable_baselines3.common.distributions import (
 )
 from torch import nn
 
-from sb3_ppo_ewma import losses, ppo_ewma
+from sb3_ppo_ewma import losses
 from sb3_ppo_ewma.ewma import MomentsEwma, ParameterEwma
 from sb3_ppo_ewma.rollouts import Rollout
 from tests.golden_data import Case, case_ids, load_case, manifest
-from tests.golden_runs import POLICY_STEP_KINDS, GoldenRun
+from tests.golden_runs import AUXILIARY_STEP, EWMA_RESET, POLICY_STEP_KINDS, GoldenPhasicRun, GoldenRun
 
 LOSS_FAMILIES = [family for family in manifest()["families"] if family.startswith("losses_")]
-TESTED_FAMILIES = {"gae", "ewma_model", "ewma_moments", "adv_norm", "e2e_ppo", *LOSS_FAMILIES}
-OTHER_FAMILIES = {"reward_normalizer", "aux_losses", "e2e_ppg"}
+TESTED_FAMILIES = {"gae", "ewma_model", "ewma_moments", "adv_norm", "e2e_ppo", "e2e_ppg", "aux_losses", *LOSS_FAMILIES}
+OTHER_FAMILIES = {"reward_normalizer"}
 
 
 def assert_close(actual, expected, rtol, atol=0.0):
@@ -254,6 +256,45 @@ def test_losses_and_gradients(family, case_id):
             assert_close(leaf_gradient, expected, **tolerance)
 
 
+AUXILIARY_LEAVES = {"gaussian": ["mean", "log_std"]}
+
+
+@pytest.mark.parametrize("case_id", case_ids("aux_losses"))
+def test_auxiliary_losses_and_gradients(case_id):
+    case = load_case("aux_losses", case_id)
+    data, kind = case.arrays, case.hyperparameters["policy"]
+    n_dims = data["logits"].shape[3] if kind in ("multicategorical", "bernoulli") else 1
+    if kind == "gaussian":
+        n_dims = data["mean"].shape[-1]
+    # (segment, environment, time) as one axis
+    flat = {name: array.reshape(1, -1, *array.shape[3:]) for name, array in data.items() if name != "old_log_std"}
+    beta_clone, vf_aux_coef, vf_true_coef = data["name2coef"]
+    for i, mask in enumerate(data["mb_mask"]):
+        chosen = mask.reshape(1, -1)
+        names = AUXILIARY_LEAVES.get(kind, ["logits"])
+        prefixed = [name for name in names for name in (name, f"old_{name}")]
+        minibatch = {name: data[name] if "log_std" in name else flat[name][chosen][None] for name in prefixed}
+        current, leaves = distribution(f"losses_{kind}", minibatch)
+        old, _ = distribution(f"losses_{kind}", minibatch, "old_")
+        predictions = [th.as_tensor(flat[name][chosen]).requires_grad_() for name in ("vpredtrue", "vpredaux")]
+        returns = th.as_tensor(flat["vtarg"][chosen])
+        parts = [getattr(d, "distributions", None) or d.distribution for d in (old, current)]
+        kl = losses.analytic_kl(*parts) / n_dims
+        coefficients = {"beta_clone": beta_clone, "vf_aux_coef": vf_aux_coef, "vf_true_coef": vf_true_coef}
+        loss, stats = losses.auxiliary_loss(kl, *predictions, returns, **coefficients)
+        gradients = th.autograd.grad(loss, [*leaves, *predictions])
+
+        terms = (stats.policy_kl, stats.aux_value_loss, stats.value_loss)
+        tolerance = {"rtol": 2e-5, "atol": 1e-6} if case.dtype == th.float32 else {"rtol": 1e-9, "atol": 1e-12}
+        assert_close(terms, data["unscaled"][i], **tolerance)
+        assert_close(loss.detach(), data["total"][i], **tolerance)
+        for gradient, name in zip(gradients, [*names, "vpredtrue", "vpredaux"], strict=True):
+            expected = data[f"grad_{name}"][i]
+            if name != "log_std":
+                expected = expected[mask]
+            assert_close(gradient.reshape(expected.shape), expected, **tolerance)
+
+
 # ---------------------------------------------------------------------- whole trajectories
 
 
@@ -263,7 +304,7 @@ def assert_trajectory(run: GoldenRun, rtol: float, atol: float) -> None:
     assert len(run.params) == len(steps)
     assert_close(run.params, data["params"][steps], rtol=rtol, atol=atol)
     if "ewma" in data:
-        updates = np.flatnonzero(np.isin(data["step_kind"], POLICY_STEP_KINDS))
+        updates = np.flatnonzero(np.isin(data["step_kind"], (*POLICY_STEP_KINDS, EWMA_RESET)))
         assert_close(run.ewma, data["ewma"][updates], rtol=rtol, atol=atol)
         assert_close(run.weights, data["total_weight"][updates], rtol=1e-12)
 
@@ -277,19 +318,28 @@ def trajectory_tolerance(case: Case) -> dict[str, float]:
     return {"rtol": 1e-4, "atol": max(2e-6, 10 * deviation)}
 
 
-@pytest.fixture
-def recorded_stats(monkeypatch):
-    """Statistics of every policy loss that the training step computes."""
+def spy_on(name, monkeypatch):
+    """Statistics of every call of a loss function."""
     recorded = []
-    original = losses.decoupled_policy_loss
+    original = getattr(losses, name)
 
     def spy(*args, **kwargs):
         loss, stats = original(*args, **kwargs)
         recorded.append(stats)
         return loss, stats
 
-    monkeypatch.setattr(ppo_ewma.losses, "decoupled_policy_loss", spy)
+    monkeypatch.setattr(losses, name, spy)
     return recorded
+
+
+@pytest.fixture
+def recorded_stats(monkeypatch):
+    return spy_on("decoupled_policy_loss", monkeypatch)
+
+
+@pytest.fixture
+def recorded_auxiliary_stats(monkeypatch):
+    return spy_on("auxiliary_loss", monkeypatch)
 
 
 @pytest.fixture
@@ -318,6 +368,23 @@ def test_ppo_trajectory(case_id, recorded_stats, default_dtype):
         actual = [float(getattr(stats, name)) for stats in recorded_stats]
         atol = 1e-5 if case.dtype == th.float32 else 1e-9
         assert_close(actual, diags[:, column], rtol=1e-4 if case.dtype == th.float32 else 1e-6, atol=atol)
+
+
+@pytest.mark.parametrize("case_id", case_ids("e2e_ppg"))
+def test_ppg_trajectory(case_id, recorded_auxiliary_stats, default_dtype):
+    case = load_case("e2e_ppg", case_id)
+    default_dtype(case.dtype)
+    run = GoldenPhasicRun("e2e_ppg", case, feed=True)
+    run.run()
+    data, hp = case.arrays, case.hyperparameters
+    exact = case.dtype == th.float64
+    tolerance = {"rtol": 1e-7, "atol": 1e-10} if exact else {"rtol": 0, "atol": 10 * max(hp["lr"], hp["aux_lr"])}
+    assert_trajectory(run, **tolerance)
+    terms = data["aux_terms"][data["step_kind"] == AUXILIARY_STEP]
+    assert len(recorded_auxiliary_stats) == len(terms)
+    for name, column in {"policy_kl": 0, "aux_value_loss": 1, "value_loss": 2}.items():
+        actual = [float(getattr(stats, name)) for stats in recorded_auxiliary_stats]
+        assert_close(actual, terms[:, column], **tolerance)
 
 
 OWN_ADVANTAGES = [

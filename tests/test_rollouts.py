@@ -1,3 +1,4 @@
+import io
 import pickle
 
 import numpy as np
@@ -6,7 +7,8 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
 
-from sb3_ppo_ewma.rollouts import Rollout, StaleRollouts, is_finite
+from sb3_ppo_ewma.rollout_files import read_rollouts, write_rollouts
+from sb3_ppo_ewma.rollouts import PhaseBuffer, Rollout, StaleRollouts, is_finite
 
 OBSERVATIONS = spaces.Box(-1, 1, (2,))
 
@@ -38,59 +40,173 @@ def test_waiting_rollouts_are_copies():
     assert waiting.rewards.max() == 0.0
 
 
-def test_queue_survives_a_file(tmp_path):
-    queue = StaleRollouts(2)
-    for k in range(2):
+def filled_queue(staleness: int) -> StaleRollouts:
+    queue = StaleRollouts(staleness)
+    for k in range(staleness):
         queue.exchange(make_rollout(float(k + 1)))
-    queue.save(tmp_path / "new_folder" / "queue", num_timesteps=16)
+    return queue
+
+
+def read_queue(path, staleness: int, num_timesteps: int = 16, **kwargs) -> StaleRollouts:
+    parts = {"queue": StaleRollouts(staleness)}
+    return read_rollouts(path, num_timesteps, parts, make_rollout(**kwargs).buffer)["queue"]
+
+
+def test_queue_survives_a_file(tmp_path):
+    path = tmp_path / "new_folder" / "queue"
+    write_rollouts(path, 16, {"queue": filled_queue(2)})
     assert [path.name for path in (tmp_path / "new_folder").iterdir()] == ["queue.pkl"]
-    restored = StaleRollouts(2)
-    restored.load(tmp_path / "new_folder" / "queue", make_rollout().buffer, num_timesteps=16)
+    restored = read_queue(path, 2)
     assert restored.missing == 0
     assert restored.exchange(make_rollout()).buffer.rewards[0, 0] == 1.0
 
 
 def test_restored_rollouts_are_on_the_device_of_the_model(tmp_path):
-    queue, restored, buffer = StaleRollouts(1), StaleRollouts(1), make_rollout().buffer
-    queue.exchange(make_rollout())
-    queue.save(tmp_path / "queue", num_timesteps=8)
+    buffer = make_rollout().buffer
+    write_rollouts(tmp_path / "queue", 8, {"queue": filled_queue(1)})
     buffer.device = th.device("meta")
-    restored.load(tmp_path / "queue", buffer, num_timesteps=8)
+    restored = read_rollouts(tmp_path / "queue", 8, {"queue": StaleRollouts(1)}, buffer)["queue"]
     assert restored.waiting[0].buffer.device.type == "meta"
 
 
 def test_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
-    queue = StaleRollouts(1)
-    queue.exchange(make_rollout(3.0))
-    queue.save(tmp_path / "queue.pkl", num_timesteps=8)
+    path = tmp_path / "queue.pkl"
+    write_rollouts(path, 16, {"queue": filled_queue(1)})
 
     def interrupted(content, file, protocol):
         file.write(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("sb3_ppo_ewma.rollouts.pickle.dump", interrupted)
+    monkeypatch.setattr("sb3_ppo_ewma.rollout_files.pickle.dump", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        queue.save(tmp_path / "queue.pkl", num_timesteps=8)
-    restored = StaleRollouts(1)
-    restored.load(tmp_path / "queue.pkl", make_rollout().buffer, num_timesteps=8)
-    assert restored.waiting[0].buffer.rewards[0, 0] == 3.0
+        write_rollouts(path, 16, {"queue": StaleRollouts(1)})
+    assert list(tmp_path.iterdir()) == [path]
+    assert read_queue(path, 1).waiting[0].buffer.rewards[0, 0] == 1.0
 
 
 def test_files_that_do_not_fit_are_refused(tmp_path):
     path = tmp_path / "queue.pkl"
-    queue = StaleRollouts(2)
-    queue.exchange(make_rollout())
-    queue.exchange(make_rollout())
-    queue.save(path, num_timesteps=16)
+    write_rollouts(path, 16, {"queue": filled_queue(2)})
     with pytest.raises(ValueError, match="num_timesteps=16, the model is at 24"):
-        StaleRollouts(2).load(path, make_rollout().buffer, num_timesteps=24)
+        read_queue(path, 2, num_timesteps=24)
     with pytest.raises(ValueError, match="staleness=1 allows fewer"):
-        StaleRollouts(1).load(path, make_rollout().buffer, num_timesteps=16)
+        read_queue(path, 1)
     with pytest.raises(ValueError, match=r"\(4, 2\), the model expects \(4, 3\)"):
-        StaleRollouts(2).load(path, make_rollout(n_envs=3).buffer, num_timesteps=16)
+        read_queue(path, 2, n_envs=3)
+    with pytest.raises(ValueError, match=r"has \['queue'\], the model keeps \['phase', 'queue'\]"):
+        read_rollouts(path, 16, {"queue": StaleRollouts(2), "phase": PhaseBuffer(2)}, make_rollout().buffer)
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(ValueError, match=r"queue\.pkl is damaged"):
+        read_queue(path, 2)
     path.write_bytes(pickle.dumps({"not": "a queue"}))
-    with pytest.raises(ValueError, match="not a queue of waiting rollouts"):
-        StaleRollouts(2).load(path, make_rollout().buffer, num_timesteps=16)
+    with pytest.raises(ValueError, match="not a file of save_replay_buffer"):
+        read_queue(path, 2)
+
+
+def phase_buffer(n_rollouts: int, n_stored: int) -> PhaseBuffer:
+    """Returns are 100·iteration + 10·step + environment; the first observation entry is the same."""
+    phase = PhaseBuffer(n_rollouts)
+    for iteration in range(n_stored):
+        buffer = make_rollout().buffer
+        numbers = 100 * iteration + 10 * np.arange(4)[:, None] + np.arange(2)
+        buffer.returns[:] = numbers
+        buffer.observations[..., 0] = numbers
+        phase.add(buffer)
+        buffer.returns[:] = -1.0  # the next collection
+    return phase
+
+
+EVERY_SAMPLE = sorted(100 * i + 10 * t + e for i in range(3) for t in range(4) for e in range(2))
+
+
+def test_phase_visits_every_sample_once_and_mixes_iterations_and_environments():
+    np.random.seed(0)
+    phase = phase_buffer(3, 3)
+    assert phase.is_full
+    orders = []
+    for _ in range(2):
+        minibatches = [phase.returns(indices, th.device("cpu")) for indices in phase.minibatches(7)]
+        assert [len(minibatch) for minibatch in minibatches] == [7, 7, 7, 3]
+        orders.append(th.cat(minibatches).tolist())
+        assert sorted(orders[-1]) == EVERY_SAMPLE
+        assert len({int(value) // 100 for value in minibatches[0].tolist()}) > 1
+        assert len({int(value) % 10 for value in minibatches[0].tolist()}) > 1
+    assert orders[0] != orders[1]
+
+
+def test_phase_keeps_observations_with_their_targets():
+    phase = phase_buffer(3, 2)
+    for indices in phase.minibatches(5):
+        observations = phase.observations(indices, th.device("cpu"))
+        assert observations[:, 0].tolist() == phase.returns(indices, th.device("cpu")).tolist()
+
+
+def test_phase_stores_flattened_rollouts_too():
+    buffer, phase = make_rollout().buffer, PhaseBuffer(1)
+    numbers = 10 * np.arange(4)[:, None] + np.arange(2)
+    buffer.returns[:], buffer.observations[..., 0] = numbers, numbers
+    list(buffer.get())  # flattens
+    phase.add(buffer)
+    every = slice(None)
+    returns = phase.returns(every, th.device("cpu"))
+    assert sorted(returns.tolist()) == sorted(numbers.ravel())
+    assert phase.observations(every, th.device("cpu"))[:, 0].tolist() == returns.tolist()
+
+
+def test_phase_keeps_the_dtype_of_observations_in_one_block():
+    space = spaces.Dict({"image": spaces.Box(0, 255, (3, 8, 8), np.uint8), "returns": OBSERVATIONS})
+    buffer, phase = DictRolloutBuffer(4, space, spaces.Discrete(2), "cpu", n_envs=2), PhaseBuffer(5)
+    assert phase.nbytes == 0
+    buffer.observations["image"][:] = 7
+    phase.add(buffer)
+    assert phase.nbytes == 5 * 8 * (3 * 8 * 8 + 2 * 4 + 4)
+    observations = phase.observations(np.array([1, 3]), th.device("cpu"))
+    assert observations["image"].dtype == th.uint8
+    assert observations["image"].shape == (2, 3, 8, 8)
+    assert int(observations["image"].min()) == 7
+    assert observations["returns"].shape == (2, 2)
+    phase.clear()
+    assert len(phase) == 0
+    assert phase.nbytes == 5 * 8 * (3 * 8 * 8 + 2 * 4 + 4)
+
+
+def test_phase_survives_a_file():
+    file = io.BytesIO()
+    write_rollouts(file, 16, {"queue": filled_queue(1), "phase": phase_buffer(3, 2)})
+    file.seek(0)
+    parts = {"queue": StaleRollouts(1), "phase": PhaseBuffer(3)}
+    restored = read_rollouts(file, 16, parts, make_rollout().buffer)["phase"]
+    assert len(restored) == 2
+    returns = restored.returns(slice(None), th.device("cpu"))
+    assert sorted(returns.tolist()) == EVERY_SAMPLE[:16]
+    assert len(parts["phase"]) == 0
+
+
+def test_phases_that_do_not_fit_are_refused(tmp_path):
+    path = tmp_path / "phase"
+    write_rollouts(path, 16, {"phase": phase_buffer(3, 2)})
+    with pytest.raises(ValueError, match="has 2 rollouts of a phase, n_policy_iterations=2 allows fewer"):
+        read_rollouts(path, 16, {"phase": PhaseBuffer(2)}, make_rollout().buffer)
+    with pytest.raises(ValueError, match="the model expects"):
+        read_rollouts(path, 16, {"phase": PhaseBuffer(3)}, make_rollout(n_steps=5).buffer)
+    phase = phase_buffer(3, 1)
+    with pytest.raises(ValueError, match="this phase stores"):
+        phase.add(make_rollout(n_envs=1).buffer)
+    with pytest.raises(ValueError, match="n_policy_iterations=2 rollouts are stored already"):
+        phase_buffer(2, 3)
+
+
+def test_phase_that_cannot_fit_is_refused_before_it_is_reserved(monkeypatch):
+    # 3 rollouts of 8 samples of two float32 observations and one float32 target are 288 bytes.
+    buffer = make_rollout().buffer
+    monkeypatch.setattr("sb3_ppo_ewma.rollouts.available_memory", lambda: 288)
+    PhaseBuffer(3).check_memory(buffer)
+    monkeypatch.setattr("sb3_ppo_ewma.rollouts.available_memory", lambda: 287)
+    with pytest.raises(ValueError, match=r"n_policy_iterations=3 rollouts of n_steps=4 and n_envs=2 are 24 samples"):
+        PhaseBuffer(3).check_memory(buffer)
+    phase_buffer(3, 1).check_memory(buffer)  # reserved already
+    monkeypatch.setattr("sb3_ppo_ewma.rollouts.available_memory", lambda: None)
+    PhaseBuffer(3).check_memory(buffer)
 
 
 def test_recomputed_advantages():

@@ -1,0 +1,31 @@
+"""How much memory is left."""
+
+import pathlib
+
+_CGROUP = pathlib.Path("/sys/fs/cgroup")
+
+
+def available_memory(
+    meminfo: pathlib.Path = pathlib.Path("/proc/meminfo"), cgroup: pathlib.Path = _CGROUP
+) -> int | None:
+    """
+    :param meminfo: the kernel's account of the machine
+    :param cgroup: folder of the container's limits (version 2 of control groups)
+    :return: bytes that this process can still use, the smaller of what machine and container have left; ``None`` where
+        the system does not say (other systems than Linux)
+    """
+    limits = []
+    if meminfo.is_file():
+        entries = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+        if "MemAvailable" in entries:
+            limits.append(int(entries["MemAvailable"].split()[0]) * 1024)
+    try:
+        maximum = (cgroup / "memory.max").read_text().strip()
+        current = int((cgroup / "memory.current").read_text())
+    except (OSError, ValueError):
+        maximum = "max"
+    if maximum != "max":
+        # The file cache, which counts as used, is given up when memory is needed.
+        statistics = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
+        limits.append(int(maximum) - current + int(statistics.get("inactive_file", 0)))
+    return min(limits, default=None)

@@ -1,0 +1,261 @@
+"""Policies with an auxiliary value head and a choice of critic architecture, and the policy of the IMPALA network."""
+
+from functools import partial
+from typing import Any, Literal, get_args
+
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.distributions import DiagGaussianDistribution, Distribution
+from stable_baselines3.common.policies import (
+    ActorCriticCnnPolicy,
+    ActorCriticPolicy,
+    MultiInputActorCriticPolicy,
+)
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, MlpExtractor, create_mlp
+from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
+from torch import nn
+
+from sb3_ppo_ewma._arguments import check_choice, check_integer
+from sb3_ppo_ewma.distributions import SoftplusDiagGaussianDistribution
+from sb3_ppo_ewma.random_state import preserved_generators
+from sb3_ppo_ewma.torch_layers import ImpalaCNN, features_extractor_class, normalize_fan_in
+
+CriticArch = Literal["dual", "shared", "detach"]
+StdActivation = Literal["exp", "softplus"]
+
+# Norm of each output unit's weights in the heads of the paper's network
+_SMALL_HEAD = 0.1
+
+
+class PPGPolicy(ActorCriticPolicy):
+    """
+    SB3's actor-critic policy with what Phasic Policy Gradient needs: an auxiliary value head, linear, on the last layer
+    of the policy network, and a choice of what critic and policy share.
+
+    The trunk is the features extractor, with the layers of ``trunk_arch`` behind it; ``net_arch`` is what follows
+    separately for policy and value. Where the trunk has no weights (vector observations without ``trunk_arch``) the
+    three architectures coincide.
+
+    Source: Cobbe et al. 2020, https://arxiv.org/abs/2009.04416, and its released code.
+
+    :param observation_space: as in ``ActorCriticPolicy``
+    :param action_space: as in ``ActorCriticPolicy``
+    :param lr_schedule: as in ``ActorCriticPolicy``
+    :param net_arch: as in ``ActorCriticPolicy``
+    :param critic_arch: ``"dual"``: the critic has a trunk of its own; ``"shared"``: both use one trunk; ``"detach"``:
+        one trunk, which the value loss does not train, in neither phase
+    :param trunk_arch: units of the fully-connected layers at the end of the trunk, with ``activation_fn``; ``None``:
+        no layers
+    :param std_activation: of Gaussian policies without gSDE. ``"exp"``: the parameter is the logarithm of the standard
+        deviation, as in SB3; ``"softplus"``: see
+        :class:`~sb3_ppo_ewma.distributions.SoftplusDiagGaussianDistribution`
+    :param share_features_extractor: follows from ``critic_arch``; may be given if it agrees
+    :param kwargs: further keyword arguments of ``ActorCriticPolicy``
+    :raises ValueError: for an unknown choice, or one that contradicts another argument
+    """
+
+    def __init__(
+        self,
+        observation_space: spaces.Space[Any],
+        action_space: spaces.Space[Any],
+        lr_schedule: Schedule,
+        net_arch: list[int] | dict[str, list[int]] | None = None,
+        *,
+        critic_arch: CriticArch = "dual",
+        trunk_arch: list[int] | None = None,
+        std_activation: StdActivation = "exp",
+        share_features_extractor: bool | None = None,
+        **kwargs: Any,
+    ) -> None:
+        check_choice("critic_arch", critic_arch, get_args(CriticArch))
+        check_choice("std_activation", std_activation, get_args(StdActivation))
+        shares = critic_arch != "dual"
+        if share_features_extractor not in (None, shares):
+            raise ValueError(
+                f"share_features_extractor={share_features_extractor} contradicts critic_arch={critic_arch!r}: "
+                f"leave it out, or use critic_arch={'dual' if shares else 'shared'!r}"
+            )
+        for units in trunk_arch or []:
+            check_integer("trunk_arch", units, minimum=1)
+        self.critic_arch: CriticArch = critic_arch
+        self.trunk_arch = list(trunk_arch or [])
+        self.std_activation: StdActivation = std_activation
+        super().__init__(
+            observation_space, action_space, lr_schedule, net_arch, share_features_extractor=shares, **kwargs
+        )
+
+    def make_features_extractor(self) -> BaseFeaturesExtractor:
+        """
+        :return: a new trunk
+        """
+        extractor = super().make_features_extractor()
+        return Trunk(extractor, self.trunk_arch, self.activation_fn) if self.trunk_arch else extractor
+
+    def _build_mlp_extractor(self) -> None:
+        if self.critic_arch != "detach":
+            return super()._build_mlp_extractor()
+        self.mlp_extractor = DetachedCriticMlpExtractor(
+            self.features_dim, net_arch=self.net_arch, activation_fn=self.activation_fn, device=self.device
+        )
+
+    def _build(self, lr_schedule: Schedule) -> None:
+        if self.std_activation == "softplus":
+            if not isinstance(self.action_dist, DiagGaussianDistribution):
+                raise ValueError(
+                    "std_activation='softplus' needs a Box action space and use_sde=False, got "
+                    f"{self.action_space} and use_sde={self.use_sde}; gSDE has use_expln"
+                )
+            self.action_dist = SoftplusDiagGaussianDistribution(self.action_dist.action_dim)
+        super()._build(lr_schedule)
+        if self.critic_arch == "detach" and not isinstance(self.mlp_extractor, DetachedCriticMlpExtractor):
+            raise ValueError(
+                f"critic_arch='detach' is not known to the mlp_extractor of {type(self).__name__}: detach the features "
+                "in its forward_critic() and use critic_arch='shared'"
+            )
+        # Without a trace in the random numbers: all other weights are those of a policy without this head.
+        with preserved_generators(th.device("cpu")):
+            self.aux_value_net = nn.Linear(self.mlp_extractor.latent_dim_pi, 1)
+            self._initialize_aux_head(self.aux_value_net)
+        # Anew, with the head's parameters
+        optimizer: Any = self.optimizer_class
+        self.optimizer = optimizer(self.parameters(), lr=lr_schedule(1), **self.optimizer_kwargs)
+
+    def _initialize_aux_head(self, head: nn.Linear) -> None:
+        if self.ortho_init:
+            head.apply(partial(self.init_weights, gain=1))  # as SB3's value head
+
+    def evaluate_auxiliary(self, obs: PyTorchObs) -> tuple[Distribution, th.Tensor, th.Tensor]:
+        """
+        What the auxiliary phase trains, in one forward pass.
+
+        :param obs: observations
+        :return: action distribution; values V and auxiliary values V_aux, both (batch,)
+        """
+        features = self.extract_features(obs)
+        pi_features, vf_features = (features, features) if isinstance(features, th.Tensor) else features
+        latent_pi = self.mlp_extractor.forward_actor(pi_features)
+        values = self.value_net(self.mlp_extractor.forward_critic(vf_features))
+        aux_values = self.aux_value_net(latent_pi)
+        return self._get_action_dist_from_latent(latent_pi), values.flatten(), aux_values.flatten()
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        own = {
+            "critic_arch": self.critic_arch,
+            "trunk_arch": self.trunk_arch,
+            "std_activation": self.std_activation,
+        }
+        return {**super()._get_constructor_parameters(), **own}
+
+
+class PPGCnnPolicy(PPGPolicy, ActorCriticCnnPolicy):
+    """:class:`PPGPolicy` with SB3's ``NatureCNN`` as default features extractor."""
+
+
+class PPGMultiInputPolicy(PPGPolicy, MultiInputActorCriticPolicy):
+    """:class:`PPGPolicy` for dictionary observations, with SB3's ``CombinedExtractor``."""
+
+
+class ImpalaPolicy(ActorCriticPolicy):
+    """
+    SB3's actor-critic policy with the network of the PPG paper: :class:`~sb3_ppo_ewma.ImpalaCNN`, no layers between it
+    and the heads, and its initialisation, in which the weights of every output of the heads have norm 0.1.
+
+    :param observation_space: images, (channels, height, width) or (height, width, channels)
+    :param action_space: as in ``ActorCriticPolicy``
+    :param lr_schedule: as in ``ActorCriticPolicy``
+    :param net_arch: as in ``ActorCriticPolicy``, ``None``: no layers
+    :param ortho_init: ``True``: SB3's initialisation instead
+    :param features_extractor_class: as in ``ActorCriticPolicy``
+    :param kwargs: further keyword arguments of ``ActorCriticPolicy``
+    """
+
+    def __init__(
+        self,
+        observation_space: spaces.Space[Any],
+        action_space: spaces.Space[Any],
+        lr_schedule: Schedule,
+        net_arch: list[int] | dict[str, list[int]] | None = None,
+        *,
+        ortho_init: bool = False,
+        features_extractor_class: type[BaseFeaturesExtractor] = ImpalaCNN,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            observation_space,
+            action_space,
+            lr_schedule,
+            [] if net_arch is None else net_arch,
+            ortho_init=ortho_init,
+            features_extractor_class=features_extractor_class,
+            **kwargs,
+        )
+
+    def _build(self, lr_schedule: Schedule) -> None:
+        super()._build(lr_schedule)
+        if not self.ortho_init:
+            for head in (self.action_net, self.value_net):
+                if isinstance(head, nn.Linear):
+                    normalize_fan_in(head, _SMALL_HEAD)
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        # SB3 leaves it out, and a policy without a shared extractor would come back with one.
+        return {
+            **super()._get_constructor_parameters(),
+            "share_features_extractor": self.share_features_extractor,
+        }
+
+
+class PPGImpalaPolicy(PPGPolicy, ImpalaPolicy):
+    """:class:`PPGPolicy` with the network of the paper, see :class:`ImpalaPolicy`."""
+
+    def _initialize_aux_head(self, head: nn.Linear) -> None:
+        if self.ortho_init:
+            super()._initialize_aux_head(head)
+        else:
+            normalize_fan_in(head, _SMALL_HEAD)
+
+
+class Trunk(BaseFeaturesExtractor):
+    """
+    A features extractor followed by fully-connected layers.
+
+    :param extractor: the features extractor
+    :param units: of the layers, at least one
+    :param activation_fn: after each layer
+    """
+
+    def __init__(self, extractor: BaseFeaturesExtractor, units: list[int], activation_fn: type[nn.Module]) -> None:
+        super().__init__(extractor._observation_space, units[-1])
+        self.extractor = extractor
+        self.mlp = nn.Sequential(*create_mlp(extractor.features_dim, -1, units, activation_fn))
+
+    def forward(self, observations: Any) -> th.Tensor:
+        """
+        :param observations: preprocessed observations
+        :return: (batch, units[-1])
+        """
+        features: th.Tensor = self.mlp(self.extractor(observations))
+        return features
+
+
+class DetachedCriticMlpExtractor(MlpExtractor):
+    """Stops the gradient of the value function before the features."""
+
+    def forward_critic(self, features: th.Tensor) -> th.Tensor:
+        """
+        :param features: (batch, features_dim)
+        :return: last layer of the value network, (batch, latent_dim_vf)
+        """
+        return super().forward_critic(features.detach())
+
+
+def with_features_extractor(policy_kwargs: dict[str, Any]) -> dict[str, Any]:
+    """
+    :param policy_kwargs: keyword arguments of a policy, in which ``features_extractor_class`` may be a name
+    :return: the same with the class of that name
+    :raises ValueError: for an unknown name
+    """
+    if "features_extractor_class" not in policy_kwargs:
+        return policy_kwargs
+    extractor = features_extractor_class(policy_kwargs["features_extractor_class"])
+    return {**policy_kwargs, "features_extractor_class": extractor}

@@ -1,0 +1,346 @@
+"""Phasic Policy Gradient: an auxiliary phase as a mixin on the decoupled core, PPG and PPG-EWMA."""
+
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar, Literal, TypeVar, cast
+
+import numpy as np
+import torch as th
+from stable_baselines3 import PPO
+from stable_baselines3.common.callbacks import BaseCallback, ProgressBarCallback
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.type_aliases import MaybeCallback, Schedule
+from stable_baselines3.common.utils import FloatSchedule, update_learning_rate
+from torch.distributions import Distribution
+
+from sb3_ppo_ewma import losses
+from sb3_ppo_ewma._arguments import check_integer, check_number, check_schedule
+from sb3_ppo_ewma.distributions import distribution_parameters, torch_distributions, with_parameters
+from sb3_ppo_ewma.policies import PPGCnnPolicy, PPGImpalaPolicy, PPGMultiInputPolicy, PPGPolicy
+from sb3_ppo_ewma.ppo_ewma import EVALUATION_BATCH_SIZE, EwmaMixin, TrainStatistics
+from sb3_ppo_ewma.rollouts import PhaseBuffer, Rollout
+
+SelfPPG = TypeVar("SelfPPG", bound="PPG")
+
+# Minibatches per rollout in the auxiliary phase, of the default batch size: those of the paper have
+# 16 of the 256 sequences of a rollout.
+_AUX_MINIBATCHES = 16
+# How often a long auxiliary phase shows how far it is
+_REPORTS_PER_EPOCH = 20
+
+
+class AuxiliaryPhaseMixin(EwmaMixin):
+    """
+    Adds the auxiliary phase of Phasic Policy Gradient to the decoupled core. After every ``n_policy_iterations``
+    rollouts that were trained on, ``n_aux_epochs`` epochs over all of them minimise
+
+        ½·c_aux·E[(V_aux − V_targ)²] + β_clone·E[KL(π_old ‖ π_θ)] + ½·c_vf·E[(V − V_targ)²]
+
+    where π_old is the policy before the phase and V_targ are the value targets of the policy phase.
+
+    Source: Cobbe, Hilton, Klimov, Schulman 2020, https://arxiv.org/abs/2009.04416
+
+    :param n_policy_iterations: N_π ≥ 1, rollouts of a policy phase
+    :param n_aux_epochs: E_aux ≥ 0, epochs of an auxiliary phase; 0: no auxiliary phases, nothing is stored for them
+    :param aux_batch_size: samples in a minibatch of the auxiliary phase; ``None``: n_steps·n_envs/16, at least 1
+    :param aux_learning_rate: of the auxiliary phase's own optimiser, a number or a schedule of the remaining progress
+    :param beta_clone: β_clone ≥ 0, weight of the KL divergence
+    :param vf_true_coef: c_vf ≥ 0, weight of the value function's loss in the auxiliary phase
+    :param vf_aux_coef: c_aux ≥ 0, weight of the auxiliary value head's loss
+    :param prox_decay: as in :class:`~sb3_ppo_ewma.EwmaMixin`; the EWMA starts anew after every auxiliary phase
+    :param advantage_decay: as in :class:`~sb3_ppo_ewma.EwmaMixin`
+    :param args: positional arguments of the algorithm this is mixed into, see there
+    :param kwargs: keyword arguments of :class:`~sb3_ppo_ewma.EwmaMixin` and the algorithm this is mixed into
+    :raises TypeError: for an unknown argument or one of the wrong type
+    :raises ValueError: for a value out of its range, before anything is built
+    """
+
+    aux_optimizer: th.optim.Optimizer
+    aux_lr_schedule: Schedule
+    phase_buffer: PhaseBuffer | None
+
+    _own_states: ClassVar[tuple[str, ...]] = (*EwmaMixin._own_states, "aux_optimizer")
+    _own_buffers: ClassVar[tuple[str, ...]] = (*EwmaMixin._own_buffers, "phase_buffer")
+    _sb3_defaults: ClassVar[Mapping[str, Any]] = {"n_epochs": 1}
+
+    def __init__(
+        self,
+        *args: Any,
+        n_policy_iterations: int = 32,
+        n_aux_epochs: int = 6,
+        aux_batch_size: int | None = None,
+        aux_learning_rate: float | Schedule = 5e-4,
+        beta_clone: float = 1.0,
+        vf_true_coef: float = 1.0,
+        vf_aux_coef: float = 1.0,
+        prox_decay: float | Literal["auto"] | None = None,
+        advantage_decay: float | None = 0.0,
+        **kwargs: Any,
+    ) -> None:
+        self.n_policy_iterations = n_policy_iterations
+        self.n_aux_epochs = n_aux_epochs
+        self.aux_batch_size = aux_batch_size
+        self.aux_learning_rate = aux_learning_rate
+        self.beta_clone = beta_clone
+        self.vf_true_coef = vf_true_coef
+        self.vf_aux_coef = vf_aux_coef
+        # Counters, saved with the other attributes: phases so far, rollouts stored in the present one
+        self._n_phases = 0
+        self._n_phase_rollouts = 0
+        self._progress_bars: list[Any] = []
+        super().__init__(*args, prox_decay=prox_decay, advantage_decay=advantage_decay, **kwargs)
+
+    # ------------------------------------------------------------------ construction
+
+    def _check_own_parameters(self) -> None:
+        super()._check_own_parameters()
+        check_integer("n_policy_iterations", self.n_policy_iterations, minimum=1)
+        check_integer("n_aux_epochs", self.n_aux_epochs, minimum=0)
+        if self.aux_batch_size is not None:
+            check_integer("aux_batch_size", self.aux_batch_size, minimum=1)
+        check_schedule("aux_learning_rate", self.aux_learning_rate)
+        for name in ("beta_clone", "vf_true_coef", "vf_aux_coef"):
+            check_number(name, getattr(self, name), 0)
+
+    def _fits_built_model(self) -> dict[str, bool]:
+        buffer = self.phase_buffer
+        return {
+            **super()._fits_built_model(),
+            "n_policy_iterations": buffer is None or self.n_policy_iterations == buffer.n_rollouts,
+            "n_aux_epochs": (buffer is None) == (self.n_aux_epochs == 0),
+        }
+
+    def _setup_model(self) -> None:
+        if not (isinstance(self.policy_class, type) and issubclass(self.policy_class, PPGPolicy)):
+            raise ValueError(
+                f"policy must be one of {', '.join(map(repr, self.policy_aliases))} or a class derived from PPGPolicy, "
+                f"which has the auxiliary value head, got {self.policy_class}"
+            )
+        super()._setup_model()
+        self.aux_lr_schedule = FloatSchedule(self.aux_learning_rate)
+        self.aux_optimizer = self._make_optimizer(self.aux_lr_schedule)
+        self.phase_buffer = PhaseBuffer(self.n_policy_iterations) if self.n_aux_epochs > 0 else None
+
+    # ------------------------------------------------------------------ training
+
+    def _end_iteration(self, rollout: Rollout) -> None:
+        super()._end_iteration(rollout)
+        if self.phase_buffer is None:
+            return
+        self.phase_buffer.add(rollout.buffer)
+        if self.phase_buffer.is_full:
+            self._train_auxiliary_phase(self.phase_buffer)
+        self._n_phase_rollouts = len(self.phase_buffer)
+        self.logger.record("aux/n_phases", self._n_phases)
+        self.logger.record("aux/phase_progress", self._n_phase_rollouts / self.n_policy_iterations)
+
+    def _train_auxiliary_phase(self, buffer: PhaseBuffer) -> None:
+        learning_rate = max(self.aux_lr_schedule(self._current_progress_remaining), 0.0)
+        update_learning_rate(self.aux_optimizer, learning_rate)
+        batch_size = self.aux_batch_size or max(1, self.n_steps * self.n_envs // _AUX_MINIBATCHES)
+        old_parameters = self._old_distribution_parameters(buffer, batch_size)
+        n_minibatches = -(-buffer.n_samples // batch_size)
+        statistics = TrainStatistics()
+        for epoch in range(self.n_aux_epochs):
+            for i, indices in enumerate(buffer.minibatches(batch_size)):
+                self._show_progress(epoch, i, n_minibatches)
+                self._train_auxiliary_minibatch(buffer, indices, old_parameters, statistics)
+        buffer.clear()
+        if self.policy_ewma is not None:
+            self.policy_ewma.reset(self.policy)
+        self._n_phases += 1
+        self._show("")
+
+        self.logger.record("aux/learning_rate", learning_rate)
+        for name, values in statistics.read().items():
+            self.logger.record(f"aux/{name}", values.mean())
+
+    @th.no_grad()
+    def _old_distribution_parameters(self, buffer: PhaseBuffer, batch_size: int) -> list[th.Tensor]:
+        """
+        :param buffer: the phase's samples
+        :param batch_size: number of samples evaluated together, at least
+        :return: parameters of π_old for all samples, (n_samples, ...) each
+        """
+        self.policy.set_training_mode(False)
+        step = max(batch_size, EVALUATION_BATCH_SIZE)
+        parts = []
+        for start in range(0, buffer.n_samples, step):
+            self.policy.get_distribution(buffer.observations(slice(start, start + step), self.device))
+            parts.append(distribution_parameters(self._distributions()))
+        self.policy.set_training_mode(True)
+        return [th.cat(tensors) for tensors in zip(*parts, strict=True)]
+
+    def _distributions(self) -> list[Distribution]:
+        return torch_distributions(self.policy, "the auxiliary phase")
+
+    def _train_auxiliary_minibatch(
+        self, buffer: PhaseBuffer, indices: np.ndarray, old_parameters: list[th.Tensor], statistics: TrainStatistics
+    ) -> None:
+        _, values, aux_values = self.policy.evaluate_auxiliary(buffer.observations(indices, self.device))
+        current = self._distributions()
+        rows = th.as_tensor(indices, device=self.device)
+        kl = losses.analytic_kl(with_parameters(current, [p[rows] for p in old_parameters]), current)
+        loss, stats = losses.auxiliary_loss(
+            kl,
+            values,
+            aux_values,
+            buffer.returns(indices, self.device),
+            beta_clone=self.beta_clone,
+            vf_true_coef=self.vf_true_coef,
+            vf_aux_coef=self.vf_aux_coef,
+        )
+        statistics.add(**stats._asdict())
+        terms = {"KL divergence of the auxiliary phase": kl, "values": values, "auxiliary values": aux_values}
+        self._optimize(loss, self.aux_optimizer, terms)
+
+    # ------------------------------------------------------------------ learning, saving, loading
+
+    def _setup_learn(self, *args: Any, **kwargs: Any) -> Any:
+        result = super()._setup_learn(*args, **kwargs)
+        if self.phase_buffer is None:
+            return result
+        self.phase_buffer.check_memory(self.rollout_buffer)
+        self._announce_phase(result[0])
+        if len(self.phase_buffer) < self._n_phase_rollouts:
+            warnings.warn(
+                f"The {self._n_phase_rollouts} rollouts of the policy phase in which the model was saved are missing: "
+                "the phase starts anew. To continue it, write them with save_replay_buffer() beside the model and read "
+                "them with load_replay_buffer().",
+                stacklevel=3,
+            )
+            self._n_phase_rollouts = len(self.phase_buffer)
+        return result
+
+    def _announce_phase(self, total_timesteps: int) -> None:
+        n_missing = self.n_policy_iterations - len(cast(PhaseBuffer, self.phase_buffer)) + self.staleness
+        n_steps = n_missing * self.n_steps * self.n_envs
+        if self.verbose >= 1 and self.num_timesteps + n_steps > total_timesteps:
+            print(
+                f"The next auxiliary phase is {n_steps} steps away (n_policy_iterations={self.n_policy_iterations} "
+                f"rollouts of {self.n_steps * self.n_envs} steps) and will not be reached"
+            )
+
+    def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
+        result = super()._init_callback(callback, progress_bar)
+        self._progress_bars = list(_progress_bars(result))
+        return result
+
+    def _show_progress(self, epoch: int, minibatch: int, n_minibatches: int) -> None:
+        if minibatch * _REPORTS_PER_EPOCH % n_minibatches < _REPORTS_PER_EPOCH:
+            share = 100 * minibatch // n_minibatches
+            self._show(f"auxiliary phase {self._n_phases + 1}, epoch {epoch + 1}/{self.n_aux_epochs}, {share} %")
+
+    def _show(self, text: str) -> None:
+        """
+        :param text: shown at the progress bar, where there is one
+        """
+        for callback in self._progress_bars:
+            callback.pbar.set_description(text)
+
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), "aux_lr_schedule", "_progress_bars"]
+
+    def _start_afresh(self, name: str) -> None:
+        if name == "aux_optimizer":
+            self.aux_optimizer = self._make_optimizer(self.aux_lr_schedule)
+        super()._start_afresh(name)
+
+
+class PPG(AuxiliaryPhaseMixin, PPO):
+    """
+    Phasic Policy Gradient: PPO with an auxiliary phase that distils the value function into the policy network.
+
+    Paper: https://arxiv.org/abs/2009.04416 (Cobbe, Hilton, Klimov, Schulman: Phasic Policy Gradient)
+    Code of the authors: https://github.com/openai/phasic-policy-gradient
+
+    All parameters of ``stable_baselines3.PPO`` in the same order; those of :class:`AuxiliaryPhaseMixin` and
+    :class:`~sb3_ppo_ewma.EwmaMixin` by keyword. The defaults are SB3's, but for those that make the algorithm, which
+    are the paper's: ``n_policy_iterations=32``, ``n_epochs=1``, ``n_aux_epochs=6``, ``aux_learning_rate=5e-4``,
+    ``beta_clone=1.0``, ``vf_true_coef=1.0``, ``advantage_decay=0.0``, a critic of its own (``critic_arch="dual"`` in
+    ``policy_kwargs``) and ``aux_batch_size``, a sixteenth of a rollout.
+
+    >>> from sb3_ppo_ewma import PPG
+    >>> model = PPG("MlpPolicy", "CartPole-v1", n_steps=64, n_policy_iterations=2).learn(128)
+    """
+
+    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
+        "MlpPolicy": PPGPolicy,
+        "CnnPolicy": PPGCnnPolicy,
+        "MultiInputPolicy": PPGMultiInputPolicy,
+        "ImpalaPolicy": PPGImpalaPolicy,
+    }
+
+    def learn(
+        self: SelfPPG,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        log_interval: int = 1,
+        tb_log_name: str = "PPG",
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> SelfPPG:
+        """
+        Train, as ``PPO.learn``.
+
+        :param total_timesteps: number of environment steps
+        :param callback: called at every step
+        :param log_interval: iterations between logs
+        :param tb_log_name: name of the run for tensorboard
+        :param reset_num_timesteps: whether to count steps from 0; the phase goes on in any case
+        :param progress_bar: show a progress bar, which also tells of the auxiliary phase
+        :return: the model
+        """
+        return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
+
+
+class PPGEWMA(PPG):
+    """
+    PPG-EWMA: :class:`PPG` whose proximal policy is an exponentially weighted moving average, which starts anew after
+    every auxiliary phase. Only the default ``prox_decay="auto"`` differs from :class:`PPG`.
+
+    Paper: https://arxiv.org/abs/2110.00641 (Hilton, Cobbe, Schulman: Batch size-invariance for policy optimization)
+    Code of the authors: https://github.com/openai/ppo-ewma
+
+    :param args: positional arguments of :class:`PPG`
+    :param prox_decay: as in :class:`~sb3_ppo_ewma.EwmaMixin`
+    :param kwargs: keyword arguments of :class:`PPG`
+    """
+
+    def __init__(self, *args: Any, prox_decay: float | Literal["auto"] | None = "auto", **kwargs: Any) -> None:
+        super().__init__(*args, prox_decay=prox_decay, **kwargs)
+
+    def learn(
+        self: SelfPPG,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        log_interval: int = 1,
+        tb_log_name: str = "PPGEWMA",
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> SelfPPG:
+        """
+        Train, as :meth:`PPG.learn`.
+
+        :param total_timesteps: number of environment steps
+        :param callback: called at every step
+        :param log_interval: iterations between logs
+        :param tb_log_name: name of the run for tensorboard
+        :param reset_num_timesteps: whether to count steps from 0; the phase goes on in any case
+        :param progress_bar: show a progress bar, which also tells of the auxiliary phase
+        :return: the model
+        """
+        return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
+
+
+def _progress_bars(callback: Any) -> Iterator[ProgressBarCallback]:
+    """
+    :param callback: callback, perhaps with others inside
+    :return: the progress bars among them
+    """
+    if isinstance(callback, ProgressBarCallback):
+        yield callback
+    inner = [*getattr(callback, "callbacks", []), getattr(callback, "callback", None)]
+    for child in inner:
+        if isinstance(child, BaseCallback):
+            yield from _progress_bars(child)

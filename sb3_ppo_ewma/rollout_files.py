@@ -1,0 +1,128 @@
+"""
+Files of the rollouts that an algorithm keeps from one iteration to the next, with the step they belong to.
+
+One file has several parts, each a sequence of pickles, so that a large part is never in memory twice.
+"""
+
+import os
+import pathlib
+import pickle
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from io import BufferedIOBase
+from typing import Any, Protocol, TypeAlias, TypeVar
+
+from stable_baselines3.common.buffers import RolloutBuffer
+
+RolloutPath: TypeAlias = str | pathlib.Path | BufferedIOBase
+SelfKept = TypeVar("SelfKept", bound="KeptRollouts")
+
+_FORMAT_VERSION = 1
+
+
+class KeptRollouts(Protocol):
+    """Rollouts kept from one iteration to the next."""
+
+    def __len__(self) -> int:
+        """
+        :return: number of rollouts
+        """
+
+    def pieces(self) -> Iterator[Any]:
+        """
+        :return: what is written of each rollout
+        """
+
+    def restored(self: SelfKept, pieces: Iterator[Any], count: int, model_buffer: RolloutBuffer) -> SelfKept:
+        """
+        :param pieces: as from :meth:`pieces`
+        :param count: their number
+        :param model_buffer: the model's rollout buffer, which they must fit
+        :return: the same kind of collection with these rollouts
+        :raises ValueError: if they do not fit
+        """
+
+
+def write_rollouts(path: RolloutPath, num_timesteps: int, parts: Mapping[str, KeptRollouts]) -> None:
+    """
+    Atomic when ``path`` is a file name: a run that is killed leaves the old file whole.
+
+    :param path: file name (``.pkl`` is added where there is no suffix) or open binary file
+    :param num_timesteps: the model's, checked by :func:`read_rollouts`
+    :param parts: what to write, by name
+    """
+    if isinstance(path, BufferedIOBase):
+        _write(path, num_timesteps, parts)
+        return
+    path = _with_suffix(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            _write(file, num_timesteps, parts)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _write(file: Any, num_timesteps: int, parts: Mapping[str, KeptRollouts]) -> None:
+    header = {
+        "format": _FORMAT_VERSION,
+        "num_timesteps": num_timesteps,
+        "parts": {name: len(part) for name, part in parts.items()},
+    }
+    pickle.dump(header, file, protocol=pickle.HIGHEST_PROTOCOL)
+    for part in parts.values():
+        for piece in part.pieces():
+            pickle.dump(piece, file, protocol=pickle.HIGHEST_PROTOCOL)
+
+
+def read_rollouts(
+    path: RolloutPath, num_timesteps: int, parts: Mapping[str, KeptRollouts], model_buffer: RolloutBuffer
+) -> dict[str, KeptRollouts]:
+    """
+    :param path: as for :func:`write_rollouts`
+    :param num_timesteps: the model's
+    :param parts: the model's parts, which stay as they are
+    :param model_buffer: the model's rollout buffer, which the rollouts must fit
+    :return: by name, parts with the rollouts of the file
+    :raises ValueError: if the file is of another kind, another step or another model
+    """
+    with _opened(path) as file:
+        try:
+            header = pickle.load(file)
+            _check_header(path, header, num_timesteps, parts)
+            return {
+                name: parts[name].restored((pickle.load(file) for _ in range(count)), count, model_buffer)
+                for name, count in header["parts"].items()
+            }
+        except (pickle.UnpicklingError, EOFError) as error:
+            raise ValueError(f"{path} is damaged or not a file of save_replay_buffer(): {error}") from error
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+
+def _check_header(path: RolloutPath, header: Any, num_timesteps: int, parts: Mapping[str, KeptRollouts]) -> None:
+    if not (isinstance(header, dict) and header.get("format") == _FORMAT_VERSION):
+        raise ValueError(f"not a file of save_replay_buffer() (format {_FORMAT_VERSION})")
+    if header["num_timesteps"] != num_timesteps:
+        raise ValueError(
+            f"belongs to num_timesteps={header['num_timesteps']}, the model is at {num_timesteps}: load the file that "
+            "was saved together with the model"
+        )
+    if set(header["parts"]) != set(parts):
+        raise ValueError(f"has {sorted(header['parts'])}, the model keeps {sorted(parts)}")
+
+
+@contextmanager
+def _opened(path: RolloutPath) -> Iterator[Any]:
+    if isinstance(path, BufferedIOBase):
+        yield path
+    else:
+        with _with_suffix(path).open("rb") as file:
+            yield file
+
+
+def _with_suffix(path: str | pathlib.Path) -> pathlib.Path:
+    path = pathlib.Path(path)
+    return path if path.suffix else path.with_suffix(".pkl")
