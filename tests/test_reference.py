@@ -30,7 +30,7 @@ from stable_baselines3.common.distributions import (
 )
 from torch import nn
 
-from sb3_ppo_ewma import losses
+from sb3_ppo_ewma import losses, ppg
 from sb3_ppo_ewma.ewma import MomentsEwma, ParameterEwma
 from sb3_ppo_ewma.rollouts import Rollout
 from tests.golden_data import Case, case_ids, load_case, manifest
@@ -443,3 +443,53 @@ def test_trajectories_notice_mistakes(name, mistake, default_dtype, monkeypatch)
     run.run()
     with pytest.raises(AssertionError):
         assert_close(run.params, case.arrays["params"], **trajectory_tolerance(case))
+
+
+def reverse_kl(run: GoldenPhasicRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = losses.analytic_kl
+    monkeypatch.setattr(losses, "analytic_kl", lambda old, current: original(current, old))
+
+
+def forget_reset(run: GoldenPhasicRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run.model.policy_ewma, "reset", lambda _: None)
+
+
+def share_optimizer(run: GoldenPhasicRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    run.model.aux_optimizer = run.model.policy.optimizer
+
+
+def do_not_detach(run: GoldenPhasicRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    extractor = run.model.policy.mlp_extractor
+    monkeypatch.setattr(extractor, "forward_critic", lambda features: extractor.value_net(features))
+
+
+def refresh_old_policy(run: GoldenPhasicRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = ppg.with_parameters
+
+    def with_present_parameters(like, _):
+        return original(like, [parameter.detach() for parameter in ppg.distribution_parameters(like)])
+
+    monkeypatch.setattr(ppg, "with_parameters", with_present_parameters)
+
+
+@pytest.mark.parametrize(
+    ("name", "mistake"),
+    [
+        ("ppg.lr0.02", reverse_kl),
+        ("ppg.lr0.02", share_optimizer),
+        ("ppg.lr0.02", refresh_old_policy),
+        ("ppg_ewma.lr0.02", forget_reset),
+        ("ppg_detach.lr0.0005", do_not_detach),
+    ],
+)
+def test_ppg_trajectories_notice_mistakes(name, mistake, default_dtype, monkeypatch):
+    case_id = f"f64.{name}"
+    if case_id not in case_ids("e2e_ppg"):
+        pytest.skip(f"{case_id} is not in this folder of recordings")
+    case = load_case("e2e_ppg", case_id)
+    default_dtype(case.dtype)
+    run = GoldenPhasicRun("e2e_ppg", case, feed=True)
+    mistake(run, monkeypatch)
+    run.run()
+    with pytest.raises(AssertionError):
+        assert_trajectory(run, rtol=1e-7, atol=1e-10)
