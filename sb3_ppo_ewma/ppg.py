@@ -138,18 +138,22 @@ class AuxiliaryPhaseMixin(EwmaMixin):
         learning_rate = max(self.aux_lr_schedule(self._current_progress_remaining), 0.0)
         update_learning_rate(self.aux_optimizer, learning_rate)
         batch_size = self.aux_batch_size or max(1, self.n_steps * self.n_envs // _AUX_MINIBATCHES)
-        old_parameters = self._old_distribution_parameters(buffer, batch_size)
-        n_minibatches = -(-buffer.n_samples // batch_size)
         statistics = TrainStatistics()
-        for epoch in range(self.n_aux_epochs):
-            for i, indices in enumerate(buffer.minibatches(batch_size)):
-                self._show_progress(epoch, i, n_minibatches)
-                self._train_auxiliary_minibatch(buffer, indices, old_parameters, statistics)
-        buffer.clear()
-        if self.policy_ewma is not None:
-            self.policy_ewma.reset(self.policy)
-        self._n_phases += 1
-        self._show("")
+        try:
+            old_parameters = self._old_distribution_parameters(buffer, batch_size)
+            n_minibatches = -(-buffer.n_samples // batch_size)
+            for epoch in range(self.n_aux_epochs):
+                for i, indices in enumerate(buffer.minibatches(batch_size)):
+                    self._show_progress(epoch, i, n_minibatches)
+                    self._train_auxiliary_minibatch(buffer, indices, old_parameters, statistics)
+            self._n_phases += 1
+        finally:
+            # Also when the phase is interrupted: the policy has left its average behind, and the next phase begins.
+            buffer.clear()
+            self._n_phase_rollouts = 0
+            if self.policy_ewma is not None:
+                self.policy_ewma.reset(self.policy)
+            self._show("")
 
         self.logger.record("aux/learning_rate", learning_rate)
         for name, values in statistics.read().items():
@@ -204,9 +208,9 @@ class AuxiliaryPhaseMixin(EwmaMixin):
         self._announce_phase(result[0])
         if len(self.phase_buffer) < self._n_phase_rollouts:
             warnings.warn(
-                f"The {self._n_phase_rollouts} rollouts of the policy phase in which the model was saved are missing: "
-                "the phase starts anew. To continue it, write them with save_replay_buffer() beside the model and read "
-                "them with load_replay_buffer().",
+                f"The stored rollouts of the policy phase are missing ({self._n_phase_rollouts} when the model was "
+                "saved): the phase starts anew. To continue it, write them with save_replay_buffer() beside the model "
+                "and read them with load_replay_buffer().",
                 stacklevel=3,
             )
             self._n_phase_rollouts = len(self.phase_buffer)

@@ -17,6 +17,8 @@ from sb3_ppo_ewma.rollout_files import KeptRollouts, RolloutPath, read_rollouts,
 
 SelfSavedState = TypeVar("SelfSavedState", bound="SavedStateMixin")
 
+_NOTHING_KEPT = "The model keeps no rollouts between iterations (staleness=0 and no auxiliary phase)"
+
 
 class SavedStateMixin(OnPolicyAlgorithm):
     """
@@ -168,7 +170,7 @@ class SavedStateMixin(OnPolicyAlgorithm):
         :param path: file name (``.pkl`` is added where there is no suffix) or open binary file
         """
         if self.replay_buffer is None:
-            warnings.warn("The model keeps no rollouts (staleness=0): nothing was saved", stacklevel=2)
+            warnings.warn(f"{_NOTHING_KEPT}: nothing was saved", stacklevel=2)
             return
         write_rollouts(path, self.num_timesteps, self.replay_buffer)
 
@@ -181,7 +183,7 @@ class SavedStateMixin(OnPolicyAlgorithm):
         :raises ValueError: if the file belongs to another step or does not fit the model
         """
         if self.replay_buffer is None:
-            warnings.warn("The model keeps no rollouts (staleness=0): the file was not read", stacklevel=2)
+            warnings.warn(f"{_NOTHING_KEPT}: the file was not read", stacklevel=2)
             return
         loaded = read_rollouts(path, self.num_timesteps, self.replay_buffer, self.rollout_buffer)
         for name, buffer in loaded.items():

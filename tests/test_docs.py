@@ -1,5 +1,6 @@
 """The documentation says what is there: examples run, parameters, log keys, options, files and targets exist."""
 
+import ast
 import doctest
 import importlib
 import inspect
@@ -9,24 +10,52 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 import rl_zoo3
+from rl_zoo3.hyperparams_opt import sample_ppo_params
+from stable_baselines3 import PPO
+from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.logger import KVWriter, Logger
 
 import sb3_ppo_ewma
-from sb3_ppo_ewma import PPOEWMA
+from sb3_ppo_ewma import PPG, PPGEWMA, PPOEWMA, PPGPolicy
+from sb3_ppo_ewma.torch_layers import FEATURES_EXTRACTORS
+from sb3_ppo_ewma.zoo.algorithms import ALGORITHMS
 from sb3_ppo_ewma.zoo.command_line import SCRIPTS
+from sb3_ppo_ewma.zoo.search_space import SEARCH_SPACES
+from tests.test_packaging import PACKAGE, imported_modules
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-ALGORITHM_PAGE = (ROOT / "docs" / "ppo_ewma.md").read_text()
+PPO_EWMA_PAGE, PPG_PAGE, ZOO_PAGE, INDEX = (
+    (ROOT / "docs" / name).read_text() for name in ("ppo_ewma.md", "ppg.md", "zoo.md", "index.md")
+)
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 
-OWN_PARAMETERS = [
-    parameter
-    for parameter in inspect.signature(PPOEWMA).parameters.values()
-    if parameter.kind is inspect.Parameter.KEYWORD_ONLY
-]
+
+def parameters(function: Any) -> dict[str, inspect.Parameter]:
+    return dict(inspect.signature(function).parameters)
+
+
+def own_parameters(function: Any) -> dict[str, inspect.Parameter]:
+    """What is keyword-only, or has another default than in SB3."""
+    sb3 = parameters(PPO)
+    return {
+        name: parameter
+        for name, parameter in parameters(function).items()
+        if parameter.kind is parameter.KEYWORD_ONLY or (name in sb3 and sb3[name].default != parameter.default)
+    }
+
+
+def table(page: str, first_header: str) -> list[list[str]]:
+    """
+    :return: the cells of all rows below headers that begin like this, without backticks around them
+    """
+    found = re.findall(rf"^\| {re.escape(first_header)} \|.*\n\|[-|]+\|\n((?:\|.*\n)+)", page, flags=re.MULTILINE)
+    assert found, f"no table with the header {first_header}"
+    rows = "".join(found).splitlines()
+    return [[cell.strip().strip("`") for cell in row.strip("|").split("|")] for row in rows]
 
 
 def page_id(page: Path) -> str:
@@ -42,51 +71,124 @@ def test_python_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(tmp_path)
     for code in code_blocks(page, "python"):
         short = re.sub(r"total_timesteps=[\d_]+", "total_timesteps=512", code)
+        # So that 512 steps in rollouts of 256 end in the middle of a phase, and 512 more reach its end
+        short = re.sub(r"n_policy_iterations=\d+", "n_policy_iterations=3", short)
         exec(compile(short, str(page), "exec"), {"__name__": "example"})
 
 
-@pytest.mark.parametrize("parameter", OWN_PARAMETERS, ids=lambda parameter: parameter.name)
-def test_own_parameters_are_explained(parameter: inspect.Parameter) -> None:
-    default = str(parameter.default) if not isinstance(parameter.default, str) else f'"{parameter.default}"'
-    row = re.search(rf"^\| `{parameter.name}` \| ([^|]+) \|", README, flags=re.MULTILINE)
-    assert row is not None, "no row in the README"
-    assert row[1].strip("` ") == default
-    item = re.search(rf"^- `{parameter.name}` \(`?([^`]+?)`?\):", ALGORITHM_PAGE, flags=re.MULTILINE)
+def test_own_parameters_are_in_the_readme() -> None:
+    classes: list[type[BaseAlgorithm]] = [PPOEWMA, PPG, PPGEWMA]
+    rows = {name: cells for name, *cells in table(README, "parameter")}
+    for i, cls in enumerate(classes):
+        assert set(own_parameters(cls)) <= set(rows)
+        for name, cells in rows.items():
+            default = parameters(cls)[name].default if name in parameters(cls) else "–"
+            assert cells[i] == "–" if default == "–" else ast.literal_eval(cells[i]) == default, (cls, name)
+
+
+@pytest.mark.parametrize("name", own_parameters(PPOEWMA))
+def test_own_parameters_of_ppo_ewma_are_explained(name: str) -> None:
+    item = re.search(rf"^- `{name}` \(`?([^`]+?)`?\):", PPO_EWMA_PAGE, flags=re.MULTILINE)
     assert item is not None, "no item on the algorithm's page"
-    assert item[1] == default
+    assert ast.literal_eval(item[1]) == parameters(PPOEWMA)[name].default
+
+
+def test_parameters_of_ppg_are_explained() -> None:
+    rows = table(PPG_PAGE, "symbol")
+    assert len({name for _, name, *_ in rows}) == len(rows)
+    assert set(own_parameters(PPG)) <= {name for _, name, *_ in rows}
+    for _, name, default, whose, meaning in rows:
+        of_ppg, _, of_ppg_ewma = default.partition("; in `PPGEWMA` ")
+        assert ast.literal_eval(of_ppg.strip("`")) == parameters(PPG)[name].default, name
+        assert ast.literal_eval((of_ppg_ewma or of_ppg).strip("`")) == parameters(PPGEWMA)[name].default, name
+        assert meaning
+        if name in parameters(PPO):
+            unchanged = parameters(PPO)[name].default == parameters(PPG)[name].default
+            assert whose.startswith(("SB3's", "both") if unchanged else "the paper's"), name
+
+
+def test_parameters_of_the_policies_are_explained() -> None:
+    rows = table(PPG_PAGE, "in `policy_kwargs`")
+    expected = {name: p.default for name, p in parameters(PPGPolicy).items() if p.kind is p.KEYWORD_ONLY}
+    assert {name: ast.literal_eval(default) for name, default, _ in rows} == expected
+    choices = {name for name, *_ in table(PPG_PAGE, "`critic_arch`")}
+    assert choices == {f'"{name}"' for name in ("dual", "shared", "detach")}
+
+
+def test_policies_and_features_extractors_are_named() -> None:
+    rows = table(PPG_PAGE, "name")
+    assert {ast.literal_eval(alias): cls for alias, cls, *_ in rows} == {
+        alias: cls.__name__ for alias, cls in PPG.policy_aliases.items()
+    }
+    for name in FEATURES_EXTRACTORS:
+        assert f'`"{name}"`' in PPG_PAGE
+        assert f"`{name}`" in ZOO_PAGE
+
+
+@pytest.mark.parametrize("name", ["ImpalaCNN", "SmallGridCNN"])
+def test_defaults_of_the_features_extractors(name: str) -> None:
+    item = re.search(rf"^- `{name}` \((.+?)\):", PPG_PAGE, flags=re.MULTILINE)
+    assert item is not None
+    stated = dict(pair.split("=", 1) for pair in re.findall(r"`(\w+=[^`]+)`", item[1]))
+    for parameter, value in stated.items():
+        assert ast.literal_eval(value) == parameters(FEATURES_EXTRACTORS[name])[parameter].default
+    assert set(stated) | {"observation_space", "channels_last"} == set(parameters(FEATURES_EXTRACTORS[name]))
 
 
 class Keys(KVWriter):
-    """Remembers the names of what is logged."""
+    """Remembers the names of what is logged, line by line."""
 
     def __init__(self) -> None:
-        self.keys: set[str] = set()
+        self.lines: list[set[str]] = []
 
     def write(self, key_values: dict[str, Any], key_excluded: dict[str, tuple[str, ...]], step: int = 0) -> None:
-        self.keys |= set(key_values)
+        self.lines.append(set(key_values))
 
     def close(self) -> None:
         pass
 
 
-def logged_keys(env: str, **parameters: Any) -> set[str]:
+def logged_keys(cls: type[BaseAlgorithm], env: str, prefix: str, **arguments: Any) -> list[set[str]]:
+    """
+    :return: names with the prefix, in each of the first three iterations
+    """
     keys = Keys()
-    model = PPOEWMA("MlpPolicy", env, n_steps=64, n_epochs=2, device="cpu", **parameters)
+    model = cls("MlpPolicy", env, n_steps=64, device="cpu", **arguments)
     model.set_logger(Logger(folder=None, output_formats=[keys]))
-    model.learn(128)
-    return {key for key in keys.keys if key.startswith("train/")}
+    model.learn(4 * 64)  # what an iteration's training logs is written in the next one
+    return [{key for key in line if key.startswith(prefix)} for line in keys.lines[1:]]
 
 
-def test_logged_quantities_are_explained() -> None:
-    documented = set(re.findall(r"^\|[^|]*?`(train/\w+)`", ALGORITHM_PAGE, flags=re.MULTILINE))
-    documented |= set(re.findall(r"^\| `train/\w+`, `(train/\w+)` \|", ALGORITHM_PAGE, flags=re.MULTILINE))
-    everything = logged_keys("Pendulum-v1", kl_coef=1.0, clip_range_vf=0.2)
-    assert documented == everything
-    nothing = logged_keys("CartPole-v1", prox_decay=None, clip_range=None, max_importance_ratio=None)
+def documented_keys(page: str, prefix: str) -> set[str]:
+    return {key for cell, *_ in table(page, "key") for key in re.findall(rf"{prefix}\w+", cell)}
+
+
+def row_of(page: str, key: str) -> str:
+    return next(line for line in page.splitlines() if line.startswith("|") and f"`{key}`" in line)
+
+
+def test_logged_quantities_of_ppo_ewma_are_explained() -> None:
+    *_, everything = logged_keys(PPOEWMA, "Pendulum-v1", "train/", kl_coef=1.0, clip_range_vf=0.2)
+    assert documented_keys(PPO_EWMA_PAGE, "train/") == everything
+    absent = {"prox_decay": None, "clip_range": None, "max_importance_ratio": None}
+    *_, nothing = logged_keys(PPOEWMA, "CartPole-v1", "train/", **absent)
     assert {"train/approx_kl_prox", "train/importance_ratio_max", "train/advantage_std"} < nothing < everything
     for key in everything - nothing:
-        row = next(line for line in ALGORITHM_PAGE.splitlines() if line.startswith("|") and f"`{key}`" in line)
+        row = row_of(PPO_EWMA_PAGE, key)
         assert re.search("absent|only|Gaussian", row), f"{key} is not always logged, its row does not say so"
+
+
+def test_logged_quantities_of_ppg_are_explained() -> None:
+    first, second, _ = logged_keys(PPG, "CartPole-v1", "aux/", n_policy_iterations=2)
+    assert documented_keys(PPG_PAGE, "aux/") == second
+    # "The first four appear only when an auxiliary phase has run since the last line, the other two always"
+    in_order = [cell for cell, *_ in table(PPG_PAGE, "key")]
+    assert set(in_order[:4]) == second - first
+    assert set(in_order[4:]) == first
+    assert logged_keys(PPG, "CartPole-v1", "aux/", n_aux_epochs=0) == [set(), set(), set()]
+    everything = logged_keys(PPGEWMA, "Pendulum-v1", "", n_policy_iterations=2, kl_coef=1.0, clip_range_vf=0.2)[1]
+    known = documented_keys(PPG_PAGE, "aux/") | documented_keys(PPO_EWMA_PAGE, "train/")
+    assert {key for key in everything if not key.startswith(("time/", "rollout/"))} == known
 
 
 def anchors(page: Path) -> set[str]:
@@ -122,6 +224,39 @@ def test_zoo_commands_have_the_options_of_their_scripts(page: Path) -> None:
         for option in arguments:
             if option.startswith("-") and not re.fullmatch(r"-\d+", option):
                 assert f'"{option}"' in source, f"{script} has no {option}"
+
+
+def drawn(sampler: Any) -> set[str]:
+    trial = optuna.create_study().ask()
+    sampler(trial, 2, 1, {})
+    return set(trial.params)
+
+
+def test_search_spaces_are_explained() -> None:
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    zoo = drawn(sample_ppo_params)
+    of_ppo_ewma, of_ppg = (
+        {name for name, *_ in table(f"{part}\n", "parameter of the trial")}
+        for part in ZOO_PAGE.split("For `ppg`, and for `ppg_ewma`")
+    )
+    for algo in ALGORITHMS:
+        documented = of_ppo_ewma if algo.startswith("ppo") else of_ppg
+        documented = documented | ({"prox_center_of_mass"} if algo == "ppg_ewma" else set())
+        assert drawn(SEARCH_SPACES[algo][0]) - zoo == documented, algo
+
+
+def test_algorithms_are_named() -> None:
+    assert dict(table(ZOO_PAGE, "`--algo`")) == {name: cls.__name__ for name, cls in ALGORITHMS.items()}
+
+
+def test_modules_are_listed_from_the_bottom_up() -> None:
+    listed = [name.removeprefix("sb3_ppo_ewma.") for name, _ in table(INDEX, "module")]
+    public = {file.stem for file in PACKAGE.glob("*.py") if not file.stem.startswith("_")}
+    assert sorted(listed) == sorted({*public, "zoo"})
+    for module in listed[:-1]:
+        names = imported_modules(PACKAGE / f"{module}.py")
+        imported = {name.split(".")[1] for name in names if name.startswith("sb3_ppo_ewma.")}
+        assert not imported & set(listed[listed.index(module) :]), module
 
 
 def test_make_targets_exist() -> None:

@@ -118,7 +118,9 @@ def test_phase_goes_on_after_loading(tmp_path):
 def test_lost_phase_starts_anew_and_says_so_once(tmp_path):
     make().learn(2 * ROLLOUT).save(tmp_path / "model")
     loaded = PPG.load(tmp_path / "model", env=make_vec_env("CartPole-v1", n_envs=N_ENVS))
-    with pytest.warns(UserWarning, match="The 2 rollouts of the policy phase .* are missing: the phase starts anew"):
+    with pytest.warns(
+        UserWarning, match=r"rollouts of the policy phase are missing \(2 when .*\): the phase starts anew"
+    ):
         loaded.learn(ROLLOUT, reset_num_timesteps=False)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -143,6 +145,38 @@ def test_checkpoints_have_the_phase(tmp_path):
     loaded.set_env(make_vec_env("CartPole-v1", n_envs=N_ENVS))
     loaded.load_replay_buffer(tmp_path / f"rl_model_replay_buffer_{2 * ROLLOUT}_steps")
     assert len(loaded.phase_buffer) == 1
+
+
+@pytest.mark.parametrize("algorithm", [PPG, PPGEWMA])
+def test_interrupted_phase_is_over(algorithm, tmp_path, monkeypatch):
+    model = make(algorithm)
+
+    def interrupted(epoch: int, *_: Any) -> None:
+        if epoch == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(model, "_show_progress", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        model.learn(3 * ROLLOUT)
+    monkeypatch.undo()
+    model.save(tmp_path / "model")
+    model.save_replay_buffer(tmp_path / "phase")
+    loaded = algorithm.load(tmp_path / "model", env=model.get_env())
+    loaded.load_replay_buffer(tmp_path / "phase")
+    for resumed in (model, loaded):
+        assert (resumed._n_phases, len(resumed.phase_buffer)) == (0, 0)
+        if resumed.policy_ewma is not None:
+            assert float(resumed.policy_ewma.total_weight) == 1
+        resumed.learn(3 * ROLLOUT, reset_num_timesteps=False)
+        assert (resumed._n_phases, len(resumed.phase_buffer)) == (1, 0)
+
+
+def test_nan_in_the_auxiliary_phase_is_named():
+    model = make()
+    with th.no_grad():
+        model.policy.aux_value_net.weight.fill_(np.nan)
+    with pytest.raises(ValueError, match="NaN or Inf in auxiliary values"):
+        model.learn(3 * ROLLOUT)
 
 
 def test_without_auxiliary_epochs_there_is_no_phase():
