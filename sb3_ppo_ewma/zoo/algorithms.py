@@ -4,10 +4,15 @@ from pathlib import Path
 
 from stable_baselines3.common.base_class import BaseAlgorithm
 
-from sb3_ppo_ewma import PPOEWMA, RecurrentPPOEWMA
+from sb3_ppo_ewma import PPG, PPGEWMA, PPOEWMA, RecurrentPPOEWMA
 
 # MaskablePPOEWMA is missing: the zoo passes no action masks.
-ALGORITHMS: dict[str, type[BaseAlgorithm]] = {"ppo_ewma": PPOEWMA, "ppo_lstm_ewma": RecurrentPPOEWMA}
+ALGORITHMS: dict[str, type[BaseAlgorithm]] = {
+    "ppo_ewma": PPOEWMA,
+    "ppo_lstm_ewma": RecurrentPPOEWMA,
+    "ppg": PPG,
+    "ppg_ewma": PPGEWMA,
+}
 
 
 def hyperparameter_file(algo: str) -> Path:

@@ -88,7 +88,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=PROG,
         usage=f"{PROG} SCRIPT [ARGUMENTS ...]",
-        description="Run a script of rl-zoo3, which then knows ppo_ewma and ppo_lstm_ewma beside its own algorithms.",
+        description="Run a script of rl-zoo3, which then knows ppo_ewma, ppo_lstm_ewma, ppg and ppg_ewma beside its "
+        "own algorithms.",
         epilog=f"scripts:\n{scripts}\n\n"
         f"'{PROG} SCRIPT --help' lists the arguments of a script. {TRACEBACK_VARIABLE}=1 in the\n"
         "environment shows the traceback of every error.",

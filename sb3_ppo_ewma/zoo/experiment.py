@@ -4,8 +4,10 @@ for all algorithms, and change nothing that works.
 """
 
 import argparse
+import contextlib
 import functools
 import inspect
+import io
 import re
 import shutil
 from pathlib import Path
@@ -21,9 +23,11 @@ from rl_zoo3.utils import ALGOS, StoreDict
 
 from sb3_ppo_ewma.zoo.algorithms import ALGORITHMS, hyperparameter_file
 from sb3_ppo_ewma.zoo.mending import Function, replace
+from sb3_ppo_ewma.zoo.search_space import BUDGET
 
 _BARE_WORD = re.compile(r"[A-Za-z_][\w.+-]*")
 _SCHEDULES = ("learning_rate", "clip_range", "clip_range_vf", "delta_std")
+_OWN_SCHEDULES = ("aux_learning_rate",)
 # What hyper-parameters can raise: NaNs and refused values, overflows, too little memory (in torch a RuntimeError)
 _BAD_TRIAL = (ValueError, TypeError, AssertionError, ArithmeticError, RuntimeError, MemoryError)
 # What Optuna says, in memory and journals, and in databases, when it is asked for the best trial of none
@@ -65,6 +69,7 @@ def _setup_experiment(upstream: Function, manager: Any) -> Any:
         result = upstream(manager)
         if result is None:  # -optimize builds models later: refuse unknown names now, not in every trial
             inspect.signature(ALGOS[manager.algo]).bind_partial(**manager._hyperparams)
+            manager._hyperparams = _SearchedHyperparams(manager._hyperparams)
         return result
     except Exception as error:
         # Made just now; enjoy would take it for the latest run. Upstream writes the arguments when a run begins: with
@@ -76,14 +81,49 @@ def _setup_experiment(upstream: Function, manager: Any) -> Any:
         raise
 
 
+class _SearchedHyperparams(dict[str, Any]):
+    """Where a search starts from: what upstream's ``objective`` copies, then updates with what a trial drew."""
+
+    def copy(self) -> "_SearchedHyperparams":
+        return _SearchedHyperparams(self)
+
+    def update(self, drawn: dict[str, Any]) -> None:  # type: ignore[override]  # all that upstream's objective needs
+        super().update(_completed(drawn, self.get("policy_kwargs")))
+
+
+def _completed(hyperparams: dict[str, Any], policy_kwargs: Any) -> dict[str, Any]:
+    """
+    Upstream drops the ``policy_kwargs`` that it had before when those of a trial come. Their features extractor is what
+    lets the policy see at all, so where they name one, they are completed instead.
+
+    :param hyperparams: what goes before
+    :param policy_kwargs: those that are there already, if any
+    :return: the same with completed ``policy_kwargs``
+    """
+    if isinstance(policy_kwargs, str):
+        policy_kwargs = eval(policy_kwargs, vars(exp_manager))  # as upstream does later
+    if "policy_kwargs" not in hyperparams or "features_extractor_class" not in (policy_kwargs or {}):
+        return hyperparams
+    return {**hyperparams, "policy_kwargs": {**policy_kwargs, **hyperparams["policy_kwargs"]}}
+
+
 def _read_hyperparameters(upstream: Function, manager: Any) -> Any:
-    if manager.trial_id is not None and not (manager.storage and manager.study_name):
+    if manager.trial_id is None:
+        return upstream(manager)
+    if not (manager.storage and manager.study_name):
         raise ValueError(f"--trial-id {manager.trial_id} needs --storage and --study-name")
-    if manager.trial_id == 0:
-        # Upstream tests whether it is true. Command line arguments go before those of the trial.
-        trial = manager.load_trial(manager.storage, manager.study_name, 0)
-        manager.custom_hyperparams = {**trial, **(manager.custom_hyperparams or {})}
-    return upstream(manager)
+    trial = manager.load_trial(manager.storage, manager.study_name, manager.trial_id)
+    given = manager.custom_hyperparams or {}
+    # Not by upstream, which knows no trial 0 and no completed policy_kwargs.
+    trial_id, manager.trial_id = manager.trial_id, None
+    with contextlib.redirect_stdout(io.StringIO()):
+        without_trial, _ = upstream(manager)
+    trial = _completed(trial, without_trial.get("policy_kwargs"))
+    # Command line arguments go before those of the trial.
+    manager.custom_hyperparams = {**trial, **_completed(given, trial.get("policy_kwargs"))}
+    hyperparams = upstream(manager)
+    manager.trial_id = trial_id
+    return hyperparams
 
 
 def _load_trial(
@@ -106,19 +146,23 @@ def _load_trial(
 
 
 def _preprocess_schedules(upstream: Function, hyperparams: dict[str, Any]) -> dict[str, Any]:
+    given = {name: hyperparams[name] for name in (*_SCHEDULES, *_OWN_SCHEDULES) if name in hyperparams}
     # Upstream refuses None, SB3's and our constructors know what it means.
-    given = {name: hyperparams[name] for name in _SCHEDULES if name in hyperparams}
     without = [name for name, value in given.items() if value is None]
-    for name in without:
-        del hyperparams[name]
+    own = [name for name in _OWN_SCHEDULES if given.get(name) is not None]
+    others = {name: value for name, value in hyperparams.items() if name not in (*without, *own)}
     try:
-        return {**upstream(hyperparams), **dict.fromkeys(without)}
+        # By the only names that upstream knows
+        schedules = {name: upstream({"learning_rate": given[name]})["learning_rate"] for name in own}
+        return {**upstream(others), **schedules, **dict.fromkeys(without)}
     except ValueError as error:
         raise ValueError(f"schedules must be numbers, lin_NUMBER or None, got {given}") from error
 
 
 def _objective(upstream: Function, manager: Any, trial: optuna.Trial) -> float:
     # Upstream catches what training raises, but not what building the model does.
+    if manager.algo in ALGORITHMS:
+        trial.set_user_attr(BUDGET, manager.n_timesteps)
     try:
         return float(upstream(manager, trial))
     except _BAD_TRIAL as error:

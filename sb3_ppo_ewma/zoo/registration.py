@@ -3,12 +3,15 @@
 import importlib.util
 
 import gymnasium as gym
+import rl_zoo3.utils
+from rl_zoo3 import exp_manager
 from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
 from rl_zoo3.utils import ALGOS
 
+from sb3_ppo_ewma.torch_layers import FEATURES_EXTRACTORS
 from sb3_ppo_ewma.zoo import experiment
 from sb3_ppo_ewma.zoo.algorithms import ALGORITHMS
-from sb3_ppo_ewma.zoo.search_space import convert_ppo_ewma_params, sample_ppo_ewma_params
+from sb3_ppo_ewma.zoo.search_space import SEARCH_SPACES
 
 _MINATAR_GAMES = ("asterix", "breakout", "freeway", "seaquest", "space_invaders")
 
@@ -17,11 +20,20 @@ def register() -> None:
     """See :func:`sb3_ppo_ewma.zoo.register`."""
     # All three are dictionaries that the zoo's modules share: change them, do not replace them.
     for name, algorithm in ALGORITHMS.items():
+        sampler, converter = SEARCH_SPACES[name]
         ALGOS.setdefault(name, algorithm)
-        HYPERPARAMS_SAMPLER.setdefault(name, sample_ppo_ewma_params)
-        HYPERPARAMS_CONVERTER.setdefault(name, convert_ppo_ewma_params)
+        HYPERPARAMS_SAMPLER.setdefault(name, sampler)
+        HYPERPARAMS_CONVERTER.setdefault(name, converter)
     experiment.mend()
+    _name_features_extractors()
     _register_minatar()
+
+
+def _name_features_extractors() -> None:
+    # The namespaces in which policy_kwargs of a file, and -params of the command line, are evaluated
+    for name, extractor in FEATURES_EXTRACTORS.items():
+        for module in (exp_manager, rl_zoo3.utils):
+            vars(module).setdefault(name, extractor)
 
 
 def _register_minatar() -> None:

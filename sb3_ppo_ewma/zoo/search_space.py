@@ -1,24 +1,45 @@
 """
-Optuna search space of PPO-EWMA: the zoo's own for PPO, so that both can be compared, plus the centre of mass of the
-EWMA and the objective.
+Optuna search spaces: the zoo's own for PPO, so that all can be compared, plus what each algorithm has beyond PPO.
+
+Every parameter is drawn in every trial, also one that another drawn parameter makes void: TPE models them jointly only
+if the space is the same in all trials. A converter sees nothing but the parameters of a trial.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import optuna
 from rl_zoo3.hyperparams_opt import convert_onpolicy_params, sample_ppo_params
 
 from sb3_ppo_ewma.ewma import decay_from_center_of_mass
 
-_OWN = ("prox_center_of_mass", "objective", "kl_coef")
+Sampler: TypeAlias = Callable[[optuna.Trial, int, int, dict[str, Any]], dict[str, Any]]
+Converter: TypeAlias = Callable[[dict[str, Any]], dict[str, Any]]
+
+# User attribute of a trial: steps of its training. The zoo does not tell its samplers.
+BUDGET = "n_timesteps"
+# A usual one of the zoo's short tasks, for samplers that are called from elsewhere
+_DEFAULT_BUDGET = 100_000
+_PHASES = 4  # that fit into the budget at least, unless one rollout is longer than this part of it
+
+_PPO_EWMA = ("prox_center_of_mass", "objective", "kl_coef")
+_PPG = (
+    "n_policy_iterations_pow",
+    "longest_phase",
+    "n_aux_epochs",
+    "aux_batch_size_pow",
+    "aux_learning_rate",
+    "beta_clone",
+    "critic_arch",
+    "trunk_layers",
+)
 
 
 def sample_ppo_ewma_params(
     trial: optuna.Trial, n_actions: int, n_envs: int, additional_args: dict[str, Any]
 ) -> dict[str, Any]:
     """
-    Sampler of ``ppo_ewma`` and ``ppo_lstm_ewma``. Every parameter is drawn in every trial, also the one that the drawn
-    objective does not use: TPE models them jointly only if the space is the same in all trials.
+    Sampler of ``ppo_ewma`` and ``ppo_lstm_ewma``.
 
     :param trial: Optuna's trial
     :param n_actions: not used, part of the zoo's interface
@@ -27,8 +48,7 @@ def sample_ppo_ewma_params(
     :return: keyword arguments of the algorithm
     """
     sample_ppo_params(trial, n_actions, n_envs, additional_args)
-    # In gradient steps: from a proximal policy of one minibatch ago to one of several iterations ago
-    trial.suggest_float("prox_center_of_mass", 1.0, 1000.0, log=True)
+    _draw_center_of_mass(trial)
     trial.suggest_categorical("objective", ["clip", "kl"])
     # The paper's KL objective has 1.
     trial.suggest_float("kl_coef", 0.1, 10.0, log=True)
@@ -42,11 +62,124 @@ def convert_ppo_ewma_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
     :param sampled_params: what a trial drew
     :return: keyword arguments of the algorithm, as the sampler returned them
     """
-    hyperparams: dict[str, Any] = convert_onpolicy_params(
-        {name: value for name, value in sampled_params.items() if name not in _OWN}
-    )
+    hyperparams = _convert_ppo_params(sampled_params, without=_PPO_EWMA)
     hyperparams["prox_decay"] = decay_from_center_of_mass(sampled_params["prox_center_of_mass"])
     if sampled_params["objective"] == "kl":
         # A negative clip range is the zoo's spelling of None.
         return {**hyperparams, "clip_range": -1.0, "kl_coef": sampled_params["kl_coef"]}
     return {**hyperparams, "kl_coef": 0.0}
+
+
+def sample_ppg_params(
+    trial: optuna.Trial, n_actions: int, n_envs: int, additional_args: dict[str, Any]
+) -> dict[str, Any]:
+    """
+    Sampler of ``ppg``. Phases are kept short enough for four of them in the budget of a trial.
+
+    :param trial: Optuna's trial, whose user attribute ``n_timesteps`` is the budget
+    :param n_actions: not used, part of the zoo's interface
+    :param n_envs: number of environments
+    :param additional_args: not used, part of the zoo's interface
+    :return: keyword arguments of the algorithm
+    """
+    _draw_ppg_params(trial, n_actions, n_envs, additional_args)
+    return _shown(trial, convert_ppg_params(trial.params))
+
+
+def convert_ppg_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
+    """
+    :param sampled_params: what a trial drew
+    :return: keyword arguments of the algorithm, as the sampler returned them
+    """
+    hyperparams = _convert_ppo_params(sampled_params, without=_PPG)
+    longest = sampled_params["longest_phase"] // hyperparams["n_steps"]
+    policy_kwargs = hyperparams["policy_kwargs"]
+    policy_net, value_net = (policy_kwargs["net_arch"][name] for name in ("pi", "vf"))  # of equal layers
+    trunk_layers = sampled_params["trunk_layers"]
+    return {
+        **hyperparams,
+        "n_policy_iterations": max(1, min(2 ** sampled_params["n_policy_iterations_pow"], longest)),
+        "aux_batch_size": 2 ** sampled_params["aux_batch_size_pow"],
+        **{name: sampled_params[name] for name in ("n_aux_epochs", "aux_learning_rate", "beta_clone")},
+        "policy_kwargs": {
+            **policy_kwargs,
+            "critic_arch": sampled_params["critic_arch"],
+            "trunk_arch": policy_net[:trunk_layers],
+            "net_arch": {"pi": policy_net[trunk_layers:], "vf": value_net[trunk_layers:]},
+        },
+    }
+
+
+def sample_ppg_ewma_params(
+    trial: optuna.Trial, n_actions: int, n_envs: int, additional_args: dict[str, Any]
+) -> dict[str, Any]:
+    """
+    Sampler of ``ppg_ewma``: that of ``ppg`` and the centre of mass of the EWMA.
+
+    :param trial: as for :func:`sample_ppg_params`
+    :param n_actions: not used, part of the zoo's interface
+    :param n_envs: number of environments
+    :param additional_args: not used, part of the zoo's interface
+    :return: keyword arguments of the algorithm
+    """
+    _draw_ppg_params(trial, n_actions, n_envs, additional_args)
+    _draw_center_of_mass(trial)
+    hyperparams = _shown(trial, convert_ppg_ewma_params(trial.params))
+    trial.set_user_attr("prox_decay", hyperparams["prox_decay"])
+    return hyperparams
+
+
+def convert_ppg_ewma_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
+    """
+    :param sampled_params: what a trial drew
+    :return: keyword arguments of the algorithm, as the sampler returned them
+    """
+    ppg_params = {name: value for name, value in sampled_params.items() if name != "prox_center_of_mass"}
+    prox_decay = decay_from_center_of_mass(sampled_params["prox_center_of_mass"])
+    return {**convert_ppg_params(ppg_params), "prox_decay": prox_decay}
+
+
+def _draw_ppg_params(trial: optuna.Trial, n_actions: int, n_envs: int, additional_args: dict[str, Any]) -> None:
+    sample_ppo_params(trial, n_actions, n_envs, additional_args)
+    # From 2 to 32, the paper's
+    trial.suggest_int("n_policy_iterations_pow", 1, 5)
+    # In steps of one environment. It is no choice, but so it is among the parameters that the converter sees.
+    longest_phase = trial.user_attrs.get(BUDGET, _DEFAULT_BUDGET) // n_envs // _PHASES
+    trial.suggest_int("longest_phase", longest_phase, longest_phase)
+    # The range of the paper's ablation, which has 6 elsewhere
+    trial.suggest_int("n_aux_epochs", 1, 9)
+    # From 32 to 4096, the paper's
+    trial.suggest_int("aux_batch_size_pow", 5, 12)
+    # As PPO's learning rate above: the paper has one for both.
+    trial.suggest_float("aux_learning_rate", 1e-5, 0.002, log=True)
+    # The paper's is 1.
+    trial.suggest_float("beta_clone", 0.1, 10.0, log=True)
+    trial.suggest_categorical("critic_arch", ["dual", "shared", "detach"])
+    # How many of the layers of net_arch belong to the trunk. With vector observations and none, the three architectures
+    # are the same.
+    trial.suggest_int("trunk_layers", 0, 1)
+
+
+def _draw_center_of_mass(trial: optuna.Trial) -> None:
+    # In gradient steps: from a proximal policy of one minibatch ago to one of several iterations ago
+    trial.suggest_float("prox_center_of_mass", 1.0, 1000.0, log=True)
+
+
+def _convert_ppo_params(sampled_params: dict[str, Any], without: tuple[str, ...]) -> dict[str, Any]:
+    ppo_params = {name: value for name, value in sampled_params.items() if name not in without}
+    hyperparams: dict[str, Any] = convert_onpolicy_params(ppo_params)
+    return hyperparams
+
+
+def _shown(trial: optuna.Trial, hyperparams: dict[str, Any]) -> dict[str, Any]:
+    for name in ("n_policy_iterations", "aux_batch_size"):
+        trial.set_user_attr(name, hyperparams[name])
+    return hyperparams
+
+
+SEARCH_SPACES: dict[str, tuple[Sampler, Converter]] = {
+    "ppo_ewma": (sample_ppo_ewma_params, convert_ppo_ewma_params),
+    "ppo_lstm_ewma": (sample_ppo_ewma_params, convert_ppo_ewma_params),
+    "ppg": (sample_ppg_params, convert_ppg_params),
+    "ppg_ewma": (sample_ppg_ewma_params, convert_ppg_ewma_params),
+}

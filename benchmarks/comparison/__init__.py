@@ -1,0 +1,1 @@
+"""PPO, PPO-EWMA, PPG and PPG-EWMA side by side."""
