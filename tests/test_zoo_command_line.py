@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,10 +13,11 @@ from gymnasium.envs.registration import EnvSpec
 from rl_zoo3.exp_manager import ExperimentManager
 from rl_zoo3.utils import StoreDict
 
-from sb3_ppo_ewma import zoo
+from sb3_ppo_ewma import ImpalaCNN, zoo
 from sb3_ppo_ewma.zoo import command_line
 
 TRAIN = ["train", "--algo", "ppo_ewma", "--env", "CartPole-v1"]
+PPG = ["train", "--algo", "ppg", "--env", "CartPole-v1"]
 SCRIPTS = [
     "train",
     "enjoy",
@@ -73,9 +75,7 @@ def test_help_of_every_script_is_upstreams(script, capsys):
     assert finished.value.code == 0
     out = capsys.readouterr().out
     if script in ("train", "enjoy", "record_video", "record_training", "push_to_hub", "load_from_hub"):
-        assert "ppo_ewma" in out
-        assert "ppo_lstm_ewma" in out
-        assert "sac" in out
+        assert {"ppo_ewma", "ppo_lstm_ewma", "ppg", "ppg_ewma", "sac"} <= set(re.findall(r"\w+", out))
     else:
         assert "usage:" in out
 
@@ -104,6 +104,12 @@ def test_without_a_known_script(arguments, capsys):
         ([*TRAIN, "-params", "porx_decay:0.9"], "Did you mean 'prox_decay'?"),
         ([*TRAIN, "-params", "porx_decay:0.9", "-optimize"], "porx_decay"),
         ([*TRAIN, "-params", "clip_range:wide"], "schedules must be numbers, lin_NUMBER or None"),
+        ([*PPG, "-params", "aux_learning_rate:-1"], "aux_learning_rate must be"),
+        ([*PPG, "-params", "aux_learning_rate:wide"], "schedules must be numbers, lin_NUMBER or None"),
+        ([*PPG, "-params", "aux_learning_rate:None"], "aux_learning_rate must be"),
+        ([*PPG, "-params", "n_policy_iterations:0"], "n_policy_iterations must be"),
+        ([*PPG, "-params", "policy_kwargs:dict(critic_arch='duel')"], "critic_arch must be one of 'dual'"),
+        ([*PPG, "-params", "policy_kwargs:dict(features_extractor_class='SmalGridCNN')"], "SmallGridCNN, got 'SmalGri"),
         (["enjoy", "--algo", "ppo_ewma", "-f", "logs"], "logs/ppo_ewma folder was not found"),
         (["enjoy", "--algo", "ppo_ewma"], "no trained ppo_ewma agent for CartPole-v1 in rl-trained-agents"),
         (["record_video", "--algo", "ppo_ewma", "-f", "logs"], "logs/ppo_ewma folder was not found"),
@@ -209,6 +215,7 @@ def test_arguments_of_the_process_are_restored(monkeypatch):
         ("kl_estimator:analytic", "analytic"),
         ("policy:my.policies.MyPolicy", "my.policies.MyPolicy"),
         ("policy_kwargs:dict(net_arch=[8])", {"net_arch": [8]}),
+        ("policy_kwargs:dict(features_extractor_class=ImpalaCNN)", {"features_extractor_class": ImpalaCNN}),
         ("url:'http://a:80/'", "http://a:80/"),
     ],
 )
@@ -236,3 +243,12 @@ def test_none_passes_the_schedules():
     schedules = ExperimentManager._preprocess_schedules(given)
     assert schedules["clip_range"] is schedules["clip_range_vf"] is schedules["gamma"] is None
     assert schedules["learning_rate"](0.5) == 0.25
+
+
+def test_schedules_of_both_phases():
+    zoo.register()
+    given = {"learning_rate": "lin_0.5", "aux_learning_rate": "lin_0.25", "gamma": 0.9}
+    schedules = ExperimentManager._preprocess_schedules(given)
+    assert [schedules[name](0.5) for name in ("learning_rate", "aux_learning_rate")] == [0.25, 0.125]
+    assert schedules["gamma"] == 0.9
+    assert ExperimentManager._preprocess_schedules({"aux_learning_rate": 0.1})["aux_learning_rate"](0.5) == 0.1

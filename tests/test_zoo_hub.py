@@ -58,28 +58,31 @@ def fake_hub(tmp_path, monkeypatch):
     return hub
 
 
-@pytest.mark.parametrize("normalize", [False, True])
-def test_push_list_load_and_watch(normalize, fake_hub, capsys):
-    zoo.main(["train", *TRAIN, "-params", *SMALL, f"normalize:{normalize}"])
-    zoo.main(["push_to_hub", "--algo", "ppo_ewma", "--env", "CartPole-v1", "-f", "logs", "-orga", "me", "--no-render"])
-    repository = fake_hub.folder / "me" / "ppo_ewma-CartPole-v1"
-    assert (repository / "ppo_ewma-CartPole-v1.zip").is_file()
+@pytest.mark.parametrize(
+    ("algo", "class_name", "normalize"),
+    [("ppo_ewma", "PPOEWMA", False), ("ppo_ewma", "PPOEWMA", True), ("ppg_ewma", "PPGEWMA", False)],
+)
+def test_push_list_load_and_watch(algo, class_name, normalize, fake_hub, capsys):
+    zoo.main(["train", *TRAIN, "--algo", algo, "-params", *SMALL, f"normalize:{normalize}"])
+    zoo.main(["push_to_hub", "--algo", algo, "--env", "CartPole-v1", "-f", "logs", "-orga", "me", "--no-render"])
+    repository = fake_hub.folder / "me" / f"{algo}-CartPole-v1"
+    assert (repository / f"{algo}-CartPole-v1.zip").is_file()
     card = (repository / "README.md").read_text()
     metadata = yaml.safe_load(card.split("---")[1])
     (result,) = metadata["model-index"][0]["results"]
-    assert metadata["model-index"][0]["name"] == "PPOEWMA"
+    assert metadata["model-index"][0]["name"] == class_name
     assert result["dataset"]["name"] == "CartPole-v1"
     assert float(result["metrics"][0]["value"].split(" ")[0]) > 0
-    assert "python -m sb3_ppo_ewma.zoo enjoy --algo ppo_ewma --env CartPole-v1" in card
+    assert f"python -m sb3_ppo_ewma.zoo enjoy --algo {algo} --env CartPole-v1" in card
     assert "rl_zoo3." not in card
 
     assert rl_zoo3.utils.get_hf_trained_models("me") == {
-        ModelName("ppo_ewma", EnvironmentName("CartPole-v1")): ("ppo_ewma", "CartPole-v1")
+        ModelName(algo, EnvironmentName("CartPole-v1")): (algo, "CartPole-v1")
     }
 
-    zoo.main(["load_from_hub", "--algo", "ppo_ewma", "--env", "CartPole-v1", "-f", "downloads", "-orga", "me"])
+    zoo.main(["load_from_hub", "--algo", algo, "--env", "CartPole-v1", "-f", "downloads", "-orga", "me"])
     assert ("No normalization file" in capsys.readouterr().out) is not normalize
-    zoo.main(["enjoy", "--algo", "ppo_ewma", "-f", "downloads", "-n", "600", "--no-render"])
+    zoo.main(["enjoy", "--algo", algo, "-f", "downloads", "-n", "600", "--no-render"])
     assert "Mean reward:" in capsys.readouterr().out
 
 

@@ -16,9 +16,12 @@ from sb3_ppo_ewma.zoo.algorithms import ALGORITHMS, hyperparameter_file
 zoo.register()
 FILES = {algo: yaml.safe_load(hyperparameter_file(algo).read_text()) for algo in ALGORITHMS}
 ZOO_PPO = yaml.safe_load((Path(rl_zoo3.__file__).parent / "hyperparams" / "ppo.yml").read_text())
+PPG = ("ppg", "ppg_ewma")
 # A task for the entries that are no task
 TASKS = {"atari": "PongNoFrameskip-v4", "default": "CliffWalking-v1"}
 ENTRIES = [pytest.param(algo, entry, id=f"{algo}-{entry}") for algo, entries in FILES.items() for entry in entries]
+# Entries of ppg_ewma are those of ppg, as a test makes sure.
+TRAINED = [p for p in ENTRIES if p.values[0] != "ppg_ewma" or p.values[1] in ("atari", "CartPole-v1", "Pendulum-v1")]
 
 
 @pytest.fixture(autouse=True)
@@ -39,14 +42,41 @@ def require(env_id: str) -> None:
 def test_the_tasks_that_are_promised():
     mujoco = {name for name, spec in gym.registry.items() if "gymnasium.envs.mujoco" in str(spec.entry_point)}
     games = ("Asterix", "Breakout", "Freeway", "Seaquest", "SpaceInvaders")
-    assert set(FILES["ppo_ewma"]) == {
-        *("default", "atari", "CartPole-v1", "Acrobot-v1", "MountainCar-v0", "MountainCarContinuous-v0", "Pendulum-v1"),
-        *("LunarLander-v3", "LunarLanderContinuous-v3", "BipedalWalker-v3"),
-        *(name for name in mujoco if name.endswith("-v5")),
-        *(name for name in ZOO_PPO if name.startswith("MiniGrid-")),
-        *(f"MinAtar/{game}-v{version}" for game in games for version in (0, 1)),
-    }
+    assert (
+        set(FILES["ppo_ewma"])
+        == set(FILES["ppg"])
+        == {
+            *(
+                "default",
+                "atari",
+                "CartPole-v1",
+                "Acrobot-v1",
+                "MountainCar-v0",
+                "MountainCarContinuous-v0",
+                "Pendulum-v1",
+            ),
+            *("LunarLander-v3", "LunarLanderContinuous-v3", "BipedalWalker-v3"),
+            *(name for name in mujoco if name.endswith("-v5")),
+            *(name for name in ZOO_PPO if name.startswith("MiniGrid-")),
+            *(f"MinAtar/{game}-v{version}" for game in games for version in (0, 1)),
+        }
+    )
     assert len([name for name in FILES["ppo_ewma"] if name.endswith("-v5")]) == 11
+
+
+def test_ppg_ewma_has_the_entries_of_ppg_and_an_ewma():
+    assert FILES["ppg_ewma"] == {name: {**entry, "prox_decay": "auto"} for name, entry in FILES["ppg"].items()}
+
+
+@pytest.mark.parametrize("entry", FILES["ppg"])
+def test_ppg_has_the_policy_phase_of_ppo_ewma(entry):
+    settings, others = FILES["ppg"][entry], dict(FILES["ppo_ewma"][entry])
+    if entry.startswith("MinAtar/"):  # another network
+        others |= {name: settings[name] for name in ("policy", "policy_kwargs")}
+    auxiliary = {name for name in settings if name.startswith("aux_")} | {"n_policy_iterations"}
+    policy_phase = {name: value for name, value in settings.items() if name not in auxiliary}
+    del others["prox_decay"]
+    assert policy_phase == {"n_epochs": 10, **others}  # of PPO, whose default PPG changes
 
 
 @pytest.mark.parametrize(("algo", "entry"), ENTRIES)
@@ -59,31 +89,39 @@ def test_entry_builds_its_model(algo, entry, tmp_path):
     assert manager.n_timesteps == settings["n_timesteps"]
     assert type(model) is ALGORITHMS[algo]
     assert model.n_envs == settings.get("n_envs", 1)
-    # The center of mass of "auto" is the number of minibatches of an epoch.
-    minibatches = ceil(model.n_envs * model.n_steps / model.batch_size)
-    assert model.current_prox_decay == pytest.approx(1 - 1 / (1 + minibatches))
+    if algo == "ppg":
+        assert model.current_prox_decay is None
+    else:
+        # The center of mass of "auto" is the number of minibatches of an epoch.
+        minibatches = ceil(model.n_envs * model.n_steps / model.batch_size)
+        assert model.current_prox_decay == pytest.approx(1 - 1 / (1 + minibatches))
+    if algo in PPG:
+        check_phase(model, manager.n_timesteps)
     for name in {"gamma", "gae_lambda", "n_epochs", "ent_coef", "vf_coef", "max_grad_norm"} & set(settings):
         assert getattr(model, name) == settings[name]
     model.get_env().close()
 
 
-@pytest.mark.parametrize(("algo", "entry"), ENTRIES)
+def check_phase(model, n_timesteps: int) -> None:
+    n_phases = n_timesteps / (model.n_envs * model.n_steps * model.n_policy_iterations)
+    assert n_phases >= 6
+    # As many rollouts as the paper has, unless twice as many would leave too few phases
+    assert model.n_policy_iterations == 32 or n_phases / 2 < 6
+    assert model.aux_batch_size == model.batch_size
+    for progress in (1.0, 0.5):
+        assert model.aux_lr_schedule(progress) == model.lr_schedule(progress)
+
+
+@pytest.mark.parametrize(("algo", "entry"), TRAINED)
 def test_entry_trains(algo, entry, tmp_path, capsys):
     env_id = TASKS.get(entry, entry)
     require(env_id)
-    arguments = [
-        "--algo",
-        algo,
-        "--env",
-        env_id,
-        "-f",
-        str(tmp_path),
-        "-n",
-        "64",
-        "--eval-freq",
-        "-1",
-        "--device",
-        "cpu",
-    ]
-    zoo.main(["train", *arguments, "-params", "n_envs:2", "n_steps:16", "batch_size:8", "n_epochs:1"])
-    assert "prox_center_of_mass" in capsys.readouterr().out
+    folder, device = ("-f", str(tmp_path)), ("--device", "cpu")
+    arguments = ["--algo", algo, "--env", env_id, *folder, "-n", "64", "--eval-freq", "-1", *device]
+    small = ["n_envs:2", "n_steps:16", "batch_size:8", "n_epochs:1"]
+    # After the first of two rollouts, since what the second one logs is not printed
+    phase = ["n_policy_iterations:1", "aux_batch_size:16"] if algo in PPG else []
+    zoo.main(["train", *arguments, "-params", *small, *phase])
+    printed = capsys.readouterr().out
+    assert ("prox_center_of_mass" in printed) is (algo != "ppg")
+    assert ("policy_kl" in printed) is (algo in PPG)

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import optuna
@@ -10,14 +11,18 @@ import pytest
 import yaml
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
+from rl_zoo3 import ALGOS
 from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
+from torch import nn
 
-from sb3_ppo_ewma import PPOEWMA, RecurrentPPOEWMA, zoo
+from sb3_ppo_ewma import PPG, PPGEWMA, PPOEWMA, RecurrentPPOEWMA, SmallGridCNN, zoo
 from sb3_ppo_ewma.ewma import center_of_mass_from_decay
 
 SEARCH = ["train", "--algo", "ppo_ewma", "--env", "CartPole-v1", "-n", "64", "-optimize", "--n-evaluations", "1"]
 QUICK = ["--no-optim-plots", "--eval-episodes", "1", "--device", "cpu", "--seed", "0", "-f", "logs"]
 STUDY = ["--study-name", "study"]
+STORAGES = ["study.log", "sqlite:///study.db"]
+GRID = "dict(features_extractor_class=SmallGridCNN)"
 # What the sampler draws in a trial that takes a moment
 TRIAL = {
     "batch_size_pow": 4,
@@ -35,6 +40,17 @@ TRIAL = {
     "objective": "kl",
     "kl_coef": 2.0,
 }
+# What the sampler of ppg_ewma draws beyond that of ppo, but for the length of a phase, which the budget gives
+PPG_TRIAL = {
+    "n_policy_iterations_pow": 2,
+    "n_aux_epochs": 2,
+    "aux_batch_size_pow": 6,
+    "aux_learning_rate": 1e-3,
+    "beta_clone": 0.5,
+    "critic_arch": "detach",
+    "trunk_layers": 1,
+    "prox_center_of_mass": 3.0,
+}
 # The same in the constructor's words
 HYPERPARAMS = {
     "batch_size": 16,
@@ -49,6 +65,14 @@ HYPERPARAMS = {
     "prox_decay": 0.75,
     "kl_coef": 2.0,
 }
+
+
+ALGORITHMS = [
+    ("ppo_ewma", PPOEWMA, "MlpPolicy"),
+    ("ppo_lstm_ewma", RecurrentPPOEWMA, "MlpLstmPolicy"),
+    ("ppg", PPG, "MlpPolicy"),
+    ("ppg_ewma", PPGEWMA, "MlpPolicy"),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -72,20 +96,22 @@ def states(storage) -> list[TrialState]:
     return [trial.state for trial in optuna.load_study(storage=storage, study_name="study").trials]
 
 
-@pytest.mark.parametrize("algo", ["ppo_ewma", "ppo_lstm_ewma"])
-def test_converter_returns_what_the_sampler_returned(algo):
+def draw(algo: str, n_envs: int = 1, n_timesteps: int | None = None, count: int = 300) -> list[dict]:
+    """Draw at random what the constructor gets, and check what holds for all samplers and converters."""
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     sampled = []
-    for _ in range(300):
+    for _ in range(count):
         trial = study.ask()
-        sampled.append(HYPERPARAMS_SAMPLER[algo](trial, 0, 1, {}))
+        if n_timesteps is not None:
+            trial.set_user_attr("n_timesteps", n_timesteps)
+        sampled.append(HYPERPARAMS_SAMPLER[algo](trial, 0, n_envs, {}))
         assert HYPERPARAMS_CONVERTER[algo](trial.params) == sampled[-1]
     spaces = {tuple(sorted(trial.distributions.items())) for trial in study.trials}
     assert len(spaces) == 1, "TPE models parameters jointly only if every trial draws the same ones"
-    with_clip = [params for params in sampled if params["clip_range"] > 0]
-    with_kl = [params for params in sampled if params["kl_coef"] > 0]
-    assert len(with_clip) + len(with_kl) == 300, "one objective each"
-    assert min(len(with_clip), len(with_kl)) > 100
+    return sampled
+
+
+def check_center_of_mass(sampled: list[dict]) -> None:
     centers = np.array([center_of_mass_from_decay(params["prox_decay"]) for params in sampled])
     assert centers.min() >= 1
     assert centers.max() <= 1000.001
@@ -93,10 +119,45 @@ def test_converter_returns_what_the_sampler_returned(algo):
         assert 70 < ((low <= centers) & (centers < high)).sum() < 130
 
 
-@pytest.mark.parametrize(
-    ("algo", "algorithm", "policy"),
-    [("ppo_ewma", PPOEWMA, "MlpPolicy"), ("ppo_lstm_ewma", RecurrentPPOEWMA, "MlpLstmPolicy")],
-)
+@pytest.mark.parametrize("algo", ["ppo_ewma", "ppo_lstm_ewma"])
+def test_space_of_ppo_ewma(algo):
+    sampled = draw(algo)
+    with_clip = [params for params in sampled if params["clip_range"] > 0]
+    with_kl = [params for params in sampled if params["kl_coef"] > 0]
+    assert len(with_clip) + len(with_kl) == 300, "one objective each"
+    assert min(len(with_clip), len(with_kl)) > 100
+    check_center_of_mass(sampled)
+
+
+@pytest.mark.parametrize("algo", ["ppg", "ppg_ewma"])
+def test_space_of_ppg(algo):
+    sampled = draw(algo, n_timesteps=10**8)
+    assert {params["n_policy_iterations"] for params in sampled} == {2, 4, 8, 16, 32}
+    assert {params["n_aux_epochs"] for params in sampled} == set(range(1, 10))
+    assert {params["aux_batch_size"] for params in sampled} == {2**power for power in range(5, 13)}
+    assert {params["policy_kwargs"]["critic_arch"] for params in sampled} == {"dual", "shared", "detach"}
+    for name, low, high in (("aux_learning_rate", 1e-5, 2e-3), ("beta_clone", 0.1, 10)):
+        values = np.array([params[name] for params in sampled])
+        assert low <= values.min() < 1.2 * low
+        assert high / 1.2 < values.max() <= high
+    networks = {str([params["policy_kwargs"][name] for name in ("trunk_arch", "net_arch")]) for params in sampled}
+    assert len(networks) == 6  # of three sizes, with and without a trunk
+    if algo == "ppg_ewma":
+        check_center_of_mass(sampled)
+    else:
+        assert not any("prox_decay" in params for params in sampled)
+
+
+@pytest.mark.parametrize(("n_envs", "n_timesteps"), [(1, 20_000), (8, 50_000), (64, 10**7), (4, None)])
+def test_four_phases_fit_into_the_budget(n_envs, n_timesteps):
+    for params in draw("ppg", n_envs, n_timesteps, count=100):
+        longest = (n_timesteps or 100_000) / 4
+        rollout = n_envs * params["n_steps"]
+        assert 1 <= params["n_policy_iterations"] <= 32
+        assert params["n_policy_iterations"] * rollout <= longest or params["n_policy_iterations"] == 1
+
+
+@pytest.mark.parametrize(("algo", "algorithm", "policy"), ALGORITHMS)
 @pytest.mark.filterwarnings("ignore:You have specified a mini-batch size:UserWarning")  # larger than the rollout
 def test_the_constructor_takes_all_that_is_sampled(algo, algorithm, policy):
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
@@ -110,6 +171,28 @@ def test_conversion_by_hand():
     assert {name: converted[name] for name in HYPERPARAMS} == pytest.approx(HYPERPARAMS)
     clipped = HYPERPARAMS_CONVERTER["ppo_ewma"]({**TRIAL, "objective": "clip"})
     assert (clipped["clip_range"], clipped["kl_coef"]) == (0.1, 0.0)
+
+
+def test_conversion_of_ppg_by_hand():
+    ppo_trial = {name: value for name, value in TRIAL.items() if name not in ("objective", "kl_coef")}
+    converted = HYPERPARAMS_CONVERTER["ppg_ewma"]({**ppo_trial, **PPG_TRIAL, "longest_phase": 96, "net_arch": "small"})
+    policy_kwargs = {
+        "activation_fn": nn.ReLU,
+        "critic_arch": "detach",
+        "trunk_arch": [64],
+        "net_arch": {"pi": [64], "vf": [64]},
+    }
+    assert converted.pop("policy_kwargs") == policy_kwargs
+    expected = {
+        **{name: value for name, value in HYPERPARAMS.items() if name != "kl_coef"},
+        "clip_range": 0.1,
+        "n_policy_iterations": 3,  # of the 4 drawn, 3 fit into 96 steps of each environment
+        "n_aux_epochs": 2,
+        "aux_batch_size": 64,
+        "aux_learning_rate": 1e-3,
+        "beta_clone": 0.5,
+    }
+    assert converted == pytest.approx(expected)
 
 
 def test_bad_trials_do_not_end_a_study(monkeypatch, capsys):
@@ -135,14 +218,19 @@ def test_a_study_without_a_completed_trial(storage):
         zoo.main([*SEARCH, *QUICK, *STUDY, *options])
 
 
-@pytest.mark.parametrize("algo", ["ppo_ewma", "ppo_lstm_ewma", "ppo"])
-@pytest.mark.parametrize("storage", ["study.log", "sqlite:///study.db"])
+@pytest.mark.parametrize(
+    ("algo", "storage"),
+    [
+        *((algo, storage) for algo in ("ppo_ewma", "ppo_lstm_ewma", "ppo") for storage in STORAGES),
+        ("ppg", STORAGES[0]),
+        ("ppg_ewma", STORAGES[0]),
+    ],
+)
 def test_search_and_train_the_trial_again(algo, storage, tmp_path):
     env = ["--env", "CartPoleNoVel-v1" if algo == "ppo_lstm_ewma" else "CartPole-v1"]
-    if storage.endswith(".log"):
-        new_study(journal(storage), [TRIAL, {**TRIAL, "objective": "clip", "one_minus_gamma": 0.01}])
-    else:
-        new_study(storage, [TRIAL, {**TRIAL, "objective": "clip", "one_minus_gamma": 0.01}])
+    drawn = {**TRIAL, **(PPG_TRIAL if algo.startswith("ppg") else {})}
+    trials = [drawn, {**drawn, "objective": "clip", "one_minus_gamma": 0.01}]
+    new_study(journal(storage) if storage.endswith(".log") else storage, trials)
     options = ["--algo", algo, *env, *STUDY, "--storage", storage]
     zoo.main([*SEARCH, *QUICK, *options, "--n-trials", "2"])
     assert list((tmp_path / "logs" / algo).glob("report_*.csv"))
@@ -153,9 +241,45 @@ def test_search_and_train_the_trial_again(algo, storage, tmp_path):
         config = yaml.unsafe_load(file.read_text())
         assert config["gamma"] == pytest.approx(gamma)
         assert config["ent_coef"] == 0.25  # the command line goes before the trial
-        if algo != "ppo":
+        if algo.endswith("_ewma"):
             assert config["prox_decay"] == pytest.approx(0.75)
+        if algo in ("ppo_ewma", "ppo_lstm_ewma"):
             assert config["clip_range"] == (-1 if trial == 0 else 0.1)
+        if algo.startswith("ppg"):
+            assert config["n_policy_iterations"] == 1  # in a budget of 64 steps
+            assert config["policy_kwargs"]["critic_arch"] == "detach"
+
+
+# PPG's own file gives MinAtar games a features extractor by name, PPO's does not.
+@pytest.mark.parametrize(("algo", "params"), [("ppg", []), ("ppo", ["policy:CnnPolicy", f"policy_kwargs:{GRID}"])])
+def test_a_features_extractor_is_kept_in_a_search(algo, params, tmp_path):
+    pytest.importorskip("minatar")
+    drawn = {**TRIAL, **(PPG_TRIAL if algo == "ppg" else {})}
+    new_study(journal("study.log"), [drawn])
+    options = ["--algo", algo, "--env", "MinAtar/Breakout-v1", *STUDY, "--storage", "study.log"]
+    zoo.main([*SEARCH, *QUICK, *options, "--n-trials", "1", "-params", "n_envs:1", *params])
+    assert states(journal("study.log")) == [TrialState.COMPLETE]
+    again = ["-n", "64", "--eval-freq", "-1", "-f", "again", "--trial-id", "0", "-params", "n_envs:1", *params]
+    zoo.main(["train", *options, *again])
+    (file,) = (tmp_path / "again").rglob("*.zip")
+    policy = ALGOS[algo].load(file).policy
+    trunk = policy.features_extractor
+    assert isinstance(trunk.extractor if algo == "ppg" else trunk, SmallGridCNN)
+    assert policy.activation_fn is nn.ReLU  # of the trial
+
+
+def test_policy_kwargs_without_a_features_extractor_are_those_of_the_trial(tmp_path):
+    # As upstream has it, so that searches can be compared with those of upstream
+    new_study(journal("study.log"), [TRIAL])
+    options = [*STUDY, "--storage", "study.log", "-n", "64", "-params", "n_envs:1"]
+    Path("my.yml").write_text(
+        "CartPole-v1: {policy: MlpPolicy, policy_kwargs: 'dict(ortho_init=False)', n_timesteps: 64}"
+    )
+    zoo.main([*SEARCH, *QUICK, "-conf", "my.yml", "--n-trials", "1", *options])
+    train = ["train", "--algo", "ppo_ewma", "--env", "CartPole-v1", "--eval-freq", "-1", "-f", "again"]
+    zoo.main([*train, "-conf", "my.yml", "--trial-id", "0", *options])
+    (file,) = (tmp_path / "again").rglob("config.yml")
+    assert "ortho_init" not in yaml.unsafe_load(file.read_text())["policy_kwargs"]
 
 
 @pytest.mark.parametrize(

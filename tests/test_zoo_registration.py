@@ -11,7 +11,7 @@ import rl_zoo3
 from rl_zoo3 import exp_manager, hyperparams_opt
 from rl_zoo3.exp_manager import ExperimentManager
 
-from sb3_ppo_ewma import PPOEWMA, RecurrentPPOEWMA, zoo
+from sb3_ppo_ewma import PPG, PPGEWMA, PPOEWMA, RecurrentPPOEWMA, zoo
 from sb3_ppo_ewma.zoo import algorithms
 
 
@@ -20,9 +20,12 @@ def test_register_changes_the_shared_dictionaries_once():
     assert exp_manager.ALGOS is rl_zoo3.ALGOS
     assert rl_zoo3.ALGOS["ppo_ewma"] is PPOEWMA
     assert rl_zoo3.ALGOS["ppo_lstm_ewma"] is RecurrentPPOEWMA
+    assert rl_zoo3.ALGOS["ppg"] is PPG
+    assert rl_zoo3.ALGOS["ppg_ewma"] is PPGEWMA
     assert {"ppo", "ppo_lstm", "sac"} < set(rl_zoo3.ALGOS)
-    assert {"ppo_ewma", "ppo_lstm_ewma"} < set(hyperparams_opt.HYPERPARAMS_SAMPLER)
-    assert {"ppo_ewma", "ppo_lstm_ewma"} < set(hyperparams_opt.HYPERPARAMS_CONVERTER)
+    ours = {"ppo_ewma", "ppo_lstm_ewma", "ppg", "ppg_ewma"}
+    assert ours < set(hyperparams_opt.HYPERPARAMS_SAMPLER)
+    assert ours < set(hyperparams_opt.HYPERPARAMS_CONVERTER)
     state = dict(rl_zoo3.ALGOS), dict(vars(ExperimentManager)), set(gym.registry)
     zoo.register()
     assert (dict(rl_zoo3.ALGOS), dict(vars(ExperimentManager)), set(gym.registry)) == state

@@ -9,13 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from rl_zoo3 import ALGOS
 
-from sb3_ppo_ewma import PPOEWMA, zoo
+from sb3_ppo_ewma import PPG, PPOEWMA, ImpalaCNN, SmallGridCNN, zoo
 from sb3_ppo_ewma.zoo import child_processes
 
 # Small, on one environment, with an evaluation and a checkpoint every 64 steps
 SHORT = ["-n", "128", "--eval-freq", "64", "--eval-episodes", "2", "--save-freq", "64", "--seed", "0"]
 SMALL = ["n_envs:1", "n_steps:32", "batch_size:16", "n_epochs:1"]
+# With phases of three of the four rollouts
+PHASE = ("n_policy_iterations:3", "n_aux_epochs:2", "aux_batch_size:16")
 
 
 def train(folder: Path, *params: str, algo: str = "ppo_ewma", env: str = "CartPole-v1", options: tuple[str, ...] = ()):
@@ -27,11 +30,13 @@ def train(folder: Path, *params: str, algo: str = "ppo_ewma", env: str = "CartPo
 
 @pytest.fixture(scope="module")
 def logs(tmp_path_factory):
-    """Two runs of ppo_ewma and ppo each, one of ppo_lstm_ewma."""
+    """Two runs of ppo_ewma, ppo and ppg each, one of ppo_lstm_ewma and ppg_ewma."""
     folder = tmp_path_factory.mktemp("logs")
     for _ in range(2):
         train(folder, "prox_decay:0.95", "kl_coef:1.0", options=("-P",))
         train(folder, algo="ppo")
+        train(folder, *PHASE, algo="ppg", options=("-P",))
+    train(folder, *PHASE, algo="ppg_ewma")
     train(folder, algo="ppo_lstm_ewma", env="CartPoleNoVel-v1")
     return folder
 
@@ -55,6 +60,20 @@ def test_train_leaves_what_the_zoo_leaves(logs):
     model = PPOEWMA.load(run / "CartPole-v1.zip")
     assert (model.prox_decay, model.kl_coef, model.num_timesteps) == (0.95, 1.0, 128)
     assert list(np.load(run / "evaluations.npz")["timesteps"]) == [64, 128]
+
+
+@pytest.mark.parametrize(("algo", "prox_decay"), [("ppg", None), ("ppg_ewma", "auto")])
+def test_train_ppg(algo, prox_decay, logs):
+    run = logs / algo / "CartPole-v1_1"
+    config = yaml.unsafe_load((run / "CartPole-v1" / "config.yml").read_text())
+    assert config["n_policy_iterations"] == 3
+    assert config["aux_learning_rate"] == "lin_0.001"  # from zoo_hyperparams
+    model = ALGOS[algo].load(run / "CartPole-v1.zip")
+    assert (model.n_policy_iterations, model.n_aux_epochs, model.prox_decay) == (3, 2, prox_decay)
+    assert model.aux_lr_schedule(0.5) == 0.0005
+    # Two epochs of the only phase, each with six minibatches of its 96 samples
+    steps = {float(state["step"]) for state in model.aux_optimizer.state_dict()["state"].values()}
+    assert steps == {12.0}
 
 
 @pytest.mark.parametrize("clip_range", ["None", "-1"])
@@ -85,13 +104,72 @@ def test_continue_with_the_rollouts_that_wait(tmp_path, capsys):
     assert after._n_updates == 3 + 4
 
 
+def continued(folder: Path, agent: Path) -> tuple[int, float]:
+    """
+    Continue a run of ppg for four rollouts.
+
+    :return: rollouts of the phase it ends in, and steps of the auxiliary optimiser in all
+    """
+    run = train(folder, *PHASE, algo="ppg", options=("-i", str(agent), "--save-replay-buffer"))
+    model = PPG.load(run / "CartPole-v1.zip")
+    model.load_replay_buffer(run / "replay_buffer.pkl")
+    assert model.replay_buffer is not None
+    (buffer,) = model.replay_buffer.values()
+    (steps,) = {float(state["step"]) for state in model.aux_optimizer.state_dict()["state"].values()}
+    return len(buffer), steps
+
+
+def test_continue_a_phase(tmp_path, capsys):
+    first = train(tmp_path, *PHASE, algo="ppg", options=("--save-replay-buffer",))
+    capsys.readouterr()
+    # Four rollouts of which one belongs to the second phase, then four more without a gap: the second phase is complete
+    # after two of them. Each phase has 12 gradient steps.
+    assert continued(tmp_path, first / "CartPole-v1.zip") == (2, 24)
+    assert "Loading replay buffer" in capsys.readouterr().out
+    # A checkpoint does not fit the rollouts of the end of the run.
+    with pytest.raises(SystemExit, match="belongs to num_timesteps=128, the model is at 64"):
+        continued(tmp_path, first / "rl_model_64_steps.zip")
+    # Without them the phase starts anew: it is complete after three rollouts.
+    (first / "replay_buffer.pkl").unlink()
+    with pytest.warns(UserWarning, match="the phase starts anew"):
+        assert continued(tmp_path, first / "CartPole-v1.zip") == (1, 24)
+
+
+def test_continue_a_phase_from_a_checkpoint(tmp_path):
+    callback = "stable_baselines3.common.callbacks.CheckpointCallback"
+    arguments = "{save_freq: 64, save_path: checkpoints, save_replay_buffer: true}"
+    entry = f"{{n_timesteps: 128, policy: MlpPolicy, callback: [{callback}: {arguments}]}}"
+    Path("my.yml").write_text(f"CartPole-v1: {entry}")
+    train(tmp_path, *PHASE, algo="ppg", options=("-conf", "my.yml"))
+    # Where the zoo looks for it
+    shutil.copy("checkpoints/rl_model_replay_buffer_64_steps.pkl", "checkpoints/replay_buffer.pkl")
+    # One rollout was trained on, the second one is lost. Four more: the first phase is complete after two of them.
+    assert continued(tmp_path, Path("checkpoints/rl_model_64_steps.zip")) == (2, 12)
+
+
+@pytest.mark.parametrize("algo", ["ppo", "dqn", "ppo_ewma", "ppg_ewma"])
+@pytest.mark.parametrize("extractor", [ImpalaCNN, SmallGridCNN])
+def test_features_extractors_by_name(algo, extractor, tmp_path):
+    pytest.importorskip("minatar")
+    network = f"'dict(features_extractor_class={extractor.__name__})'"
+    Path("my.yml").write_text(f"MinAtar/Breakout-v1: {{n_timesteps: 32, policy: CnnPolicy, policy_kwargs: {network}}}")
+    arguments = ["--algo", algo, "--env", "MinAtar/Breakout-v1", "-f", "logs", "-conf", "my.yml", "--eval-freq", "-1"]
+    zoo.main(["train", *arguments, "-params", "learning_rate:0.1" if algo == "dqn" else "n_steps:32"])
+    policy = ALGOS[algo].load(f"logs/{algo}/MinAtar-Breakout-v1_1/MinAtar-Breakout-v1.zip").policy
+    assert isinstance((policy.q_net if algo == "dqn" else policy).features_extractor, extractor)
+
+
 def test_save_replay_buffer_without_staleness(tmp_path):
     first = train(tmp_path, options=("--save-replay-buffer",))
     train(tmp_path, options=("-i", str(first / "CartPole-v1.zip")))
 
 
 @pytest.mark.parametrize(
-    ("algo", "env"), [("ppo_ewma", "CartPole-v1"), ("ppo", "CartPole-v1"), ("ppo_lstm_ewma", "CartPoleNoVel-v1")]
+    ("algo", "env"),
+    [
+        *((algo, "CartPole-v1") for algo in ("ppo_ewma", "ppo", "ppg", "ppg_ewma")),
+        ("ppo_lstm_ewma", "CartPoleNoVel-v1"),
+    ],
 )
 @pytest.mark.parametrize("which", [[], ["--load-best"], ["--load-last-checkpoint"]], ids=["last", "best", "checkpoint"])
 def test_enjoy(algo, env, which, logs, capsys):
@@ -100,11 +178,12 @@ def test_enjoy(algo, env, which, logs, capsys):
     assert "Mean reward:" in capsys.readouterr().out
 
 
-def test_record_video(logs, tmp_path):
+@pytest.mark.parametrize("algo", ["ppo_ewma", "ppg"])
+def test_record_video(algo, logs, tmp_path):
     pytest.importorskip("moviepy")
     pytest.importorskip("pygame")
-    zoo.main(["record_video", "--algo", "ppo_ewma", "-f", str(logs), "-o", str(tmp_path / "videos"), "-n", "10"])
-    assert (tmp_path / "videos" / "final-model-ppo_ewma-CartPole-v1-step-0-to-step-10.mp4").stat().st_size > 0
+    zoo.main(["record_video", "--algo", algo, "-f", str(logs), "-o", str(tmp_path / "videos"), "-n", "10"])
+    assert (tmp_path / "videos" / f"final-model-{algo}-CartPole-v1-step-0-to-step-10.mp4").stat().st_size > 0
 
 
 def test_record_training(logs, tmp_path):
@@ -144,11 +223,12 @@ def test_other_child_processes_are_left_alone():
 
 def test_plots(logs, tmp_path, capsys):
     pytest.importorskip("seaborn")
-    zoo.main(["plot_train", "-a", "ppo_ewma", "-e", "CartPole", "-f", str(logs), "-w", "1"])
-    algorithms = ["-a", "ppo_ewma", "ppo", "-e", "CartPole-v1", "-f", str(logs), "-l", "run"]
+    for algo in ("ppo_ewma", "ppg"):
+        zoo.main(["plot_train", "-a", algo, "-e", "CartPole", "-f", str(logs), "-w", "1"])
+    algorithms = ["-a", "ppo_ewma", "ppo", "ppg", "-e", "CartPole-v1", "-f", str(logs), "-l", "run"]
     zoo.main(["all_plots", *algorithms, "-o", "results", "--no-display", "--no-million"])
     assert "|CartPole-v1 |" in capsys.readouterr().out
-    zoo.main(["plot_from_file", "-i", "results", "-l", "PPO-EWMA", "PPO", "-o", "figure.svg"])
+    zoo.main(["plot_from_file", "-i", "results", "-l", "PPO-EWMA", "PPO", "PPG", "-o", "figure.svg"])
     assert Path("figure.svg").stat().st_size > 0
 
 
@@ -162,11 +242,13 @@ def test_plot_from_file_of_single_runs(logs, tmp_path):
 
 def test_benchmark(logs, tmp_path):
     # enjoy runs as a child process.
-    shutil.copytree(logs / "ppo_ewma", tmp_path / "logs" / "ppo_ewma")
-    arguments = ["--log-dir", "logs", "--benchmark-dir", "benchmark", "--no-hub", "--test-mode", "--num-threads", "1"]
+    for algo in ("ppo_ewma", "ppg"):
+        shutil.copytree(logs / algo, tmp_path / "logs" / algo)
+    arguments = ["--log-dir", "logs", "--benchmark-dir", "benchmark", "--no-hub", "--num-threads", "1"]
     zoo.main(["benchmark", *arguments, "-n", "600"])
-    table = Path("benchmark", "benchmark.md").read_text().splitlines()[-1]
-    assert "|ppo_ewma|CartPole-v1|" in table.replace(" ", "")
+    table = Path("benchmark", "benchmark.md").read_text().replace(" ", "")
+    assert "|ppo_ewma|CartPole-v1|" in table
+    assert "|ppg|CartPole-v1|" in table
 
 
 def test_benchmark_without_agents():
@@ -177,8 +259,9 @@ def test_benchmark_without_agents():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_cartpole_is_solved(seed, tmp_path):
-    zoo.main(["train", "--algo", "ppo_ewma", "--seed", str(seed), "--eval-freq", "10000", "-f", str(tmp_path)])
-    evaluations = np.load(tmp_path / "ppo_ewma" / "CartPole-v1_1" / "evaluations.npz")
+@pytest.mark.parametrize("algo", ["ppo_ewma", "ppg", "ppg_ewma"])
+def test_cartpole_is_solved(algo, seed, tmp_path):
+    zoo.main(["train", "--algo", algo, "--seed", str(seed), "--eval-freq", "10000", "-f", str(tmp_path)])
+    evaluations = np.load(tmp_path / algo / "CartPole-v1_1" / "evaluations.npz")
     assert evaluations["timesteps"][-1] <= 1e5
     assert evaluations["results"].mean(axis=1).max() == 500

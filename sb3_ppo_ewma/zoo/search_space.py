@@ -5,16 +5,13 @@ Every parameter is drawn in every trial, also one that another drawn parameter m
 if the space is the same in all trials. A converter sees nothing but the parameters of a trial.
 """
 
-from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any
 
 import optuna
 from rl_zoo3.hyperparams_opt import convert_onpolicy_params, sample_ppo_params
 
 from sb3_ppo_ewma.ewma import decay_from_center_of_mass
-
-Sampler: TypeAlias = Callable[[optuna.Trial, int, int, dict[str, Any]], dict[str, Any]]
-Converter: TypeAlias = Callable[[dict[str, Any]], dict[str, Any]]
+from sb3_ppo_ewma.zoo.mending import Function
 
 # User attribute of a trial: steps of its training. The zoo does not tell its samplers.
 BUDGET = "n_timesteps"
@@ -177,7 +174,8 @@ def _shown(trial: optuna.Trial, hyperparams: dict[str, Any]) -> dict[str, Any]:
     return hyperparams
 
 
-SEARCH_SPACES: dict[str, tuple[Sampler, Converter]] = {
+# Sampler and converter by the name of the algorithm
+SEARCH_SPACES: dict[str, tuple[Function, Function]] = {
     "ppo_ewma": (sample_ppo_ewma_params, convert_ppo_ewma_params),
     "ppo_lstm_ewma": (sample_ppo_ewma_params, convert_ppo_ewma_params),
     "ppg": (sample_ppg_params, convert_ppg_params),
