@@ -48,7 +48,7 @@ class AuxiliaryPhaseMixin(EwmaMixin):
     :param vf_true_coef: c_vf ≥ 0, weight of the value function's loss in the auxiliary phase
     :param vf_aux_coef: c_aux ≥ 0, weight of the auxiliary value head's loss
     :param prox_decay: as in :class:`~sb3_ppo_ewma.EwmaMixin`; the EWMA starts anew after every auxiliary phase
-    :param advantage_decay: as in :class:`~sb3_ppo_ewma.EwmaMixin`
+    :param advantage_decay: as in :class:`~sb3_ppo_ewma.EwmaMixin`; ``None`` with ``normalize_advantage=False``
     :param args: positional arguments of the algorithm this is mixed into, see there
     :param kwargs: keyword arguments of :class:`~sb3_ppo_ewma.EwmaMixin` and the algorithm this is mixed into
     :raises TypeError: for an unknown argument or one of the wrong type
@@ -88,6 +88,8 @@ class AuxiliaryPhaseMixin(EwmaMixin):
         self._n_phases = 0
         self._n_phase_rollouts = 0
         self._progress_bars: list[Any] = []
+        if kwargs.get("normalize_advantage") is False and advantage_decay == 0.0:
+            advantage_decay = None  # SB3's switch goes before a default of ours
         super().__init__(*args, prox_decay=prox_decay, advantage_decay=advantage_decay, **kwargs)
 
     # ------------------------------------------------------------------ construction
@@ -120,6 +122,9 @@ class AuxiliaryPhaseMixin(EwmaMixin):
         self.aux_lr_schedule = FloatSchedule(self.aux_learning_rate)
         self.aux_optimizer = self._make_optimizer(self.aux_lr_schedule)
         self.phase_buffer = PhaseBuffer(self.n_policy_iterations) if self.n_aux_epochs > 0 else None
+
+    def _maybe_recommend_cpu(self, mlp_class_name: str = PPGPolicy.__name__) -> None:
+        super()._maybe_recommend_cpu(mlp_class_name)
 
     # ------------------------------------------------------------------ training
 

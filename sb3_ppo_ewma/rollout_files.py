@@ -108,7 +108,7 @@ def _check_header(path: RolloutPath, header: Any, num_timesteps: int, parts: Map
     if header["num_timesteps"] != num_timesteps:
         raise ValueError(
             f"belongs to num_timesteps={header['num_timesteps']}, the model is at {num_timesteps}: load the file that "
-            "was saved together with the model"
+            "was saved together with the model, or go on without"
         )
     if set(header["parts"]) != set(parts):
         raise ValueError(f"has {sorted(header['parts'])}, the model keeps {sorted(parts)}")

@@ -1,6 +1,7 @@
 """
 With the EWMA off, the algorithms compute what the ones they extend compute, to the bit, in a training step of their
-own; with the EWMA on, they still do when π_prox is replaced by π_behav, and only then.
+own; with the EWMA on, they still do when π_prox is replaced by π_behav, and only then. PPG computes what PPO-EWMA
+computes until its first auxiliary phase.
 """
 
 import functools
@@ -26,9 +27,9 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
 from torch import nn
 
-from sb3_ppo_ewma import PPOEWMA, EwmaMixin, MaskablePPOEWMA, RecurrentPPOEWMA
+from sb3_ppo_ewma import PPG, PPGEWMA, PPOEWMA, EwmaMixin, MaskablePPOEWMA, RecurrentPPOEWMA
 from tests.battery.envs import OBSERVATION_SPACES, VECTOR, SpaceEnv, copies
-from tests.battery.helpers import assert_same, record_log
+from tests.battery.helpers import assert_same, auxiliary_head, record_log
 
 ITERATIONS = 4
 # A learning rate and a clip range that ratios leave within a rollout
@@ -230,7 +231,7 @@ class Run:
         self.updates: list[dict[str, Any]] = [
             {key: row[key] for key in row if key.startswith("train/")} for row in values if "train/loss" in row
         ]
-        self.random_state = th.get_rng_state()
+        self.random_state = th.get_rng_state(), np.random.get_state()
 
     def state(self) -> dict[str, Any]:
         """:return: all that training changes"""
@@ -345,15 +346,125 @@ def test_every_switch_changes_the_run(own: dict[str, Any]) -> None:
     assert not th.equal(plain.model.policy.action_net.weight, switched.model.policy.action_net.weight)
 
 
+# ---------------------------------------------------------------------- PPG
+
+# Own parameters that PPG has in common with PPO-EWMA
+EVERY_SWITCH: dict[str, Any] = {
+    "kl_coef": 0.5,
+    "kl_estimator": "analytic",
+    "n_epochs_value": 1,
+    "recompute_advantages": True,
+    "advantage_decay": 0.5,
+    "staleness": 1,
+}
+SMALL_IMPALA = {"net_arch": [8], "features_extractor_kwargs": {"channels": (4,), "n_blocks": 1, "features_dim": 8}}
+IMAGES = env("discrete", OBSERVATION_SPACES["image_channels_last"])
+PHASIC_CASES: dict[str, Case] = {
+    **{name: CASES[name] for name in ("box", "multidiscrete", "multibinary", "dict", "cnn", "sde", "target_kl")},
+    **{name: CASES[name] for name in ("schedules", "several_normalized_envs", "dropout_and_batch_norm")},
+    "switches": (env("box"), "MlpPolicy", EVERY_SWITCH),
+    "impala": (IMAGES, "ImpalaPolicy", {"learning_rate": 3e-3, "policy_kwargs": SMALL_IMPALA}),
+}
+
+
+def phasic_run(cls: type[PPG], case: Case, critic_arch: str = "shared", **own: Any) -> Run:
+    """:return: a run whose only differences from one of PPO-EWMA should be the auxiliary head and phases"""
+    make_env, policy, kwargs = case
+    policy_kwargs = {**COMMON["policy_kwargs"], **kwargs.get("policy_kwargs", {}), "critic_arch": critic_arch}
+    return Run(cls, (make_env, policy, {"advantage_decay": None, **kwargs, "policy_kwargs": policy_kwargs}), **own)
+
+
+def without_head(run: Run) -> dict[str, Any]:
+    """:return: the state of a run, without the auxiliary head's part"""
+    state = run.state()
+    head = auxiliary_head(state["policy"])
+    policy = {name: value for name, value in state["policy"].items() if name not in head}
+    (group,) = state["optimizer"]["param_groups"]
+    optimizer = {
+        "state": state["optimizer"]["state"],  # has none of it, as there was no gradient
+        "param_groups": [{**group, "params": group["params"][: len(group["params"]) - len(head)]}],
+    }
+    return {**state, "policy": policy, "optimizer": optimizer}
+
+
+def assert_equal_until_phase(own: Run, reference: Run) -> None:
+    """Equal to the bit, logs included, but for the auxiliary head."""
+    assert auxiliary_head(own.state()["policy"]) == ["aux_value_net.weight", "aux_value_net.bias"]
+    assert_same(without_head(own), reference.state())
+    assert_equal_logs(own, reference)
+
+
+def assert_equal_logs(own: Run, reference: Run) -> None:
+    """Equal to the bit, but for the time and the auxiliary phase."""
+    logs = [
+        [{key: row[key] for key in row if not key.startswith(("time/", "aux/"))} for _, row in run.rows]
+        for run in (own, reference)
+    ]
+    assert logs[0] == logs[1]
+    assert own.updates == reference.updates
+
+
+@pytest.mark.parametrize("name", PHASIC_CASES)
+def test_ppg_before_the_first_phase(name: str) -> None:
+    reference = Run(PPOEWMA, PHASIC_CASES[name], prox_decay=None)
+    own = phasic_run(PPG, PHASIC_CASES[name], n_policy_iterations=ITERATIONS + 1)
+    assert_equal_until_phase(own, reference)
+    assert max(own.values("clip_fraction")) > 0
+
+
+@pytest.mark.parametrize("name", ["box", "cnn", "switches"])
+def test_ppg_ewma_before_the_first_phase(name: str) -> None:
+    reference = Run(PPOEWMA, PHASIC_CASES[name])
+    own = phasic_run(PPGEWMA, PHASIC_CASES[name], n_policy_iterations=ITERATIONS + 1)
+    assert_equal_until_phase(own, reference)
+    averages = [dict(run.model.proximal_policy.state_dict()) for run in (own, reference)]
+    assert_same({name: averages[0][name] for name in averages[1]}, averages[1])
+
+
+def test_ppg_with_a_critic_of_its_own_before_the_first_phase() -> None:
+    """It is PPO with a features extractor each."""
+    make_env, policy, kwargs = CASES["unshared"]
+    reference = Run(PPOEWMA, CASES["unshared"], prox_decay=None)
+    case = make_env, policy, {**kwargs, "policy_kwargs": CNN["policy_kwargs"]}
+    own = phasic_run(PPG, case, critic_arch="dual", n_policy_iterations=ITERATIONS + 1)
+    assert_equal_until_phase(own, reference)
+
+
+@pytest.mark.parametrize("name", ["box", "cnn"])
+def test_the_first_phase_makes_the_difference(name: str) -> None:
+    reference = Run(PPOEWMA, PHASIC_CASES[name], prox_decay=None)
+    # The phase comes at the end of the last update.
+    own = phasic_run(PPG, PHASIC_CASES[name], n_policy_iterations=ITERATIONS, n_aux_epochs=1)
+    assert_equal_logs(own, reference)
+    state, reference_state = own.state(), reference.state()
+    assert not any(th.equal(state["policy"][name], value) for name, value in reference_state["policy"].items())
+    assert_same(without_head(own)["optimizer"], reference_state["optimizer"])  # the phase has its own
+    # Its minibatches are drawn from numpy's generator.
+    assert not np.array_equal(state["random_state"][1][1:3], reference_state["random_state"][1][1:3])
+    # Without epochs there is none.
+    own = phasic_run(PPG, PHASIC_CASES[name], n_policy_iterations=1, n_aux_epochs=0)
+    assert_equal_until_phase(own, reference)
+
+
+@pytest.mark.parametrize("critic_arch", ["dual", "detach"])
+def test_critic_architectures_differ(critic_arch: str) -> None:
+    """The comparison above would notice."""
+    runs = [phasic_run(PPG, CASES["cnn"], arch, n_policy_iterations=ITERATIONS + 1) for arch in ("shared", critic_arch)]
+    weights = [run.state()["policy"]["features_extractor.cnn.0.weight"] for run in runs]
+    assert not th.equal(*weights)
+
+
 def test_ppo_is_given_back() -> None:
     """A model trained without the EWMA, handed back as plain PPO, goes on as PPO would have."""
     reference = Run(PPO, CASES["box"]).model
-    own = Run(PPOEWMA, CASES["box"], prox_decay=None).model
-    ppo = own.to_ppo()
-    assert type(ppo) is PPO
-    for model in (reference, ppo):
+    own = [Run(PPOEWMA, CASES["box"], prox_decay=None), phasic_run(PPG, CASES["box"])]
+    ppos = [run.model.to_ppo() for run in own]
+    for model in (reference, *ppos):
         model.set_env(env("box")(), force_reset=True)
         model.set_random_seed(1)
         model.learn(32)
-    assert_same(dict(ppo.policy.state_dict()), dict(reference.policy.state_dict()))
-    assert_same(ppo.policy.optimizer.state_dict(), reference.policy.optimizer.state_dict())
+    expected = dict(reference.policy.state_dict())
+    for ppo in ppos:
+        assert type(ppo) is PPO
+        assert_same({name: ppo.policy.state_dict()[name] for name in expected}, expected)
+        assert_same(ppo.policy.optimizer.state_dict()["state"], reference.policy.optimizer.state_dict()["state"])

@@ -485,6 +485,14 @@ def test_to_ppo():
     ppo.learn(ROLLOUT)
 
 
+def test_sb3s_switch_of_normalisation_goes_before_our_default():
+    model = make(normalize_advantage=False).learn(3 * ROLLOUT)
+    assert model.advantage_moments is None
+    assert model.normalize_advantage is False
+    with pytest.raises(ValueError, match=r"advantage_decay=0\.5 .* contradicts normalize_advantage=False"):
+        make(normalize_advantage=False, advantage_decay=0.5)
+
+
 def test_defaults_by_position_and_by_name():
     assert PPG("MlpPolicy", "CartPole-v1").n_epochs == 1
     assert PPG("MlpPolicy", "CartPole-v1", 3e-4, 64, 32, 5).n_epochs == 5

@@ -3,13 +3,14 @@
 import pathlib
 import subprocess
 import sys
+import warnings
 from typing import Any
 
 import numpy as np
 import pytest
 import torch as th
 
-from tests.resume import RUNS, go_on, resume, start, stop
+from tests.resume import PHASIC, RUNS, go_on, phases, resume, start, stop
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -61,6 +62,29 @@ def test_average_matters(runs):
     model = resume("ewma", root / "ewma")
     model.policy_ewma.reset(model.policy)
     assert differences(uninterrupted["ewma"]["policy"], go_on(model)["policy"]) != []
+
+
+@pytest.mark.parametrize("name", PHASIC)
+def test_runs_are_interrupted_within_a_phase(name, runs):
+    root, uninterrupted = runs
+    before, after = phases(resume(name, root / name)), uninterrupted[name]["phases"]
+    n_stored = 1 if name == "ppg, stale" else 2
+    assert (before["number"], len(before["stored"])) == (1, n_stored)
+    assert (after["number"], len(after["stored"])) == (2, 1 if name == "ppg, stale" else 2)
+
+
+@pytest.mark.parametrize("name", ["ppg", "ppg, images"])
+def test_without_the_stored_rollouts_the_phase_starts_anew(name, runs):
+    root, uninterrupted = runs
+    model = resume(name, root / name, with_rollouts=False)
+    with pytest.warns(UserWarning, match="the phase starts anew") as caught:
+        resumed = go_on(model)  # three rollouts, a whole phase
+    assert len([warning for warning in caught if "starts anew" in str(warning.message)]) == 1
+    assert (resumed["phases"]["number"], len(resumed["phases"]["stored"])) == (2, 0)
+    assert differences(uninterrupted[name]["policy"], resumed["policy"]) != []
+    with warnings.catch_warnings():  # told once
+        warnings.simplefilter("error")
+        go_on(model)
 
 
 def test_saving_does_not_disturb_training(tmp_path):

@@ -22,6 +22,18 @@ def own_algo(request: pytest.FixtureRequest) -> Algorithm:
     return request.param
 
 
+@pytest.fixture(params=[algo for algo in ALGORITHMS if algo.has_average], ids=str)
+def average_algo(request: pytest.FixtureRequest) -> Algorithm:
+    """Every algorithm whose proximal policy is an average."""
+    return request.param
+
+
+@pytest.fixture(params=[algo for algo in ALGORITHMS if algo.has_phases], ids=str)
+def phasic_algo(request: pytest.FixtureRequest) -> Algorithm:
+    """Every algorithm with auxiliary phases."""
+    return request.param
+
+
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
     """Tiny networks are slower with several threads."""

@@ -27,7 +27,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from tests.battery.algorithms import Algorithm
 from tests.battery.envs import SpaceEnv, copies
-from tests.battery.helpers import copy_parameters, record_log, unchanged
+from tests.battery.helpers import assert_trained, copy_parameters, record_log, unchanged
 
 
 def constant_env() -> gym.Env[Any, Any]:
@@ -194,6 +194,8 @@ def test_checkpoints(algo: Algorithm, tmp_path: pathlib.Path) -> None:
     model.learn(32, callback=checkpoint)
     names = {f"rl_model_{step}_steps.zip" for step in (12, 24)}
     names |= {f"rl_model_vecnormalize_{step}_steps.pkl" for step in (12, 24)}
+    if algo.has_phases:
+        names |= {f"rl_model_replay_buffer_{step}_steps.pkl" for step in (12, 24)}
     assert {path.name for path in tmp_path.iterdir()} == names
     restored_env = VecNormalize.load(str(tmp_path / "rl_model_vecnormalize_24_steps.pkl"), DummyVecEnv([SpaceEnv]))
     assert restored_env.obs_rms.count == pytest.approx(25, abs=0.01)  # with the first observation
@@ -211,7 +213,17 @@ def test_checkpoints_with_waiting_rollouts(own_algo: Algorithm, tmp_path: pathli
     model.load_replay_buffer(tmp_path / "rl_model_replay_buffer_24_steps.pkl", truncate_last_traj=False)
     before = copy_parameters(model)
     model.learn(16, reset_num_timesteps=False)  # trains at once, on the rollout that was waiting
-    assert unchanged(model, before) == []
+    assert_trained(model, before, phase=False)
+
+
+def test_checkpoints_within_a_phase(phasic_algo: Algorithm, tmp_path: pathlib.Path) -> None:
+    checkpoint = CheckpointCallback(24, str(tmp_path), save_replay_buffer=True)
+    phasic_algo.make(SpaceEnv()).learn(32, callback=checkpoint)
+    model = phasic_algo.cls.load(tmp_path / "rl_model_24_steps", env=SpaceEnv(), device="cpu")
+    model.load_replay_buffer(tmp_path / "rl_model_replay_buffer_24_steps.pkl", truncate_last_traj=False)
+    before = copy_parameters(model)
+    model.learn(16, reset_num_timesteps=False)  # the second rollout of the phase
+    assert_trained(model, before)
 
 
 def test_events_every_n_steps(algo: Algorithm, tmp_path: pathlib.Path) -> None:

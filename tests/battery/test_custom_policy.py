@@ -5,6 +5,7 @@ Policies with other networks, optimisers and overridden methods.
 import pickle
 from typing import Any
 
+import cloudpickle
 import numpy as np
 import pytest
 import torch as th
@@ -94,7 +95,7 @@ def test_features_extractor(algo: Algorithm, share: bool) -> None:
     policy_kwargs = {
         "features_extractor_class": ScaledExtractor,
         "features_extractor_kwargs": {"features_dim": 5, "scale": 2.0},
-        "share_features_extractor": share,
+        **algo.sharing(share),
     }
     model = assert_trains(algo, policy_kwargs=policy_kwargs)
     assert (model.policy.pi_features_extractor is model.policy.vf_features_extractor) == share
@@ -105,7 +106,7 @@ def test_features_extractor(algo: Algorithm, share: bool) -> None:
 @pytest.mark.parametrize("share", [True, False], ids=["shared", "unshared"])
 def test_extractors_of_images(algo: Algorithm, space: str, share: bool) -> None:
     env = SpaceEnv(OBSERVATION_SPACES[space])
-    model = assert_trains(algo, env, policy_kwargs={"share_features_extractor": share})
+    model = assert_trains(algo, env, policy_kwargs=algo.sharing(share))
     actor, critic = (
         list(e.parameters()) for e in (model.policy.pi_features_extractor, model.policy.vf_features_extractor)
     )
@@ -120,7 +121,7 @@ def test_extractor_of_another_kind(algo: Algorithm) -> None:
     assert_trains(algo, env, policy="MlpPolicy", policy_kwargs=policy_kwargs)
 
 
-class CountingPolicy(ActorCriticPolicy):
+class Counting(ActorCriticPolicy):
     """
     Overrides the methods that collection and training call, and counts the calls.
     """
@@ -146,7 +147,7 @@ class CountingPolicy(ActorCriticPolicy):
 
 
 def test_overridden_methods_are_called(algo: Algorithm) -> None:
-    model = assert_trains(algo, policy=CountingPolicy, policy_kwargs={"offset": 3.0})
+    model = assert_trains(algo, policy=algo.derived(Counting), policy_kwargs={"offset": 3.0})
     calls = model.policy.calls
     assert model.policy.offset == 3.0
     assert calls["forward"] == 48
@@ -157,20 +158,20 @@ def test_overridden_methods_are_called(algo: Algorithm) -> None:
 
 def test_overridden_evaluation_decides_what_is_learned(algo: Algorithm) -> None:
     # Values that are 100 too high for the rewards of 0 must come down in training, and only there.
-    class Wrong(CountingPolicy):
+    class Wrong(Counting):
         def evaluate_actions(self, obs: Any, actions: th.Tensor) -> Any:
             values, log_prob, entropy = super().evaluate_actions(obs, actions)
             return values + 100.0, log_prob, entropy
 
     losses = []
-    for policy in (CountingPolicy, Wrong):
-        model = algo.make(SpaceEnv(reward=0.0), policy=policy).learn(16)
+    for policy in (Counting, Wrong):
+        model = algo.make(SpaceEnv(reward=0.0), policy=algo.derived(policy)).learn(16)
         losses.append(model.logger.name_to_value["train/value_loss"])
     assert losses[0] < 10
     assert 80**2 < losses[1] < 120**2
 
 
-class OwnNetworksPolicy(ActorCriticPolicy):
+class WithOwnNetworks(ActorCriticPolicy):
     """
     Builds its own networks.
     """
@@ -203,11 +204,12 @@ class OwnNetworks(nn.Module):
 
 @pytest.mark.parametrize("kwargs", [{}, {"use_sde": True}], ids=["plain", "sde"])
 def test_own_networks(algo: Algorithm, kwargs: dict[str, Any]) -> None:
-    model = assert_trains(algo, box_env(), policy=OwnNetworksPolicy, **kwargs)
+    policy_kwargs = algo.sharing(True)  # it is the own networks that would have to detach
+    model = assert_trains(algo, box_env(), policy=algo.derived(WithOwnNetworks), policy_kwargs=policy_kwargs, **kwargs)
     assert isinstance(model.policy.mlp_extractor, OwnNetworks)
 
 
-class PartlyFrozenPolicy(ActorCriticPolicy):
+class PartlyFrozen(ActorCriticPolicy):
     """
     Has parameters that are not trained and modules that are not used.
     """
@@ -219,21 +221,21 @@ class PartlyFrozenPolicy(ActorCriticPolicy):
 
 
 def test_frozen_and_unused_parameters_stay(algo: Algorithm) -> None:
-    model = algo.make(SpaceEnv(), policy=PartlyFrozenPolicy)
+    model = algo.make(SpaceEnv(), policy=algo.derived(PartlyFrozen))
     before = copy_parameters(model)
     model.learn(32)
     after = model.policy.state_dict()
     still = {name for name, value in before.items() if th.equal(value, after[name])}
     frozen = {"mlp_extractor.value_net.0.weight", "mlp_extractor.value_net.0.bias"}
     assert still == frozen | {"unused.weight", "unused.bias"}
-    if algo.own:
+    if algo.has_average:
         average = model.proximal_policy.state_dict()
         assert all(th.allclose(before[name], average[name]) for name in still)
 
 
 def test_policy_object_is_pickled(algo: Algorithm) -> None:
-    model = algo.make(SpaceEnv(), policy=CountingPolicy).learn(16)
-    copy = pickle.loads(pickle.dumps(model.policy))
+    model = algo.make(SpaceEnv(), policy=algo.derived(Counting)).learn(16)
+    copy = pickle.loads(cloudpickle.dumps(model.policy))  # as SB3 does with the class
     observation = np.ones((5, 3), np.float32)
     assert np.array_equal(
         copy.predict(observation, deterministic=True)[0], model.predict(observation, None, None, True)[0]

@@ -29,6 +29,12 @@ class RolloutStart(BaseCallback):
         self.last_good = copy_parameters(self.model)
 
 
+def assert_finite(model: Any) -> None:
+    """Policy and average are."""
+    policies = [model.policy, model.proximal_policy]
+    assert all(th.isfinite(p).all() for policy in policies if policy is not None for p in policy.parameters())
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("quantity", ["observation", "reward"])
 @pytest.mark.parametrize("step", [3, 16 + 5, 16 + 15, 32])
@@ -41,14 +47,13 @@ def test_environment(own_algo: Algorithm, quantity: str, value: float, step: int
     assert model.num_timesteps <= 32
     assert model._n_updates == 2 * (model.num_timesteps > 16)
     assert_same(copy_parameters(model), start.last_good)
-    assert all(th.isfinite(parameter).all() for parameter in model.policy.parameters())
-    assert all(th.isfinite(parameter).all() for parameter in model.proximal_policy.parameters())
+    assert_finite(model)
     # Nothing is broken: training goes on in an environment that works.
     model.set_env(SpaceEnv())
     assert model.learn(16).num_timesteps == 16
 
 
-class BreakingPolicy(ActorCriticPolicy):
+class Breaking(ActorCriticPolicy):
     """
     Returns NaN in training, from some call on.
     """
@@ -73,14 +78,47 @@ class BreakingPolicy(ActorCriticPolicy):
 @pytest.mark.parametrize("call", [1, 3])
 def test_network_in_training(own_algo: Algorithm, quantity: int, name: str, call: int) -> None:
     policy_kwargs = {"quantity": quantity, "call": call}
-    kwargs = {**own_algo.kwargs, "n_epochs_value": None}  # every minibatch has all three losses
-    algo = Algorithm(own_algo.cls, kwargs)
-    model = algo.make(SpaceEnv(), policy=BreakingPolicy, ent_coef=0.01, policy_kwargs=policy_kwargs)
+    # Every minibatch has all three losses.
+    kwargs = {"n_epochs_value": None, "ent_coef": 0.01, "policy_kwargs": policy_kwargs}
+    model = own_algo.make(SpaceEnv(), policy=own_algo.derived(Breaking), **kwargs)
     with pytest.raises(ValueError, match=f"NaN or Inf in {name}"):
         model.learn(64)
     assert len(model.policy.good) == call
     assert_same(copy_parameters(model), model.policy.good[-1])
-    assert all(th.isfinite(parameter).all() for parameter in model.proximal_policy.parameters())
+    assert_finite(model)
+
+
+class BreakingInPhase(ActorCriticPolicy):
+    """
+    Returns NaN in the auxiliary phase, from some call on.
+    """
+
+    def __init__(self, *args: Any, quantity: int, call: int, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.quantity, self.call, self.good = quantity, call, []
+
+    def evaluate_auxiliary(self, obs: Any) -> Any:
+        self.good.append({name: value.clone() for name, value in self.state_dict().items()})
+        result = list(super().evaluate_auxiliary(obs))
+        if len(self.good) >= self.call:
+            result[self.quantity] = result[self.quantity] * float("nan")
+        return result
+
+
+@pytest.mark.parametrize(("quantity", "name"), [(1, "values"), (2, "auxiliary values")], ids=["values", "auxiliary"])
+@pytest.mark.parametrize("call", [1, 3])
+def test_network_in_auxiliary_phase(phasic_algo: Algorithm, quantity: int, name: str, call: int) -> None:
+    policy = phasic_algo.derived(BreakingInPhase)
+    model = phasic_algo.make(SpaceEnv(), policy=policy, policy_kwargs={"quantity": quantity, "call": call})
+    with pytest.raises(ValueError, match=f"NaN or Inf in {name} after"):
+        model.learn(64)
+    assert model.num_timesteps == 32
+    assert len(model.policy.good) == call
+    assert_same(copy_parameters(model), model.policy.good[-1])
+    assert_finite(model)
+    # Nothing is broken: training goes on when the network is mended.
+    model.policy.call = 1000
+    assert model.learn(48).num_timesteps == 48
 
 
 @pytest.mark.parametrize("network", ["action_net", "value_net"])

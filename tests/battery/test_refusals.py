@@ -89,7 +89,7 @@ REFUSED: dict[str, tuple[gym.Env[Any, Any], str, dict[str, Any], type[Exception]
 @pytest.mark.filterwarnings("ignore:You have specified a mini-batch size")
 def test_refuses_what_ppo_refuses(algo: Algorithm, case: str) -> None:
     env, policy, kwargs, exception, message = REFUSED[case]
-    for cls, own_kwargs in ((PPO, {}), (algo.cls, algo.kwargs)):
+    for cls, own_kwargs in ((PPO, {}), (algo.cls, {**algo.kwargs, **algo.normalizing_as_ppo()})):
         with pytest.raises(exception, match=message):
             cls(policy, env, **{"n_steps": 16, "device": "cpu", **own_kwargs, **kwargs})
 

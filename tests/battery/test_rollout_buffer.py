@@ -49,7 +49,7 @@ def test_own_buffer(algo: Algorithm) -> None:
     assert len(model.rollout_buffer.sizes) >= 2 * 2 * 2  # iterations, epochs, minibatches
 
 
-class ConstantValuePolicy(ActorCriticPolicy):
+class ConstantValue(ActorCriticPolicy):
     """
     :param value: that it predicts for every state during collection
     """
@@ -99,7 +99,7 @@ def test_returns_and_advantages(algo: Algorithm, case: str, n_episodes: int) -> 
     truncates, gae_lambda, value, returns = GAE_CASES[case]
     model = algo.make(
         EpisodeEnv(truncates),
-        policy=ConstantValuePolicy,
+        policy=algo.derived(ConstantValue),
         policy_kwargs={"value": value},
         n_steps=4 * n_episodes,
         batch_size=4,
@@ -114,7 +114,12 @@ def test_returns_and_advantages(algo: Algorithm, case: str, n_episodes: int) -> 
 
 def test_an_unfinished_episode_is_bootstrapped(algo: Algorithm) -> None:
     model = algo.make(
-        EpisodeEnv(), policy=ConstantValuePolicy, policy_kwargs={"value": 8.0}, n_steps=3, batch_size=3, gamma=0.5
+        EpisodeEnv(),
+        policy=algo.derived(ConstantValue),
+        policy_kwargs={"value": 8.0},
+        n_steps=3,
+        batch_size=3,
+        gamma=0.5,
     )
     collected = BufferCopy()
     model.gae_lambda = model.rollout_buffer.gae_lambda = 1.0

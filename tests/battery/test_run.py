@@ -39,7 +39,8 @@ from tests.battery.helpers import assert_same, assert_trained, copy_parameters, 
 @pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1"])
 @pytest.mark.filterwarnings("ignore:You have specified a mini-batch size")
 def test_arguments(algo: Algorithm, env_id: str, kwargs: dict[str, Any]) -> None:
-    model = algo.make(env_id, **kwargs)
+    own = algo.normalizing_as_ppo() if "normalize_advantage" in kwargs else {}
+    model = algo.make(env_id, **kwargs, **own)
     before = copy_parameters(model)
     model.learn(32)
     assert_trained(model, before)
@@ -100,7 +101,7 @@ def test_schedules(algo: Algorithm) -> None:
 
 
 def test_learning_rate_zero_changes_nothing(algo: Algorithm) -> None:
-    model = algo.make(SpaceEnv(), learning_rate=0.0)
+    model = algo.make(SpaceEnv(), **algo.no_learning())
     before = copy_parameters(model)
     model.learn(32)
     assert unchanged(model, before) == list(before)
@@ -131,7 +132,8 @@ def test_target_kl_stops_early(algo: Algorithm, capsys: pytest.CaptureFixture[st
 
 
 def test_rollout_of_one_step_without_normalisation(algo: Algorithm) -> None:
-    model = algo.make(SpaceEnv(), n_steps=1, batch_size=1, normalize_advantage=False)
+    kwargs = {"normalize_advantage": False, **algo.normalizing_as_ppo()}
+    model = algo.make(SpaceEnv(), n_steps=1, batch_size=1, **kwargs)
     before = copy_parameters(model)
     model.learn(4)
     assert model.num_timesteps == 4

@@ -25,7 +25,14 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 
 from tests.battery.algorithms import Algorithm
 from tests.battery.envs import OBSERVATION_SPACES, SpaceEnv, box_env, copies
-from tests.battery.helpers import assert_same, assert_trained, copy_parameters, torch_objects, unchanged
+from tests.battery.helpers import (
+    assert_same,
+    assert_trained,
+    auxiliary_head,
+    copy_parameters,
+    torch_objects,
+    unchanged,
+)
 
 SPACES = ["vector", "discrete", "image_channels_last", "image_channels_first", "dict"]
 ACTIONS_AND_SDE = [("box", False), ("box", True), ("discrete", False), ("multidiscrete", False), ("multibinary", False)]
@@ -64,10 +71,10 @@ def test_every_policy(algo: Algorithm, space: str, action_space: str, use_sde: b
 
 
 @pytest.mark.parametrize("share", [True, False], ids=["shared", "unshared"])
-def test_average_alone(own_algo: Algorithm, share: bool, tmp_path: pathlib.Path) -> None:
+def test_average_alone(average_algo: Algorithm, share: bool, tmp_path: pathlib.Path) -> None:
     for space in ("vector", "dict"):
         env = SpaceEnv(OBSERVATION_SPACES[space], "box")
-        model = own_algo.make(env, policy_kwargs={"share_features_extractor": share}).learn(32)
+        model = average_algo.make(env, policy_kwargs=average_algo.sharing(share)).learn(32)
         average = model.proximal_policy
         average.save(tmp_path / "average.pkl")
         loaded = type(average).load(tmp_path / "average.pkl", device="cpu")
@@ -100,9 +107,9 @@ def test_every_kind_of_path(algo: Algorithm, tmp_path: pathlib.Path) -> None:
 @pytest.mark.filterwarnings("error")
 def test_no_warnings(algo: Algorithm, tmp_path: pathlib.Path) -> None:
     """A file that stays open, a missing part or a deprecated call would warn."""
-    model = algo.make(SpaceEnv()).learn(16)
+    model = algo.make(SpaceEnv()).learn(32)
     model.save(tmp_path / "model")
-    loaded = algo.cls.load(tmp_path / "model", env=SpaceEnv(), device="cpu").learn(16)
+    loaded = algo.cls.load(tmp_path / "model", env=SpaceEnv(), device="cpu").learn(32)
     loaded.save(str(tmp_path / "model"))
     algo.cls.load(str(tmp_path / "model"), device="cpu")
     model.set_parameters(str(tmp_path / "model"))
@@ -157,7 +164,7 @@ def test_hyperparameters_are_kept(algo: Algorithm, tmp_path: pathlib.Path) -> No
         "batch_size": 6,
         "n_epochs": 4,
     }
-    kwargs |= algo.kwargs
+    kwargs |= {**algo.kwargs, **algo.normalizing_as_ppo()}
     algo.make(SpaceEnv(), clip_range=0.3, clip_range_vf=0.4, learning_rate=1e-3, **kwargs).save(tmp_path / "model")
     loaded = algo.cls.load(tmp_path / "model", device="cpu")
     assert {name: getattr(loaded, name) for name in kwargs} == kwargs
@@ -256,7 +263,7 @@ def test_another_number_of_environments(algo: Algorithm, before: int, after: int
     parameters = copy_parameters(model)
     model.learn(16 * after)
     assert model.num_timesteps == 16 * after
-    assert_trained(model, parameters)
+    assert_trained(model, parameters, phase=False)
 
 
 def test_sde_with_another_number_of_environments(algo: Algorithm, tmp_path: pathlib.Path) -> None:
@@ -277,9 +284,11 @@ def test_other_spaces_are_refused(algo: Algorithm, tmp_path: pathlib.Path) -> No
 
 
 def test_parameters_are_those_of_ppo_and_more(algo: Algorithm) -> None:
-    parameters, reference = (entry.make(SpaceEnv()).learn(16).get_parameters() for entry in (algo, Algorithm(PPO)))
+    entries = (algo.with_plain_policy(), Algorithm(PPO))
+    parameters, reference = (entry.make(SpaceEnv()).learn(16).get_parameters() for entry in entries)
     assert set(reference) == {"policy", "policy.optimizer"} <= set(parameters)
-    assert list(parameters["policy"]) == list(reference["policy"])
+    own = list(parameters["policy"])
+    assert own == [*reference["policy"], *auxiliary_head(own)]
     assert set(parameters["policy.optimizer"]) == set(reference["policy.optimizer"])
     assert all(isinstance(state, dict) for state in parameters.values())
 
@@ -300,7 +309,7 @@ def test_set_parameters(algo: Algorithm, tmp_path: pathlib.Path) -> None:
 
 
 def test_set_some_parameters(algo: Algorithm) -> None:
-    model = algo.make(SpaceEnv()).learn(16)
+    model = algo.with_plain_policy().make(SpaceEnv()).learn(16)  # a shared trunk has several names
     before = copy_parameters(model)
     *names, last = before
     random = {name: th.rand_like(before[name]) for name in names}
@@ -424,6 +433,10 @@ def test_model_in_memory(algo: Algorithm) -> None:
 def test_file_of_ppo(own_algo: Algorithm, tmp_path: pathlib.Path) -> None:
     ppo = Algorithm(PPO).make(SpaceEnv()).learn(32)
     ppo.save(tmp_path / "model")
+    if own_algo.has_phases:
+        with pytest.raises(ValueError, match="auxiliary value head"):
+            own_algo.cls.load(tmp_path / "model", env=SpaceEnv(), device="cpu")
+        return
     with pytest.warns(UserWarning, match="started afresh"):
         model = own_algo.cls.load(tmp_path / "model", env=SpaceEnv(), device="cpu")
     for policy in (model.policy, model.proximal_policy):
@@ -438,7 +451,7 @@ def test_file_of_ppo(own_algo: Algorithm, tmp_path: pathlib.Path) -> None:
 def test_compiled_policy(algo: Algorithm, tmp_path: pathlib.Path) -> None:
     model = algo.make(SpaceEnv())
     model.policy = th.compile(model.policy, backend="eager")
-    model.learn(16)
+    model.learn(32)
     model.save(tmp_path / "model")
     loaded = algo.cls.load(tmp_path / "model", env=gym.wrappers.TimeLimit(SpaceEnv(), 8), device="cpu")
     assert_same(dict(loaded.policy.state_dict()), dict(model.policy._orig_mod.state_dict()))

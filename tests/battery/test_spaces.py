@@ -11,6 +11,7 @@ from stable_baselines3.common.envs import BitFlippingEnv
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import VecTransposeImage, is_vecenv_wrapped
 
+from sb3_ppo_ewma import ImpalaCNN
 from tests.battery.algorithms import Algorithm
 from tests.battery.envs import ACTION_SPACES, OBSERVATION_SPACES, VECTOR, SpaceEnv
 from tests.battery.helpers import assert_same, assert_trained, copy_parameters
@@ -30,6 +31,26 @@ def test_trains_on_every_pair_of_spaces(algo: Algorithm, observation_space: str,
     for deterministic in (False, True):
         action, _ = model.predict(observation, deterministic=deterministic)
         assert env.action_space.contains(action)
+
+
+IMPALA_SPACES = {
+    "channels_last": OBSERVATION_SPACES["image_channels_last"],
+    "channels_first": OBSERVATION_SPACES["image_channels_first"],
+    "grid": spaces.Box(0, 1, (5, 5, 4), np.bool_),  # as in MinAtar; no image for SB3
+}
+IMPALA_PAIRS = [("channels_last", name) for name in ACTION_SPACES] + [("channels_first", "box"), ("grid", "discrete")]
+
+
+@pytest.mark.parametrize(("observation_space", "action_space"), IMPALA_PAIRS)
+def test_impala_policy(own_algo: Algorithm, observation_space: str, action_space: str) -> None:
+    env = SpaceEnv(IMPALA_SPACES[observation_space], action_space)
+    extractor_kwargs = {"channels": (4, 4), "n_blocks": 1, "features_dim": 8}
+    model = own_algo.make(env, policy="ImpalaPolicy", policy_kwargs={"features_extractor_kwargs": extractor_kwargs})
+    assert any(isinstance(module, ImpalaCNN) for module in model.policy.modules())
+    before = copy_parameters(model)
+    model.learn(32)
+    assert_trained(model, before)
+    assert env.action_space.contains(model.predict(env.observation())[0])
 
 
 def test_actions_stay_within_the_bounds(algo: Algorithm) -> None:
