@@ -1,6 +1,10 @@
-"""How much memory is left."""
+"""How much memory is left, and giving back what is not needed."""
 
+import ctypes
+import functools
+import os
 import pathlib
+from collections.abc import Callable
 
 _CGROUP = pathlib.Path("/sys/fs/cgroup")
 
@@ -29,3 +33,21 @@ def available_memory(
         statistics = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
         limits.append(int(maximum) - current + int(statistics.get("inactive_file", 0)))
     return min(limits, default=None)
+
+
+def return_free_memory() -> None:
+    """
+    Give memory that was freed, but that the C library keeps, back to the system; does nothing where it cannot.
+
+    glibc before 2.38 cannot fill the hole of a freed aligned block, which torch's are, with one of the same size
+    (https://sourceware.org/bugzilla/show_bug.cgi?id=14581). The holes that minibatches leave would add up to as much as
+    a large phase itself.
+    """
+    trim = _malloc_trim()
+    if trim is not None:
+        trim(0)
+
+
+@functools.cache
+def _malloc_trim() -> Callable[[int], int] | None:
+    return getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None

@@ -16,6 +16,7 @@ from torch.distributions import Distribution
 from sb3_ppo_ewma import losses
 from sb3_ppo_ewma._arguments import check_integer, check_number, check_schedule
 from sb3_ppo_ewma.distributions import distribution_parameters, torch_distributions, with_parameters
+from sb3_ppo_ewma.memory import return_free_memory
 from sb3_ppo_ewma.policies import PPGCnnPolicy, PPGImpalaPolicy, PPGMultiInputPolicy, PPGPolicy
 from sb3_ppo_ewma.ppo_ewma import EVALUATION_BATCH_SIZE, EwmaMixin, TrainStatistics
 from sb3_ppo_ewma.rollouts import PhaseBuffer, Rollout
@@ -25,6 +26,10 @@ SelfPPG = TypeVar("SelfPPG", bound="PPG")
 # Minibatches per rollout in the auxiliary phase, of the default batch size: those of the paper have
 # 16 of the 256 sequences of a rollout.
 _AUX_MINIBATCHES = 16
+# Bytes of a phase from which on what minibatches leave behind counts, and after how many of them it is given back:
+# rarely enough to cost next to no time, often enough to stay below what one minibatch needs anyway
+_LARGE_PHASE = 2**27
+_MINIBATCHES_PER_RETURN = 2
 # How often a long auxiliary phase shows how far it is
 _REPORTS_PER_EPOCH = 20
 
@@ -87,6 +92,7 @@ class AuxiliaryPhaseMixin(EwmaMixin):
         # Counters, saved with the other attributes: phases so far, rollouts stored in the present one
         self._n_phases = 0
         self._n_phase_rollouts = 0
+        self._n_minibatches = 0
         self._progress_bars: list[Any] = []
         if kwargs.get("normalize_advantage") is False and advantage_decay == 0.0:
             advantage_decay = None  # SB3's switch goes before a default of ours
@@ -164,6 +170,17 @@ class AuxiliaryPhaseMixin(EwmaMixin):
         for name, values in statistics.read().items():
             self.logger.record(f"aux/{name}", values.mean())
 
+    def _optimize(self, loss: th.Tensor, optimizer: th.optim.Optimizer, terms: dict[str, th.Tensor]) -> None:
+        super()._optimize(loss, optimizer, terms)
+        self._return_memory()
+
+    def _return_memory(self) -> None:
+        # After every minibatch, of both phases
+        self._n_minibatches += 1
+        is_large = self.phase_buffer is not None and self.phase_buffer.nbytes >= _LARGE_PHASE
+        if is_large and self.device.type == "cpu" and self._n_minibatches % _MINIBATCHES_PER_RETURN == 0:
+            return_free_memory()
+
     @th.no_grad()
     def _old_distribution_parameters(self, buffer: PhaseBuffer, batch_size: int) -> list[th.Tensor]:
         """
@@ -177,6 +194,7 @@ class AuxiliaryPhaseMixin(EwmaMixin):
         for start in range(0, buffer.n_samples, step):
             self.policy.get_distribution(buffer.observations(slice(start, start + step), self.device))
             parts.append(distribution_parameters(self._distributions()))
+            self._return_memory()
         self.policy.set_training_mode(True)
         return [th.cat(tensors) for tensors in zip(*parts, strict=True)]
 
@@ -248,7 +266,7 @@ class AuxiliaryPhaseMixin(EwmaMixin):
             callback.pbar.set_description(text)
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "aux_lr_schedule", "_progress_bars"]
+        return [*super()._excluded_save_params(), "aux_lr_schedule", "_progress_bars", "_n_minibatches"]
 
     def _start_afresh(self, name: str) -> None:
         if name == "aux_optimizer":

@@ -1,4 +1,4 @@
-from sb3_ppo_ewma.memory import available_memory
+from sb3_ppo_ewma.memory import available_memory, return_free_memory
 
 
 def test_the_smaller_of_machine_and_container(tmp_path):
@@ -18,3 +18,13 @@ def test_the_smaller_of_machine_and_container(tmp_path):
 def test_this_machine():
     available = available_memory()
     assert available is None or available > 2**20
+
+
+def test_free_memory_is_returned_where_the_c_library_can(monkeypatch):
+    return_free_memory()
+    calls = []
+    monkeypatch.setattr("sb3_ppo_ewma.memory._malloc_trim", lambda: calls.append)
+    return_free_memory()
+    assert calls == [0]
+    monkeypatch.setattr("sb3_ppo_ewma.memory._malloc_trim", lambda: None)
+    return_free_memory()

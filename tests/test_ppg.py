@@ -458,6 +458,16 @@ def test_phase_reserves_memory_when_it_is_needed():
     assert model.phase_buffer.nbytes == 3 * ROLLOUT * (4 * 4 + 4)
 
 
+@pytest.mark.parametrize("is_large", [True, False])
+def test_large_phases_give_back_what_minibatches_leave(is_large, monkeypatch):
+    returned = []
+    monkeypatch.setattr("sb3_ppo_ewma.ppg.return_free_memory", lambda: returned.append(1))
+    monkeypatch.setattr("sb3_ppo_ewma.ppg._LARGE_PHASE", 0 if is_large else 2**40)
+    make().learn(3 * ROLLOUT)
+    # Every second one of 3 * 2 in the policy phase, one that evaluates the old policy, and 2 * 48 in the auxiliary one
+    assert len(returned) == (103 // 2 if is_large else 0)
+
+
 # ---------------------------------------------------------------------- from and to the others
 
 
