@@ -1,14 +1,14 @@
 """
-How much memory does a phase of PPG take beyond what it has to store? Observations have the size of Procgen's, 64x64x3 of
-uint8, and come from a small pool of random frames, so that the environment costs nothing. From the root of the
+How much memory does a phase of PPG take beyond what it has to store? Observations have the size of Procgen's, 64x64x3
+of uint8, and come from a small pool of random frames, so that the environment costs nothing. From the root of the
 repository:
 
     python -m benchmarks.memory
 
-The process trains until one auxiliary phase has ended. Stored bytes are those of the observations, in their own dtype, and
-of one float32 value target each. The ratio is (peak - before) / stored, where "before" is the resident set size (RSS) when
-training begins, after model and environments were built, and "peak" the greatest RSS from then on: rollout buffer,
-activations, gradients and optimisers count too, as do libraries that are loaded or set up only when they are first used.
+The process trains until one auxiliary phase has ended. Stored bytes are those of the observations, in their own dtype,
+and of one float32 value target each. The ratio is (peak - before) / stored, where "before" is the resident set size
+(RSS) when training begins, after model and environments were built, and "peak" the greatest RSS from then on: rollout
+buffer, activations, gradients and optimisers count too, as do libraries that are set up when they are first used.
 """
 
 import argparse
@@ -115,7 +115,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--n-envs", type=int, default=64)
     parser.add_argument("--n-steps", type=int, default=48)
     parser.add_argument("--n-policy-iterations", type=int, default=32)
-    parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--aux-batch-size", type=int, help="default: that of PPG, a sixteenth of a rollout")
     parser.add_argument("--output", type=Path, default=HERE / "results" / "memory.json")
     return parser.parse_args()

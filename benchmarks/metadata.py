@@ -26,7 +26,11 @@ def metadata() -> dict[str, Any]:
         "commit": _git("rev-parse", "HEAD"),
         "uncommitted_changes": _git("status", "--porcelain", "--", *_SOURCES) != "",
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
-        "hardware": {"cpu": _cpu_model(), "cores": os.cpu_count(), "system": f"{platform.system()} {platform.machine()}"},
+        "hardware": {
+            "cpu": _cpu_model(),
+            "cores": os.cpu_count(),
+            "system": platform.platform(aliased=True, terse=True),
+        },
     }
 
 
@@ -52,6 +56,10 @@ def _git(*arguments: str) -> str:
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return result.stdout.strip()
+
+
+def _system() -> str:
+    return " ".join([platform.system(), platform.machine(), *platform.libc_ver()]).strip()
 
 
 def _cpu_model() -> str:

@@ -23,7 +23,7 @@ from rliable import library, metrics
 from benchmarks.metadata import command
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  # after the choice of the backend
+import matplotlib.pyplot as plt  # after the choice of the backend
 
 HERE = Path(__file__).parent
 BASELINE = "ppo"
@@ -163,11 +163,11 @@ def report(evaluations: pd.DataFrame, metadata: dict[str, Any], reps: int) -> st
         f"Written by `{command()}` from `evaluations.csv` and `metadata.json`; not edited. How it is done and which "
         "settings the algorithms have: [../../README.md](../../README.md).",
         "",
-        f"Final performance: mean reward of the evaluations ({episodes} episodes each, deterministic actions) in the last "
-        "tenth of training. Area: under the curve of evaluations, divided by its length. IQM: interquartile mean of the "
-        f"runs. In brackets: 95 % interval of a stratified bootstrap with {reps} resamples ({min(reps, FEW_REPS)} for "
-        "probabilities and curves); with so few runs it is rather too narrow than too wide. The runs are the sample: "
-        "intervals tell about other seeds, not about other environments or settings.",
+        f"Final performance: mean reward of the evaluations ({episodes} episodes each, deterministic actions) in the "
+        "last tenth of training. Area: under the curve of evaluations, divided by its length. IQM: interquartile mean "
+        f"of the runs. In brackets: 95 % interval of a stratified bootstrap with {reps} resamples "
+        f"({min(reps, FEW_REPS)} for probabilities and curves); with so few runs, rather too narrow than too wide. "
+        "The runs are the sample: intervals tell about other seeds, not about other environments or settings.",
         "",
         "![Learning curves](learning_curves.png)",
     ]
@@ -214,8 +214,8 @@ def verdicts(final_iqm: dict[str, Estimate], improvements: dict[str, Estimate]) 
         "overlap": f"the intervals of the IQM and of {NAMES[BASELINE]}'s overlap",
     }
     return [
-        f"- {NAMES[algo]}: {relations[final_iqm[algo].against(final_iqm[BASELINE])]}. Probability that a run ends better "
-        f"than one of {NAMES[BASELINE]}: {improvements[algo]}, {one_half(improvements[algo])}."
+        f"- {NAMES[algo]}: {relations[final_iqm[algo].against(final_iqm[BASELINE])]}. Probability that a run ends "
+        f"better than one of {NAMES[BASELINE]}: {improvements[algo]}, {one_half(improvements[algo])}."
         for algo in NAMES
         if algo in improvements
     ]
@@ -236,8 +236,8 @@ def overall(finals: pd.DataFrame, reps: int) -> list[str]:
     if not improvements:
         return [f"No seed has runs of {NAMES[BASELINE]} and of another algorithm in all environments."]
     return [
-        f"Probability that a run ends better than one of {NAMES[BASELINE]}, averaged over the environments (the rewards "
-        "themselves have no common scale):",
+        f"Probability that a run ends better than one of {NAMES[BASELINE]}, averaged over the environments (the "
+        "rewards themselves have no common scale):",
         "",
         *(f"- {NAMES[algo]}: {found}, {one_half(found)}" for algo, found in improvements.items()),
     ]

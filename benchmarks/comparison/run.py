@@ -135,7 +135,6 @@ def main() -> None:
         return
     start = {**metadata(), "jobs": args.jobs, "threads_per_run": int(ONE_THREAD["OMP_NUM_THREADS"])}
     results.begin({run: settings_of(run, args) for run in pending}, start)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # through the finally of train_all
     failures = train_all(pending, args, results)
     for run, reason in failures.items():
         print(f"\n=== {run} failed: {reason}", file=sys.stderr)
@@ -232,7 +231,8 @@ def train_command(run: Run, folder: Path, args: argparse.Namespace) -> list[str]
         "--device": "cpu",
         "--verbose": 0,
     }
-    return [sys.executable, "-m", "sb3_ppo_ewma.zoo", "train", *(str(word) for pair in options.items() for word in pair)]
+    words = (str(word) for option in options.items() for word in option)
+    return [sys.executable, "-m", "sb3_ppo_ewma.zoo", "train", *words]
 
 
 def collect(child: Child, args: argparse.Namespace, results: Results, wall_seconds: float) -> str:
@@ -258,4 +258,5 @@ def collect(child: Child, args: argparse.Namespace, results: Results, wall_secon
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # through train_all's finally
     main()
