@@ -240,7 +240,9 @@ class AuxiliaryPhaseMixin(EwmaMixin):
         return result
 
     def _announce_phase(self, total_timesteps: int) -> None:
-        n_missing = self.n_policy_iterations - len(cast(PhaseBuffer, self.phase_buffer)) + self.staleness
+        n_missing = self.n_policy_iterations - len(cast(PhaseBuffer, self.phase_buffer))
+        if self.stale_rollouts is not None:
+            n_missing += self.stale_rollouts.missing
         n_steps = n_missing * self.n_steps * self.n_envs
         if self.verbose >= 1 and self.num_timesteps + n_steps > total_timesteps:
             print(

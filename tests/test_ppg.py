@@ -198,6 +198,8 @@ def test_phase_out_of_reach_is_said(capsys):
     assert "next auxiliary phase is 96 steps away" in capsys.readouterr().out
     make(verbose=1).learn(3 * ROLLOUT)
     make(verbose=0).learn(2 * ROLLOUT)
+    model = make(verbose=1, staleness=1, n_policy_iterations=2).learn(3 * ROLLOUT)
+    model.learn(2 * ROLLOUT, reset_num_timesteps=False)
     assert "next auxiliary phase" not in capsys.readouterr().out
 
 
