@@ -113,7 +113,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--policy", default="CnnPolicy", choices=["CnnPolicy", "ImpalaPolicy"])
     parser.add_argument("--n-envs", type=int, default=64)
-    parser.add_argument("--n-steps", type=int, default=48)
+    parser.add_argument("--n-steps", type=int, default=64)
     parser.add_argument("--n-policy-iterations", type=int, default=32)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--aux-batch-size", type=int, help="default: that of PPG, a sixteenth of a rollout")

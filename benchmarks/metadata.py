@@ -58,10 +58,6 @@ def _git(*arguments: str) -> str:
     return result.stdout.strip()
 
 
-def _system() -> str:
-    return " ".join([platform.system(), platform.machine(), *platform.libc_ver()]).strip()
-
-
 def _cpu_model() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []

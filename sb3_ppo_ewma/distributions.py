@@ -6,7 +6,6 @@ from typing import Any, TypeVar
 
 import torch as th
 from stable_baselines3.common.distributions import DiagGaussianDistribution
-from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import nn
 from torch.distributions import Bernoulli, Categorical, Distribution, Normal
 from torch.nn import functional as F
@@ -62,19 +61,18 @@ def standard_deviation(policy: Any) -> th.Tensor:
     return th.exp(policy.log_std)
 
 
-def torch_distributions(policy: ActorCriticPolicy, needed_by: str) -> list[Distribution]:
+def torch_distributions(action_dist: Any, needed_by: str) -> list[Distribution]:
     """
-    :param policy: SB3 policy
+    :param action_dist: SB3's action distribution after a forward pass
     :param needed_by: for the message
-    :return: the torch distributions of the policy's last forward pass, one for each group of action dimensions
-    :raises ValueError: if the policy keeps them elsewhere
+    :return: the torch distributions inside, one for each group of action dimensions
+    :raises ValueError: if there is none
     """
-    holder: Any = policy.action_dist
-    distributions = getattr(holder, "distributions", None) or getattr(holder, "distribution", None)
+    distributions = getattr(action_dist, "distributions", None) or getattr(action_dist, "distribution", None)
     if distributions is None:
         raise ValueError(
-            f"{needed_by} needs the action distribution of the policy, but {type(policy).__name__} does not leave it "
-            "in action_dist"
+            f"{needed_by} needs the distribution of the actions, but the policy left none in its "
+            f"{type(action_dist).__name__}"
         )
     return [distributions] if isinstance(distributions, Distribution) else list(distributions)
 
@@ -98,7 +96,8 @@ def with_parameters(like: Sequence[Distribution], parameters: Sequence[th.Tensor
     """
     remaining = iter(parameters)
     kinds: list[Any] = [_kind(d) for d in like]
-    return [kind(**{name: next(remaining) for name in _PARAMETERS[kind]}) for kind in kinds]
+    # Without validation, which would wait for an accelerator: these are parameters of distributions already.
+    return [kind(**{name: next(remaining) for name in _PARAMETERS[kind]}, validate_args=False) for kind in kinds]
 
 
 def _kind(distribution: Distribution) -> type[Distribution]:

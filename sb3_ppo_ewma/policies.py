@@ -18,7 +18,7 @@ from torch import nn
 from sb3_ppo_ewma._arguments import check_choice, check_integer
 from sb3_ppo_ewma.distributions import SoftplusDiagGaussianDistribution
 from sb3_ppo_ewma.random_state import preserved_generators
-from sb3_ppo_ewma.torch_layers import ImpalaCNN, features_extractor_class, normalize_fan_in
+from sb3_ppo_ewma.torch_layers import ImpalaCNN, normalize_fan_in
 
 CriticArch = Literal["dual", "shared", "detach"]
 StdActivation = Literal["exp", "softplus"]
@@ -35,6 +35,8 @@ class PPGPolicy(ActorCriticPolicy):
     The trunk is the features extractor, with the layers of ``trunk_arch`` behind it; ``net_arch`` is what follows
     separately for policy and value. Where the trunk has no weights (vector observations without ``trunk_arch``) the
     three architectures coincide.
+
+    Arguments behind ``net_arch`` are given by keyword.
 
     Source: Cobbe et al. 2020, https://arxiv.org/abs/2009.04416, and its released code.
 
@@ -75,8 +77,10 @@ class PPGPolicy(ActorCriticPolicy):
                 f"share_features_extractor={share_features_extractor} contradicts critic_arch={critic_arch!r}: "
                 f"leave it out, or use critic_arch={'dual' if shares else 'shared'!r}"
             )
+        if not isinstance(trunk_arch, list | tuple | None):
+            raise TypeError(f"trunk_arch must be a list of integers >= 1 or None, got {trunk_arch!r}")
         for units in trunk_arch or []:
-            check_integer("trunk_arch", units, minimum=1)
+            check_integer("every number in trunk_arch", units, minimum=1)
         self.critic_arch: CriticArch = critic_arch
         self.trunk_arch = list(trunk_arch or [])
         self.std_activation: StdActivation = std_activation
@@ -247,15 +251,3 @@ class DetachedCriticMlpExtractor(MlpExtractor):
         :return: last layer of the value network, (batch, latent_dim_vf)
         """
         return super().forward_critic(features.detach())
-
-
-def with_features_extractor(policy_kwargs: dict[str, Any]) -> dict[str, Any]:
-    """
-    :param policy_kwargs: keyword arguments of a policy, in which ``features_extractor_class`` may be a name
-    :return: the same with the class of that name
-    :raises ValueError: for an unknown name
-    """
-    if "features_extractor_class" not in policy_kwargs:
-        return policy_kwargs
-    extractor = features_extractor_class(policy_kwargs["features_extractor_class"])
-    return {**policy_kwargs, "features_extractor_class": extractor}

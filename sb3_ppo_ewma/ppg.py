@@ -1,5 +1,6 @@
 """Phasic Policy Gradient: an auxiliary phase as a mixin on the decoupled core, PPG and PPG-EWMA."""
 
+import math
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Literal, TypeVar, cast
@@ -11,25 +12,21 @@ from stable_baselines3.common.callbacks import BaseCallback, ProgressBarCallback
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import MaybeCallback, Schedule
 from stable_baselines3.common.utils import FloatSchedule, update_learning_rate
-from torch.distributions import Distribution
 
 from sb3_ppo_ewma import losses
 from sb3_ppo_ewma._arguments import check_integer, check_number, check_schedule
 from sb3_ppo_ewma.distributions import distribution_parameters, torch_distributions, with_parameters
-from sb3_ppo_ewma.memory import return_free_memory
 from sb3_ppo_ewma.policies import PPGCnnPolicy, PPGImpalaPolicy, PPGMultiInputPolicy, PPGPolicy
 from sb3_ppo_ewma.ppo_ewma import EVALUATION_BATCH_SIZE, EwmaMixin, TrainStatistics
 from sb3_ppo_ewma.rollouts import PhaseBuffer, Rollout
 
 SelfPPG = TypeVar("SelfPPG", bound="PPG")
 
+_PHASE = "the auxiliary phase"
+
 # Minibatches per rollout in the auxiliary phase, of the default batch size: those of the paper have
 # 16 of the 256 sequences of a rollout.
 _AUX_MINIBATCHES = 16
-# Bytes of a phase from which on what minibatches leave behind counts, and after how many of them it is given back:
-# rarely enough to cost next to no time, often enough to stay below what one minibatch needs anyway
-_LARGE_PHASE = 2**27
-_MINIBATCHES_PER_RETURN = 2
 # How often a long auxiliary phase shows how far it is
 _REPORTS_PER_EPOCH = 20
 
@@ -67,6 +64,14 @@ class AuxiliaryPhaseMixin(EwmaMixin):
     _own_states: ClassVar[tuple[str, ...]] = (*EwmaMixin._own_states, "aux_optimizer")
     _own_buffers: ClassVar[tuple[str, ...]] = (*EwmaMixin._own_buffers, "phase_buffer")
     _sb3_defaults: ClassVar[Mapping[str, Any]] = {"n_epochs": 1}
+    _default_advantage_decay: ClassVar[float | None] = 0.0
+
+    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
+        "MlpPolicy": PPGPolicy,
+        "CnnPolicy": PPGCnnPolicy,
+        "MultiInputPolicy": PPGMultiInputPolicy,
+        "ImpalaPolicy": PPGImpalaPolicy,
+    }
 
     def __init__(
         self,
@@ -92,10 +97,7 @@ class AuxiliaryPhaseMixin(EwmaMixin):
         # Counters, saved with the other attributes: phases so far, rollouts stored in the present one
         self._n_phases = 0
         self._n_phase_rollouts = 0
-        self._n_minibatches = 0
         self._progress_bars: list[Any] = []
-        if kwargs.get("normalize_advantage") is False and advantage_decay == 0.0:
-            advantage_decay = None  # SB3's switch goes before a default of ours
         super().__init__(*args, prox_decay=prox_decay, advantage_decay=advantage_decay, **kwargs)
 
     # ------------------------------------------------------------------ construction
@@ -170,17 +172,6 @@ class AuxiliaryPhaseMixin(EwmaMixin):
         for name, values in statistics.read().items():
             self.logger.record(f"aux/{name}", values.mean())
 
-    def _optimize(self, loss: th.Tensor, optimizer: th.optim.Optimizer, terms: dict[str, th.Tensor]) -> None:
-        super()._optimize(loss, optimizer, terms)
-        self._return_memory()
-
-    def _return_memory(self) -> None:
-        # After every minibatch, of both phases
-        self._n_minibatches += 1
-        is_large = self.phase_buffer is not None and self.phase_buffer.nbytes >= _LARGE_PHASE
-        if is_large and self.device.type == "cpu" and self._n_minibatches % _MINIBATCHES_PER_RETURN == 0:
-            return_free_memory()
-
     @th.no_grad()
     def _old_distribution_parameters(self, buffer: PhaseBuffer, batch_size: int) -> list[th.Tensor]:
         """
@@ -189,23 +180,25 @@ class AuxiliaryPhaseMixin(EwmaMixin):
         :return: parameters of π_old for all samples, (n_samples, ...) each
         """
         self.policy.set_training_mode(False)
+        parameters: list[th.Tensor] = []
         step = max(batch_size, EVALUATION_BATCH_SIZE)
-        parts = []
         for start in range(0, buffer.n_samples, step):
-            self.policy.get_distribution(buffer.observations(slice(start, start + step), self.device))
-            parts.append(distribution_parameters(self._distributions()))
-            self._return_memory()
+            rows = slice(start, start + step)
+            distribution = self.policy.get_distribution(buffer.observations(rows, self.device))
+            parts = distribution_parameters(torch_distributions(distribution, _PHASE))
+            # Not one tensor for each part: many small blocks that stay keep the large ones between them, which go, from
+            # being used again, and the process may grow to several times the size of the phase.
+            parameters = parameters or [part.new_empty((buffer.n_samples, *part.shape[1:])) for part in parts]
+            for parameter, part in zip(parameters, parts, strict=True):
+                parameter[rows] = part
         self.policy.set_training_mode(True)
-        return [th.cat(tensors) for tensors in zip(*parts, strict=True)]
-
-    def _distributions(self) -> list[Distribution]:
-        return torch_distributions(self.policy, "the auxiliary phase")
+        return parameters
 
     def _train_auxiliary_minibatch(
         self, buffer: PhaseBuffer, indices: np.ndarray, old_parameters: list[th.Tensor], statistics: TrainStatistics
     ) -> None:
-        _, values, aux_values = self.policy.evaluate_auxiliary(buffer.observations(indices, self.device))
-        current = self._distributions()
+        distribution, values, aux_values = self.policy.evaluate_auxiliary(buffer.observations(indices, self.device))
+        current = torch_distributions(distribution, _PHASE)
         rows = th.as_tensor(indices, device=self.device)
         kl = losses.analytic_kl(with_parameters(current, [p[rows] for p in old_parameters]), current)
         loss, stats = losses.auxiliary_loss(
@@ -225,6 +218,7 @@ class AuxiliaryPhaseMixin(EwmaMixin):
 
     def _setup_learn(self, *args: Any, **kwargs: Any) -> Any:
         result = super()._setup_learn(*args, **kwargs)
+        self.aux_lr_schedule = FloatSchedule(self.aux_learning_rate)  # may have been set by hand
         if self.phase_buffer is None:
             return result
         self.phase_buffer.check_memory(self.rollout_buffer)
@@ -243,11 +237,12 @@ class AuxiliaryPhaseMixin(EwmaMixin):
         n_missing = self.n_policy_iterations - len(cast(PhaseBuffer, self.phase_buffer))
         if self.stale_rollouts is not None:
             n_missing += self.stale_rollouts.missing
-        n_steps = n_missing * self.n_steps * self.n_envs
-        if self.verbose >= 1 and self.num_timesteps + n_steps > total_timesteps:
+        rollout = self.n_steps * self.n_envs
+        n_coming = math.ceil((total_timesteps - self.num_timesteps) / rollout)
+        if self.verbose >= 1 and n_missing > n_coming:
             print(
-                f"The next auxiliary phase is {n_steps} steps away (n_policy_iterations={self.n_policy_iterations} "
-                f"rollouts of {self.n_steps * self.n_envs} steps) and will not be reached"
+                f"The next auxiliary phase is {n_missing * rollout} steps away (n_policy_iterations="
+                f"{self.n_policy_iterations} rollouts of {rollout} steps) and will not be reached"
             )
 
     def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
@@ -268,7 +263,7 @@ class AuxiliaryPhaseMixin(EwmaMixin):
             callback.pbar.set_description(text)
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "aux_lr_schedule", "_progress_bars", "_n_minibatches"]
+        return [*super()._excluded_save_params(), "aux_lr_schedule", "_progress_bars"]
 
     def _start_afresh(self, name: str) -> None:
         if name == "aux_optimizer":
@@ -292,13 +287,6 @@ class PPG(AuxiliaryPhaseMixin, PPO):
     >>> from sb3_ppo_ewma import PPG
     >>> model = PPG("MlpPolicy", "CartPole-v1", n_steps=64, n_policy_iterations=2).learn(128)
     """
-
-    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
-        "MlpPolicy": PPGPolicy,
-        "CnnPolicy": PPGCnnPolicy,
-        "MultiInputPolicy": PPGMultiInputPolicy,
-        "ImpalaPolicy": PPGImpalaPolicy,
-    }
 
     def learn(
         self: SelfPPG,

@@ -37,10 +37,11 @@ from sb3_ppo_ewma.ewma import (
     center_of_mass_from_decay,
     decay_from_center_of_mass,
 )
-from sb3_ppo_ewma.policies import ImpalaPolicy, with_features_extractor
+from sb3_ppo_ewma.policies import ImpalaPolicy
 from sb3_ppo_ewma.random_state import preserved_generators
 from sb3_ppo_ewma.rollouts import Rollout, StaleRollouts, is_finite, observations_at
 from sb3_ppo_ewma.saving import SavedStateMixin, uncompiled
+from sb3_ppo_ewma.torch_layers import with_features_extractor
 
 KlEstimator = Literal["sample", "analytic"]
 StalenessMode = Literal["decoupled", "behavior", "proximal"]
@@ -161,6 +162,7 @@ class EwmaMixin(SavedStateMixin):
 
     # Defaults that differ from SB3's
     _sb3_defaults: ClassVar[Mapping[str, Any]] = {}
+    _default_advantage_decay: ClassVar[float | None] = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -183,6 +185,8 @@ class EwmaMixin(SavedStateMixin):
         given, arguments = bind_arguments(type(self), self._sb3_class(), ppo_args, ppo_kwargs)
         given = {**self._sb3_defaults, **given}
         arguments |= given
+        if not arguments["normalize_advantage"] and advantage_decay == self._default_advantage_decay:
+            advantage_decay = None  # SB3's switch goes before a default of ours
         self.prox_decay = prox_decay
         self.kl_coef = kl_coef
         self.kl_estimator: KlEstimator = kl_estimator
@@ -413,6 +417,7 @@ class EwmaMixin(SavedStateMixin):
     def train(self) -> None:
         """Update policy and value function with the next rollout; while a queue of stale rollouts fills, do nothing."""
         rollout = self._next_rollout()
+        self._n_rollouts += 1
         if rollout is None:
             return
         self.policy.set_training_mode(True)
@@ -532,7 +537,7 @@ class EwmaMixin(SavedStateMixin):
     ) -> th.Tensor:
         # Before the proximal policy is evaluated: SB3's policies keep their last distribution only.
         analytic = self.kl_coef > 0 and self.kl_estimator == "analytic"
-        current = torch_distributions(self.policy, _ANALYTIC) if analytic else []
+        current = torch_distributions(self.policy.action_dist, _ANALYTIC) if analytic else []
         log_prob_prox = self._log_prob_prox(samples, actions)
         proximal = self._proximal_distributions(samples, actions) if analytic else []
         loss, stats = losses.decoupled_policy_loss(
@@ -577,7 +582,7 @@ class EwmaMixin(SavedStateMixin):
         if self.policy_ewma is None and self.staleness == 0:
             # log π_prox came from the rollout; otherwise computing it has just left the distributions behind.
             self._log_prob_of(average, samples, actions)
-        return torch_distributions(cast(ActorCriticPolicy, cast(ParameterEwma, average).module), _ANALYTIC)
+        return torch_distributions(cast(Any, cast(ParameterEwma, average).module).action_dist, _ANALYTIC)
 
     def _exceeds_target_kl(
         self, samples: Any, log_prob: th.Tensor, mask: th.Tensor | None, statistics: TrainStatistics

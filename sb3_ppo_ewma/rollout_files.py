@@ -10,7 +10,7 @@ import pickle
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from io import BufferedIOBase
-from typing import Any, Protocol, TypeAlias, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar
 
 from stable_baselines3.common.buffers import RolloutBuffer
 
@@ -18,6 +18,21 @@ RolloutPath: TypeAlias = str | pathlib.Path | BufferedIOBase
 SelfKept = TypeVar("SelfKept", bound="KeptRollouts")
 
 _FORMAT_VERSION = 1
+# What a damaged or foreign pickle, or one of classes that have changed, can raise
+_UNREADABLE = (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, KeyError, TypeError)
+
+
+class Step(NamedTuple):
+    """
+    Where training stands. The same number of environment steps has two such states, before and after the training on
+    the rollout that ended there, and a checkpoint can be of either.
+
+    :param num_timesteps: environment steps
+    :param n_rollouts: rollouts that were handed to training
+    """
+
+    num_timesteps: int
+    n_rollouts: int
 
 
 class KeptRollouts(Protocol):
@@ -43,32 +58,32 @@ class KeptRollouts(Protocol):
         """
 
 
-def write_rollouts(path: RolloutPath, num_timesteps: int, parts: Mapping[str, KeptRollouts]) -> None:
+def write_rollouts(path: RolloutPath, step: Step, parts: Mapping[str, KeptRollouts]) -> None:
     """
     Atomic when ``path`` is a file name: a run that is killed leaves the old file whole.
 
     :param path: file name (``.pkl`` is added where there is no suffix) or open binary file
-    :param num_timesteps: the model's, checked by :func:`read_rollouts`
+    :param step: the model's, checked by :func:`read_rollouts`
     :param parts: what to write, by name
     """
     if isinstance(path, BufferedIOBase):
-        _write(path, num_timesteps, parts)
+        _write(path, step, parts)
         return
     path = _with_suffix(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
-            _write(file, num_timesteps, parts)
+            _write(file, step, parts)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _write(file: Any, num_timesteps: int, parts: Mapping[str, KeptRollouts]) -> None:
+def _write(file: Any, step: Step, parts: Mapping[str, KeptRollouts]) -> None:
     header = {
         "format": _FORMAT_VERSION,
-        "num_timesteps": num_timesteps,
+        "step": tuple(step),
         "parts": {name: len(part) for name, part in parts.items()},
     }
     pickle.dump(header, file, protocol=pickle.HIGHEST_PROTOCOL)
@@ -78,11 +93,11 @@ def _write(file: Any, num_timesteps: int, parts: Mapping[str, KeptRollouts]) -> 
 
 
 def read_rollouts(
-    path: RolloutPath, num_timesteps: int, parts: Mapping[str, KeptRollouts], model_buffer: RolloutBuffer
+    path: RolloutPath, step: Step, parts: Mapping[str, KeptRollouts], model_buffer: RolloutBuffer
 ) -> dict[str, KeptRollouts]:
     """
     :param path: as for :func:`write_rollouts`
-    :param num_timesteps: the model's
+    :param step: the model's
     :param parts: the model's parts, which stay as they are
     :param model_buffer: the model's rollout buffer, which the rollouts must fit
     :return: by name, parts with the rollouts of the file
@@ -91,24 +106,26 @@ def read_rollouts(
     with _opened(path) as file:
         try:
             header = pickle.load(file)
-            _check_header(path, header, num_timesteps, parts)
+            _check_header(header, step, parts)
             return {
                 name: parts[name].restored((pickle.load(file) for _ in range(count)), count, model_buffer)
                 for name, count in header["parts"].items()
             }
-        except (pickle.UnpicklingError, EOFError) as error:
-            raise ValueError(f"{path} is damaged or not a file of save_replay_buffer(): {error}") from error
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
+        except _UNREADABLE as error:
+            raise ValueError(f"{path} is damaged or not a file of save_replay_buffer(): {error}") from error
 
 
-def _check_header(path: RolloutPath, header: Any, num_timesteps: int, parts: Mapping[str, KeptRollouts]) -> None:
+def _check_header(header: Any, step: Step, parts: Mapping[str, KeptRollouts]) -> None:
     if not (isinstance(header, dict) and header.get("format") == _FORMAT_VERSION):
         raise ValueError(f"not a file of save_replay_buffer() (format {_FORMAT_VERSION})")
-    if header["num_timesteps"] != num_timesteps:
+    saved = Step(*header["step"])
+    if saved != step:
         raise ValueError(
-            f"belongs to num_timesteps={header['num_timesteps']}, the model is at {num_timesteps}: load the file that "
-            "was saved together with the model, or go on without"
+            f"belongs to num_timesteps={saved.num_timesteps} and {saved.n_rollouts} rollouts, the model is at "
+            f"{step.num_timesteps} and {step.n_rollouts}: load the file that was saved together with the model, or go "
+            "on without"
         )
     if set(header["parts"]) != set(parts):
         raise ValueError(f"has {sorted(header['parts'])}, the model keeps {sorted(parts)}")

@@ -311,7 +311,10 @@ class PhaseBuffer:
         for piece in pieces:
             given = {name: (array.shape, array.dtype) for name, array in piece.items()}
             if given != expected:
-                raise ValueError(f"has rollouts of {given}, the model expects {expected}")
+                raise ValueError(
+                    f"has rollouts of {given}, a model with n_steps={model_buffer.buffer_size}, "
+                    f"n_envs={model_buffer.n_envs} and its observation space expects {expected}"
+                )
             buffer._store(piece)
         return buffer
 

@@ -13,7 +13,8 @@ from stable_baselines3.common.type_aliases import GymEnv, TensorDict
 
 from sb3_ppo_ewma._arguments import is_clip_off
 from sb3_ppo_ewma.random_state import GeneratorStates, preserved_generators
-from sb3_ppo_ewma.rollout_files import KeptRollouts, RolloutPath, read_rollouts, write_rollouts
+from sb3_ppo_ewma.rollout_files import KeptRollouts, RolloutPath, Step, read_rollouts, write_rollouts
+from sb3_ppo_ewma.torch_layers import with_features_extractor
 
 SelfSavedState = TypeVar("SelfSavedState", bound="SavedStateMixin")
 
@@ -27,6 +28,8 @@ class SavedStateMixin(OnPolicyAlgorithm):
     """
 
     generators: GeneratorStates
+    # Number of times that train() was called, saved with the other attributes
+    _n_rollouts = 0
 
     # By attribute and, at the same time, by name in the saved file. An attribute that is None is not saved.
     _own_states: ClassVar[tuple[str, ...]] = ("generators",)
@@ -149,6 +152,8 @@ class SavedStateMixin(OnPolicyAlgorithm):
         :param kwargs: attributes to change
         :return: the model
         """
+        if kwargs.get("policy_kwargs"):
+            kwargs["policy_kwargs"] = with_features_extractor(kwargs["policy_kwargs"])
         model = super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
         if kwargs.get("seed") is not None:
             model.generators.pending = None
@@ -163,6 +168,9 @@ class SavedStateMixin(OnPolicyAlgorithm):
         buffers = {name: getattr(self, name) for name in self._own_buffers}
         return {name: buffer for name, buffer in buffers.items() if buffer is not None} or None
 
+    def _step(self) -> Step:
+        return Step(self.num_timesteps, self._n_rollouts)
+
     def save_replay_buffer(self, path: RolloutPath) -> None:
         """
         Save the rollouts that are kept from one iteration to the next, with the step they belong to.
@@ -172,11 +180,11 @@ class SavedStateMixin(OnPolicyAlgorithm):
         if self.replay_buffer is None:
             warnings.warn(f"{_NOTHING_KEPT}: nothing was saved", stacklevel=2)
             return
-        write_rollouts(path, self.num_timesteps, self.replay_buffer)
+        write_rollouts(path, self._step(), self.replay_buffer)
 
     def load_replay_buffer(self, path: RolloutPath, truncate_last_traj: bool = True) -> None:
         """
-        Load the rollouts that are kept from one iteration to the next.
+        Load the rollouts that are kept from one iteration to the next. The file is a pickle: load only what you trust.
 
         :param path: what :meth:`save_replay_buffer` wrote at the same step as the model
         :param truncate_last_traj: has no meaning here; part of SB3's interface
@@ -185,7 +193,7 @@ class SavedStateMixin(OnPolicyAlgorithm):
         if self.replay_buffer is None:
             warnings.warn(f"{_NOTHING_KEPT}: the file was not read", stacklevel=2)
             return
-        loaded = read_rollouts(path, self.num_timesteps, self.replay_buffer, self.rollout_buffer)
+        loaded = read_rollouts(path, self._step(), self.replay_buffer, self.rollout_buffer)
         for name, buffer in loaded.items():
             setattr(self, name, buffer)
 

@@ -287,3 +287,15 @@ def features_extractor_class(
     if not callable(name_or_class):
         raise TypeError(f"features_extractor_class must be a name or a class, got {name_or_class!r}")
     return cast(type[BaseFeaturesExtractor], name_or_class)
+
+
+def with_features_extractor(policy_kwargs: dict[str, Any]) -> dict[str, Any]:
+    """
+    :param policy_kwargs: keyword arguments of a policy, in which ``features_extractor_class`` may be a name
+    :return: the same with the class of that name
+    :raises ValueError: for an unknown name
+    """
+    if "features_extractor_class" not in policy_kwargs:
+        return policy_kwargs
+    extractor = features_extractor_class(policy_kwargs["features_extractor_class"])
+    return {**policy_kwargs, "features_extractor_class": extractor}

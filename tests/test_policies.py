@@ -590,3 +590,12 @@ def test_what_detaching_costs_is_only_the_gradient() -> None:
     shared, detached = (build(PPGPolicy, VECTOR, trunk_arch=[6], critic_arch=arch) for arch in ("shared", "detach"))
     assert isinstance(detached.mlp_extractor, MlpExtractor)
     assert_same(outputs(shared, VECTOR), outputs(detached, VECTOR))
+
+
+def test_ppo_ewma_takes_ppgs_policies():
+    policy_kwargs = {"net_arch": [8], "trunk_arch": [8], "critic_arch": "detach", "std_activation": "softplus"}
+    model = PPOEWMA(PPGPolicy, "Pendulum-v1", n_steps=16, batch_size=8, n_epochs=1, policy_kwargs=policy_kwargs, seed=0)
+    before = model.policy.aux_value_net.weight.detach().clone()
+    model.learn(16)
+    assert th.equal(model.policy.aux_value_net.weight, before)
+    assert model.logger.name_to_value["train/std"] == pytest.approx(1, abs=0.05)

@@ -12,7 +12,7 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import CheckpointCallback, ProgressBarCallback
 from stable_baselines3.common.env_util import make_vec_env
 
-from sb3_ppo_ewma import PPG, PPGEWMA, PPOEWMA, losses
+from sb3_ppo_ewma import PPG, PPGEWMA, PPOEWMA, AuxiliaryPhaseMixin, losses
 
 N_STEPS, N_ENVS = 16, 2
 ROLLOUT = N_STEPS * N_ENVS
@@ -128,11 +128,39 @@ def test_lost_phase_starts_anew_and_says_so_once(tmp_path):
     assert (loaded._n_phases, len(loaded.phase_buffer)) == (0, 2)
 
 
+def test_file_of_the_other_side_of_a_training_is_refused(tmp_path):
+    """A checkpoint at the last step of a rollout comes before its training, and has the same number of steps."""
+    model = make(n_policy_iterations=4)
+    model.learn(2 * ROLLOUT, CheckpointCallback(N_STEPS, str(tmp_path), save_replay_buffer=True))
+    model.save_replay_buffer(tmp_path / "after")
+    before = PPG.load(tmp_path / f"rl_model_{2 * ROLLOUT}_steps")
+    with pytest.raises(ValueError, match=r"num_timesteps=64 and 2 rollouts, the model is at 64 and 1"):
+        before.load_replay_buffer(tmp_path / "after")
+    with pytest.raises(ValueError, match=r"num_timesteps=64 and 1 rollouts, the model is at 64 and 2"):
+        model.load_replay_buffer(tmp_path / f"rl_model_replay_buffer_{2 * ROLLOUT}_steps")
+
+
+def test_training_ended_by_a_callback_in_the_middle_of_a_rollout():
+    model = make()
+    steps = []
+
+    def stop(_locals: dict[str, Any], _globals: dict[str, Any]) -> bool:
+        steps.append(1)
+        return len(steps) < N_STEPS + 5
+
+    model.learn(3 * ROLLOUT, stop)
+    assert (model._n_phases, len(model.phase_buffer)) == (0, 1)
+    model.learn(2 * ROLLOUT, reset_num_timesteps=False)
+    assert (model._n_phases, len(model.phase_buffer)) == (1, 0)
+
+
 def test_file_of_another_step_is_refused(tmp_path):
     model = make().learn(ROLLOUT)
     model.save_replay_buffer(tmp_path / "phase")
     model.learn(ROLLOUT, reset_num_timesteps=False)
-    with pytest.raises(ValueError, match=f"num_timesteps={ROLLOUT}, the model is at {2 * ROLLOUT}"):
+    with pytest.raises(
+        ValueError, match=f"num_timesteps={ROLLOUT} and 1 rollouts, the model is at {2 * ROLLOUT} and 2"
+    ):
         model.load_replay_buffer(tmp_path / "phase")
     assert len(model.phase_buffer) == 2
 
@@ -196,7 +224,7 @@ def test_without_auxiliary_epochs_there_is_no_phase():
 def test_phase_out_of_reach_is_said(capsys):
     make(verbose=1).learn(2 * ROLLOUT)
     assert "next auxiliary phase is 96 steps away" in capsys.readouterr().out
-    make(verbose=1).learn(3 * ROLLOUT)
+    make(verbose=1).learn(3 * ROLLOUT - 1)  # SB3 collects whole rollouts
     make(verbose=0).learn(2 * ROLLOUT)
     model = make(verbose=1, staleness=1, n_policy_iterations=2).learn(3 * ROLLOUT)
     model.learn(2 * ROLLOUT, reset_num_timesteps=False)
@@ -400,6 +428,24 @@ def test_progress_bar_shows_the_epochs(as_callback, monkeypatch):
     assert texts[-1] == ""
 
 
+def test_learning_rate_set_by_hand_holds_from_the_next_learning_on():
+    model = make().learn(3 * ROLLOUT)
+    model.aux_learning_rate = 1e-4
+    model.learn(3 * ROLLOUT)
+    assert model.aux_optimizer.param_groups[0]["lr"] == 1e-4
+
+
+def test_mixin_makes_a_ppg_of_other_classes():
+    class MyPPO(PPO):
+        pass
+
+    class MyPPG(AuxiliaryPhaseMixin, MyPPO):
+        pass
+
+    env = make_vec_env("CartPole-v1", n_envs=N_ENVS, seed=0)
+    assert MyPPG("MlpPolicy", env, **QUICK).learn(3 * ROLLOUT)._n_phases == 1
+
+
 # ---------------------------------------------------------------------- refusals
 
 
@@ -460,16 +506,6 @@ def test_phase_reserves_memory_when_it_is_needed():
     assert model.phase_buffer.nbytes == 3 * ROLLOUT * (4 * 4 + 4)
 
 
-@pytest.mark.parametrize("is_large", [True, False])
-def test_large_phases_give_back_what_minibatches_leave(is_large, monkeypatch):
-    returned = []
-    monkeypatch.setattr("sb3_ppo_ewma.ppg.return_free_memory", lambda: returned.append(1))
-    monkeypatch.setattr("sb3_ppo_ewma.ppg._LARGE_PHASE", 0 if is_large else 2**40)
-    make().learn(3 * ROLLOUT)
-    # Every second one of 3 * 2 in the policy phase, one that evaluates the old policy, and 2 * 48 in the auxiliary one
-    assert len(returned) == (103 // 2 if is_large else 0)
-
-
 # ---------------------------------------------------------------------- from and to the others
 
 
@@ -501,6 +537,8 @@ def test_sb3s_switch_of_normalisation_goes_before_our_default():
     model = make(normalize_advantage=False).learn(3 * ROLLOUT)
     assert model.advantage_moments is None
     assert model.normalize_advantage is False
+    by_position = PPG("MlpPolicy", "CartPole-v1", 3e-4, 16, 16, 1, 0.99, 0.95, 0.2, None, False)
+    assert by_position.advantage_decay is None
     with pytest.raises(ValueError, match=r"advantage_decay=0\.5 .* contradicts normalize_advantage=False"):
         make(normalize_advantage=False, advantage_decay=0.5)
 

@@ -7,7 +7,7 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
 
-from sb3_ppo_ewma.rollout_files import read_rollouts, write_rollouts
+from sb3_ppo_ewma.rollout_files import Step, read_rollouts, write_rollouts
 from sb3_ppo_ewma.rollouts import PhaseBuffer, Rollout, StaleRollouts, is_finite
 
 OBSERVATIONS = spaces.Box(-1, 1, (2,))
@@ -49,12 +49,12 @@ def filled_queue(staleness: int) -> StaleRollouts:
 
 def read_queue(path, staleness: int, num_timesteps: int = 16, **kwargs) -> StaleRollouts:
     parts = {"queue": StaleRollouts(staleness)}
-    return read_rollouts(path, num_timesteps, parts, make_rollout(**kwargs).buffer)["queue"]
+    return read_rollouts(path, Step(num_timesteps, 2), parts, make_rollout(**kwargs).buffer)["queue"]
 
 
 def test_queue_survives_a_file(tmp_path):
     path = tmp_path / "new_folder" / "queue"
-    write_rollouts(path, 16, {"queue": filled_queue(2)})
+    write_rollouts(path, Step(16, 2), {"queue": filled_queue(2)})
     assert [path.name for path in (tmp_path / "new_folder").iterdir()] == ["queue.pkl"]
     restored = read_queue(path, 2)
     assert restored.missing == 0
@@ -63,15 +63,15 @@ def test_queue_survives_a_file(tmp_path):
 
 def test_restored_rollouts_are_on_the_device_of_the_model(tmp_path):
     buffer = make_rollout().buffer
-    write_rollouts(tmp_path / "queue", 8, {"queue": filled_queue(1)})
+    write_rollouts(tmp_path / "queue", Step(8, 2), {"queue": filled_queue(1)})
     buffer.device = th.device("meta")
-    restored = read_rollouts(tmp_path / "queue", 8, {"queue": StaleRollouts(1)}, buffer)["queue"]
+    restored = read_rollouts(tmp_path / "queue", Step(8, 2), {"queue": StaleRollouts(1)}, buffer)["queue"]
     assert restored.waiting[0].buffer.device.type == "meta"
 
 
 def test_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "queue.pkl"
-    write_rollouts(path, 16, {"queue": filled_queue(1)})
+    write_rollouts(path, Step(16, 2), {"queue": filled_queue(1)})
 
     def interrupted(content, file, protocol):
         file.write(b"half")
@@ -79,23 +79,26 @@ def test_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
 
     monkeypatch.setattr("sb3_ppo_ewma.rollout_files.pickle.dump", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        write_rollouts(path, 16, {"queue": StaleRollouts(1)})
+        write_rollouts(path, Step(16, 2), {"queue": StaleRollouts(1)})
     assert list(tmp_path.iterdir()) == [path]
     assert read_queue(path, 1).waiting[0].buffer.rewards[0, 0] == 1.0
 
 
 def test_files_that_do_not_fit_are_refused(tmp_path):
     path = tmp_path / "queue.pkl"
-    write_rollouts(path, 16, {"queue": filled_queue(2)})
-    with pytest.raises(ValueError, match="num_timesteps=16, the model is at 24"):
+    write_rollouts(path, Step(16, 2), {"queue": filled_queue(2)})
+    with pytest.raises(ValueError, match="num_timesteps=16 and 2 rollouts, the model is at 24 and 2"):
         read_queue(path, 2, num_timesteps=24)
     with pytest.raises(ValueError, match="staleness=1 allows fewer"):
         read_queue(path, 1)
     with pytest.raises(ValueError, match=r"\(4, 2\), the model expects \(4, 3\)"):
         read_queue(path, 2, n_envs=3)
     with pytest.raises(ValueError, match=r"has \['queue'\], the model keeps \['phase', 'queue'\]"):
-        read_rollouts(path, 16, {"queue": StaleRollouts(2), "phase": PhaseBuffer(2)}, make_rollout().buffer)
+        read_rollouts(path, Step(16, 2), {"queue": StaleRollouts(2), "phase": PhaseBuffer(2)}, make_rollout().buffer)
     path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(ValueError, match=r"queue\.pkl is damaged"):
+        read_queue(path, 2)
+    path.write_bytes(path.read_bytes()[:200] + pickle.dumps(3))
     with pytest.raises(ValueError, match=r"queue\.pkl is damaged"):
         read_queue(path, 2)
     path.write_bytes(pickle.dumps({"not": "a queue"}))
@@ -172,10 +175,10 @@ def test_phase_keeps_the_dtype_of_observations_in_one_block():
 
 def test_phase_survives_a_file():
     file = io.BytesIO()
-    write_rollouts(file, 16, {"queue": filled_queue(1), "phase": phase_buffer(3, 2)})
+    write_rollouts(file, Step(16, 2), {"queue": filled_queue(1), "phase": phase_buffer(3, 2)})
     file.seek(0)
     parts = {"queue": StaleRollouts(1), "phase": PhaseBuffer(3)}
-    restored = read_rollouts(file, 16, parts, make_rollout().buffer)["phase"]
+    restored = read_rollouts(file, Step(16, 2), parts, make_rollout().buffer)["phase"]
     assert len(restored) == 2
     returns = restored.returns(slice(None), th.device("cpu"))
     assert sorted(returns.tolist()) == EVERY_SAMPLE[:16]
@@ -184,11 +187,11 @@ def test_phase_survives_a_file():
 
 def test_phases_that_do_not_fit_are_refused(tmp_path):
     path = tmp_path / "phase"
-    write_rollouts(path, 16, {"phase": phase_buffer(3, 2)})
+    write_rollouts(path, Step(16, 2), {"phase": phase_buffer(3, 2)})
     with pytest.raises(ValueError, match="has 2 rollouts of a phase, n_policy_iterations=2 allows fewer"):
-        read_rollouts(path, 16, {"phase": PhaseBuffer(2)}, make_rollout().buffer)
-    with pytest.raises(ValueError, match="the model expects"):
-        read_rollouts(path, 16, {"phase": PhaseBuffer(3)}, make_rollout(n_steps=5).buffer)
+        read_rollouts(path, Step(16, 2), {"phase": PhaseBuffer(2)}, make_rollout().buffer)
+    with pytest.raises(ValueError, match="a model with n_steps=5, n_envs=2 and its observation space expects"):
+        read_rollouts(path, Step(16, 2), {"phase": PhaseBuffer(3)}, make_rollout(n_steps=5).buffer)
     phase = phase_buffer(3, 1)
     with pytest.raises(ValueError, match="this phase stores"):
         phase.add(make_rollout(n_envs=1).buffer)

@@ -250,8 +250,8 @@ def test_search_and_train_the_trial_again(algo, storage, tmp_path):
             assert config["policy_kwargs"]["critic_arch"] == "detach"
 
 
-# PPG's own file gives MinAtar games a features extractor by name, PPO's does not.
-@pytest.mark.parametrize(("algo", "params"), [("ppg", []), ("ppo", ["policy:CnnPolicy", f"policy_kwargs:{GRID}"])])
+# The file of PPG gives MinAtar games a features extractor by name, that of PPO-EWMA does not.
+@pytest.mark.parametrize(("algo", "params"), [("ppg", []), ("ppo_ewma", ["policy:CnnPolicy", f"policy_kwargs:{GRID}"])])
 def test_a_features_extractor_is_kept_in_a_search(algo, params, tmp_path):
     pytest.importorskip("minatar")
     drawn = {**TRIAL, **(PPG_TRIAL if algo == "ppg" else {})}

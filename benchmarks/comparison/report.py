@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 import scipy.stats
 from rliable import library, metrics
+from scipy.integrate import trapezoid
 
 from benchmarks.metadata import command
 
@@ -84,7 +85,7 @@ def area_under_curve(run: pd.DataFrame) -> float:
     :return: area by the trapezoidal rule, divided by the steps from the first evaluation to the last
     """
     length = run.timesteps.max() - run.timesteps.min()
-    return float(np.trapezoid(run.mean_reward, run.timesteps) / length) if length else float(run.mean_reward.mean())
+    return float(trapezoid(run.mean_reward, run.timesteps) / length) if length else float(run.mean_reward.mean())
 
 
 def scores(evaluations: pd.DataFrame, score: Callable[[pd.DataFrame], float]) -> pd.DataFrame:

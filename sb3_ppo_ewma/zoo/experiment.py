@@ -69,7 +69,8 @@ def _setup_experiment(upstream: Function, manager: Any) -> Any:
         result = upstream(manager)
         if result is None:  # -optimize builds models later: refuse unknown names now, not in every trial
             inspect.signature(ALGOS[manager.algo]).bind_partial(**manager._hyperparams)
-            manager._hyperparams = _SearchedHyperparams(manager._hyperparams)
+            if manager.algo in ALGORITHMS:
+                manager._hyperparams = _SearchedHyperparams(manager._hyperparams)
         return result
     except Exception as error:
         # Made just now; enjoy would take it for the latest run. Upstream writes the arguments when a run begins: with
@@ -116,14 +117,17 @@ def _read_hyperparameters(upstream: Function, manager: Any) -> Any:
     given = manager.custom_hyperparams or {}
     # Not by upstream, which knows no trial 0 and no completed policy_kwargs.
     trial_id, manager.trial_id = manager.trial_id, None
-    with contextlib.redirect_stdout(io.StringIO()):
-        without_trial, _ = upstream(manager)
-    trial = _completed(trial, without_trial.get("policy_kwargs"))
-    # Command line arguments go before those of the trial.
-    manager.custom_hyperparams = {**trial, **_completed(given, trial.get("policy_kwargs"))}
-    hyperparams = upstream(manager)
-    manager.trial_id = trial_id
-    return hyperparams
+    try:
+        if manager.algo in ALGORITHMS:
+            with contextlib.redirect_stdout(io.StringIO()):
+                without_trial, _ = upstream(manager)
+            trial = _completed(trial, without_trial.get("policy_kwargs"))
+            given = _completed(given, trial.get("policy_kwargs"))
+        # Command line arguments go before those of the trial.
+        manager.custom_hyperparams = {**trial, **given}
+        return upstream(manager)
+    finally:
+        manager.trial_id = trial_id
 
 
 def _load_trial(

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch as th
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.distributions import CategoricalDistribution
 from stable_baselines3.common.policies import ActorCriticPolicy
+from torch.distributions import Categorical
 
 from tests.battery.algorithms import Algorithm
 from tests.battery.envs import BrokenEnv, SpaceEnv
@@ -101,11 +103,21 @@ class BreakingInPhase(ActorCriticPolicy):
         self.good.append({name: value.clone() for name, value in self.state_dict().items()})
         result = list(super().evaluate_auxiliary(obs))
         if len(self.good) >= self.call:
-            result[self.quantity] = result[self.quantity] * float("nan")
+            if self.quantity == 0:
+                # As the forward pass returns it, not as it left it in the policy
+                logits = th.full_like(result[0].distribution.logits, float("nan")).requires_grad_()
+                result[0] = CategoricalDistribution(logits.shape[-1])
+                result[0].distribution = Categorical(logits=logits, validate_args=False)
+            else:
+                result[self.quantity] = result[self.quantity] * float("nan")
         return result
 
 
-@pytest.mark.parametrize(("quantity", "name"), [(1, "values"), (2, "auxiliary values")], ids=["values", "auxiliary"])
+@pytest.mark.parametrize(
+    ("quantity", "name"),
+    [(0, "KL divergence of the auxiliary phase"), (1, "values"), (2, "auxiliary values")],
+    ids=["distribution", "values", "auxiliary"],
+)
 @pytest.mark.parametrize("call", [1, 3])
 def test_network_in_auxiliary_phase(phasic_algo: Algorithm, quantity: int, name: str, call: int) -> None:
     policy = phasic_algo.derived(BreakingInPhase)
