@@ -6,6 +6,7 @@ own before anything is built.
 import difflib
 import inspect
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any, cast
@@ -16,6 +17,7 @@ from stable_baselines3.common.utils import ConstantSchedule, FloatSchedule
 
 # SB3's spelling of "no clip" once clip_range has become a schedule; also what the zoo's YAML files can express.
 CLIP_OFF = -1.0
+_PACKAGES = ("sb3_ppo_ewma", "stable_baselines3", "sb3_contrib")
 
 
 class SB3ArgumentError(ValueError, AssertionError):
@@ -193,6 +195,18 @@ def check_schedule(name: str, value: Any) -> None:
         check_number(f"{name} at the start", value(1.0), 0)
     else:
         check_number(name, value, 0)
+
+
+def warn_caller(message: str) -> None:
+    """
+    Warn at the line of the caller's code, outside of this package and of SB3.
+
+    :param message: text of the warning
+    """
+    level, frame = 1, inspect.currentframe()
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _PACKAGES:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)
 
 
 def check_integer(name: str, value: Any, minimum: int) -> None:

@@ -1,25 +1,26 @@
 """Phasic Policy Gradient: an auxiliary phase as a mixin on the decoupled core, PPG and PPG-EWMA."""
 
 import math
-import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Literal, TypeVar, cast
 
 import numpy as np
 import torch as th
 from stable_baselines3 import PPO
-from stable_baselines3.common.callbacks import BaseCallback, ProgressBarCallback
+from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ProgressBarCallback
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import MaybeCallback, Schedule
 from stable_baselines3.common.utils import FloatSchedule, update_learning_rate
 
 from sb3_ppo_ewma import losses
-from sb3_ppo_ewma._arguments import check_integer, check_number, check_schedule
+from sb3_ppo_ewma._arguments import check_integer, check_number, check_schedule, warn_caller
 from sb3_ppo_ewma.distributions import distribution_parameters, torch_distributions, with_parameters
+from sb3_ppo_ewma.memory import MemoryReturn
 from sb3_ppo_ewma.policies import PPGCnnPolicy, PPGImpalaPolicy, PPGMultiInputPolicy, PPGPolicy
 from sb3_ppo_ewma.ppo_ewma import EVALUATION_BATCH_SIZE, EwmaMixin, TrainStatistics
 from sb3_ppo_ewma.rollouts import PhaseBuffer, Rollout
 
+SelfPhasic = TypeVar("SelfPhasic", bound="AuxiliaryPhaseMixin")
 SelfPPG = TypeVar("SelfPPG", bound="PPG")
 
 _PHASE = "the auxiliary phase"
@@ -27,6 +28,8 @@ _PHASE = "the auxiliary phase"
 # Minibatches per rollout in the auxiliary phase, of the default batch size: those of the paper have
 # 16 of the 256 sequences of a rollout.
 _AUX_MINIBATCHES = 16
+# Bytes
+_LARGE_PHASE = 2**27
 # How often a long auxiliary phase shows how far it is
 _REPORTS_PER_EPOCH = 20
 
@@ -98,7 +101,10 @@ class AuxiliaryPhaseMixin(EwmaMixin):
         self._n_phases = 0
         self._n_phase_rollouts = 0
         self._progress_bars: list[Any] = []
+        self._memory_return = MemoryReturn(every=2)
         super().__init__(*args, prox_decay=prox_decay, advantage_decay=advantage_decay, **kwargs)
+        if "phase_buffer" in vars(self):
+            self._check_memory()
 
     # ------------------------------------------------------------------ construction
 
@@ -127,9 +133,14 @@ class AuxiliaryPhaseMixin(EwmaMixin):
                 f"which has the auxiliary value head, got {self.policy_class}"
             )
         super()._setup_model()
-        self.aux_lr_schedule = FloatSchedule(self.aux_learning_rate)
+        self.aux_lr_schedule = self._make_aux_lr_schedule()
         self.aux_optimizer = self._make_optimizer(self.aux_lr_schedule)
         self.phase_buffer = PhaseBuffer(self.n_policy_iterations) if self.n_aux_epochs > 0 else None
+
+    def _make_aux_lr_schedule(self) -> Schedule:
+        check_schedule("aux_learning_rate", self.aux_learning_rate)
+        given = self.aux_learning_rate
+        return FloatSchedule(given if callable(given) else float(given))
 
     def _maybe_recommend_cpu(self, mlp_class_name: str = PPGPolicy.__name__) -> None:
         super()._maybe_recommend_cpu(mlp_class_name)
@@ -142,35 +153,45 @@ class AuxiliaryPhaseMixin(EwmaMixin):
             return
         self.phase_buffer.add(rollout.buffer)
         if self.phase_buffer.is_full:
-            self._train_auxiliary_phase(self.phase_buffer)
+            try:
+                self._train_auxiliary_phase(self.phase_buffer)
+                self._n_phases += 1
+            finally:
+                # Also when the phase is interrupted: the policy may have left its average behind, and the next phase
+                # begins.
+                self.phase_buffer.clear()
+                self._n_phase_rollouts = 0
+                if self.policy_ewma is not None:
+                    self.policy_ewma.reset(self.policy)
+                self._show("")
         self._n_phase_rollouts = len(self.phase_buffer)
         self.logger.record("aux/n_phases", self._n_phases)
         self.logger.record("aux/phase_progress", self._n_phase_rollouts / self.n_policy_iterations)
 
     def _train_auxiliary_phase(self, buffer: PhaseBuffer) -> None:
-        learning_rate = max(self.aux_lr_schedule(self._current_progress_remaining), 0.0)
+        learning_rate = self._scheduled("aux_learning_rate", self.aux_lr_schedule)
         update_learning_rate(self.aux_optimizer, learning_rate)
         batch_size = self.aux_batch_size or max(1, self.n_steps * self.n_envs // _AUX_MINIBATCHES)
+        n_minibatches = math.ceil(buffer.n_samples / batch_size)
+        old_parameters = self._old_distribution_parameters(buffer, batch_size)
         statistics = TrainStatistics()
-        try:
-            old_parameters = self._old_distribution_parameters(buffer, batch_size)
-            n_minibatches = -(-buffer.n_samples // batch_size)
-            for epoch in range(self.n_aux_epochs):
-                for i, indices in enumerate(buffer.minibatches(batch_size)):
-                    self._show_progress(epoch, i, n_minibatches)
-                    self._train_auxiliary_minibatch(buffer, indices, old_parameters, statistics)
-            self._n_phases += 1
-        finally:
-            # Also when the phase is interrupted: the policy has left its average behind, and the next phase begins.
-            buffer.clear()
-            self._n_phase_rollouts = 0
-            if self.policy_ewma is not None:
-                self.policy_ewma.reset(self.policy)
-            self._show("")
-
+        for epoch in range(self.n_aux_epochs):
+            for i, indices in enumerate(buffer.minibatches(batch_size)):
+                self._show_progress(epoch, i, n_minibatches)
+                self._train_auxiliary_minibatch(buffer, indices, old_parameters, statistics)
         self.logger.record("aux/learning_rate", learning_rate)
         for name, values in statistics.read().items():
             self.logger.record(f"aux/{name}", values.mean())
+
+    def _optimize(self, loss: th.Tensor, optimizer: th.optim.Optimizer, terms: dict[str, th.Tensor]) -> None:
+        super()._optimize(loss, optimizer, terms)
+        self._return_memory()
+
+    def _return_memory(self) -> None:
+        # After the minibatches of both phases. Next to a small phase, what they leave behind does not matter.
+        is_large = self.phase_buffer is not None and self.phase_buffer.nbytes >= _LARGE_PHASE
+        if is_large and self.device.type == "cpu":
+            self._memory_return()
 
     @th.no_grad()
     def _old_distribution_parameters(self, buffer: PhaseBuffer, batch_size: int) -> list[th.Tensor]:
@@ -186,11 +207,11 @@ class AuxiliaryPhaseMixin(EwmaMixin):
             rows = slice(start, start + step)
             distribution = self.policy.get_distribution(buffer.observations(rows, self.device))
             parts = distribution_parameters(torch_distributions(distribution, _PHASE))
-            # Not one tensor for each part: many small blocks that stay keep the large ones between them, which go, from
-            # being used again, and the process may grow to several times the size of the phase.
+            # One block each: many small ones that stay would keep the large ones between them from being used again.
             parameters = parameters or [part.new_empty((buffer.n_samples, *part.shape[1:])) for part in parts]
             for parameter, part in zip(parameters, parts, strict=True):
                 parameter[rows] = part
+            self._return_memory()
         self.policy.set_training_mode(True)
         return parameters
 
@@ -212,26 +233,44 @@ class AuxiliaryPhaseMixin(EwmaMixin):
         )
         statistics.add(**stats._asdict())
         terms = {"KL divergence of the auxiliary phase": kl, "values": values, "auxiliary values": aux_values}
+        terms["loss of the auxiliary phase"] = loss
         self._optimize(loss, self.aux_optimizer, terms)
 
     # ------------------------------------------------------------------ learning, saving, loading
 
+    def learn(self: SelfPhasic, *args: Any, **kwargs: Any) -> SelfPhasic:
+        """
+        Train, as the algorithm this is mixed into.
+
+        :param args: see there
+        :param kwargs: see there
+        :return: the model
+        """
+        try:
+            return super().learn(*args, **kwargs)
+        finally:
+            self._progress_bars = []  # they cannot be pickled or copied
+
     def _setup_learn(self, *args: Any, **kwargs: Any) -> Any:
         result = super()._setup_learn(*args, **kwargs)
-        self.aux_lr_schedule = FloatSchedule(self.aux_learning_rate)  # may have been set by hand
+        self.aux_lr_schedule = self._make_aux_lr_schedule()  # the learning rate may have been set by hand
         if self.phase_buffer is None:
+            self._n_phase_rollouts = 0
             return result
-        self.phase_buffer.check_memory(self.rollout_buffer)
+        self._check_memory()
         self._announce_phase(result[0])
         if len(self.phase_buffer) < self._n_phase_rollouts:
-            warnings.warn(
+            warn_caller(
                 f"The stored rollouts of the policy phase are missing ({self._n_phase_rollouts} when the model was "
                 "saved): the phase starts anew. To continue it, write them with save_replay_buffer() beside the model "
-                "and read them with load_replay_buffer().",
-                stacklevel=3,
+                "and read them with load_replay_buffer()."
             )
             self._n_phase_rollouts = len(self.phase_buffer)
         return result
+
+    def _check_memory(self) -> None:
+        if self.phase_buffer is not None:
+            self.phase_buffer.check_memory(self.rollout_buffer)
 
     def _announce_phase(self, total_timesteps: int) -> None:
         n_missing = self.n_policy_iterations - len(cast(PhaseBuffer, self.phase_buffer))
@@ -253,7 +292,7 @@ class AuxiliaryPhaseMixin(EwmaMixin):
     def _show_progress(self, epoch: int, minibatch: int, n_minibatches: int) -> None:
         if minibatch * _REPORTS_PER_EPOCH % n_minibatches < _REPORTS_PER_EPOCH:
             share = 100 * minibatch // n_minibatches
-            self._show(f"auxiliary phase {self._n_phases + 1}, epoch {epoch + 1}/{self.n_aux_epochs}, {share} %")
+            self._show(f"aux {epoch + 1}/{self.n_aux_epochs} {share}%")  # short, or the bar loses its other columns
 
     def _show(self, text: str) -> None:
         """
@@ -263,7 +302,7 @@ class AuxiliaryPhaseMixin(EwmaMixin):
             callback.pbar.set_description(text)
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "aux_lr_schedule", "_progress_bars"]
+        return [*super()._excluded_save_params(), "aux_lr_schedule", "_progress_bars", "_memory_return"]
 
     def _start_afresh(self, name: str) -> None:
         if name == "aux_optimizer":
@@ -350,14 +389,13 @@ class PPGEWMA(PPG):
         return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
 
 
-def _progress_bars(callback: Any) -> Iterator[ProgressBarCallback]:
+def _progress_bars(callback: BaseCallback) -> Iterator[ProgressBarCallback]:
     """
-    :param callback: callback, perhaps with others inside
+    :param callback: callback, perhaps a list of others
     :return: the progress bars among them
     """
     if isinstance(callback, ProgressBarCallback):
         yield callback
-    inner = [*getattr(callback, "callbacks", []), getattr(callback, "callback", None)]
-    for child in inner:
-        if isinstance(child, BaseCallback):
+    elif isinstance(callback, CallbackList):
+        for child in callback.callbacks:
             yield from _progress_bars(child)

@@ -3,7 +3,6 @@
 import copy
 import functools
 import math
-import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, cast, get_args
@@ -29,6 +28,7 @@ from sb3_ppo_ewma._arguments import (
     checked_clip_range,
     is_clip_off,
     merged_signature,
+    warn_caller,
 )
 from sb3_ppo_ewma.distributions import standard_deviation, torch_distributions
 from sb3_ppo_ewma.ewma import (
@@ -606,7 +606,7 @@ class EwmaMixin(SavedStateMixin):
             name = next((name for name, term in terms.items() if not bool(th.isfinite(term).all())), "gradients")
             raise ValueError(
                 f"NaN or Inf in {name} after {self._n_updates} epochs and {self.num_timesteps} steps: the update was "
-                "not made, the parameters are the last good ones. A smaller learning_rate or max_grad_norm may help."
+                "not made, the parameters are the last good ones. A smaller learning rate or max_grad_norm may help."
             )
         optimizer.step()
 
@@ -648,13 +648,18 @@ class EwmaMixin(SavedStateMixin):
 
     def _current_clip_ranges(self) -> ClipRanges:
         # Schedules may end slightly below 0 when the last rollout overshoots; only constants switch the clip off.
-        progress = self._current_progress_remaining
-        clip_range = None if is_clip_off(self.clip_range) else max(self.clip_range(progress), 0.0)
-        clip_range_vf = None if self.clip_range_vf is None else max(self.clip_range_vf(progress), 0.0)
+        clip_range = None if is_clip_off(self.clip_range) else self._scheduled("clip_range", self.clip_range)
+        clip_range_vf = None if self.clip_range_vf is None else self._scheduled("clip_range_vf", self.clip_range_vf)
         return ClipRanges(clip_range, clip_range_vf)
 
+    def _scheduled(self, name: str, schedule: Schedule) -> float:
+        value = schedule(self._current_progress_remaining)
+        if not math.isfinite(value):
+            raise ValueError(f"the schedule of {name} gives {value} at progress {self._current_progress_remaining:.3f}")
+        return max(value, 0.0)
+
     def _update_learning_rate(self, optimizers: list[th.optim.Optimizer] | th.optim.Optimizer) -> None:
-        learning_rate = max(self.lr_schedule(self._current_progress_remaining), 0.0)
+        learning_rate = self._scheduled("learning_rate", self.lr_schedule)
         self.logger.record("train/learning_rate", learning_rate)
         for optimizer in optimizers if isinstance(optimizers, list) else [optimizers]:
             update_learning_rate(optimizer, learning_rate)
@@ -693,13 +698,12 @@ class EwmaMixin(SavedStateMixin):
         # load() and attributes set by hand bypass the constructor.
         self._check_own_parameters()
         self._check_built_parameters()
-        collected = self.num_timesteps // (self.n_steps * self.n_envs)
-        if self.stale_rollouts is not None and len(self.stale_rollouts.waiting) < min(self.staleness, collected):
-            warnings.warn(
-                f"The queue of stale rollouts is not full: the next {self.stale_rollouts.missing} rollouts are "
+        queue = self.stale_rollouts
+        if queue is not None and len(queue) < min(self.staleness, self._n_rollouts):
+            warn_caller(
+                f"The queue of stale rollouts is not full: the next {queue.missing} rollouts are "
                 "collected without training. To continue where training stopped, write it with save_replay_buffer() "
-                "beside the model and read it with load_replay_buffer().",
-                stacklevel=3,
+                "beside the model and read it with load_replay_buffer()."
             )
         return super()._setup_learn(*args, **kwargs)
 

@@ -18,8 +18,6 @@ RolloutPath: TypeAlias = str | pathlib.Path | BufferedIOBase
 SelfKept = TypeVar("SelfKept", bound="KeptRollouts")
 
 _FORMAT_VERSION = 1
-# What a damaged or foreign pickle, or one of classes that have changed, can raise
-_UNREADABLE = (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, KeyError, TypeError)
 
 
 class Step(NamedTuple):
@@ -113,8 +111,9 @@ def read_rollouts(
             }
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
-        except _UNREADABLE as error:
-            raise ValueError(f"{path} is damaged or not a file of save_replay_buffer(): {error}") from error
+        except Exception as error:  # almost any, when a pickle is damaged, foreign, or of classes that have changed
+            reason = f"{type(error).__name__}: {error}"
+            raise ValueError(f"{path} is damaged or not a file of save_replay_buffer() ({reason})") from error
 
 
 def _check_header(header: Any, step: Step, parts: Mapping[str, KeptRollouts]) -> None:
@@ -128,7 +127,9 @@ def _check_header(header: Any, step: Step, parts: Mapping[str, KeptRollouts]) ->
             "on without"
         )
     if set(header["parts"]) != set(parts):
-        raise ValueError(f"has {sorted(header['parts'])}, the model keeps {sorted(parts)}")
+        raise ValueError(
+            f"has {sorted(header['parts'])}, the model keeps {sorted(parts)}: its staleness or n_aux_epochs is another"
+        )
 
 
 @contextmanager

@@ -286,7 +286,9 @@ class PhaseBuffer:
     def _gather(self, name: str, indices: np.ndarray | slice, device: th.device) -> th.Tensor:
         block = self._blocks[name]
         samples = block.reshape(-1, *block.shape[2:])[: self.n_samples]  # a view
-        return th.as_tensor(samples[indices], device=device)
+        # A copy in any case: a policy may change its input in place.
+        chosen = samples[indices].copy() if isinstance(indices, slice) else samples[indices]
+        return th.as_tensor(chosen, device=device)
 
     def pieces(self) -> Iterator[dict[str, np.ndarray]]:
         """

@@ -294,7 +294,10 @@ def with_features_extractor(policy_kwargs: dict[str, Any]) -> dict[str, Any]:
     :param policy_kwargs: keyword arguments of a policy, in which ``features_extractor_class`` may be a name
     :return: the same with the class of that name
     :raises ValueError: for an unknown name
+    :raises TypeError: if it is no dictionary
     """
+    if not isinstance(policy_kwargs, dict):
+        raise TypeError(f"policy_kwargs must be a dictionary or None, got {policy_kwargs!r}")
     if "features_extractor_class" not in policy_kwargs:
         return policy_kwargs
     extractor = features_extractor_class(policy_kwargs["features_extractor_class"])

@@ -3,13 +3,14 @@
 import warnings
 from typing import Any
 
+import cloudpickle
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
 from stable_baselines3 import PPO
-from stable_baselines3.common.callbacks import CheckpointCallback, ProgressBarCallback
+from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback, ProgressBarCallback
 from stable_baselines3.common.env_util import make_vec_env
 
 from sb3_ppo_ewma import PPG, PPGEWMA, PPOEWMA, AuxiliaryPhaseMixin, losses
@@ -197,6 +198,57 @@ def test_interrupted_phase_is_over(algorithm, tmp_path, monkeypatch):
             assert float(resumed.policy_ewma.total_weight) == 1
         resumed.learn(3 * ROLLOUT, reset_num_timesteps=False)
         assert (resumed._n_phases, len(resumed.phase_buffer)) == (1, 0)
+
+
+def test_error_before_the_first_minibatch_ends_the_phase_too():
+    fails = [True]
+
+    def schedule(progress: float) -> float:
+        return float("nan") if fails[0] and progress < 0.9 else 1e-3
+
+    model = make(aux_learning_rate=schedule)
+    with pytest.raises(ValueError, match=r"schedule of aux_learning_rate gives nan at progress 0\.000"):
+        model.learn(3 * ROLLOUT)
+    assert bool(th.isfinite(vector(model)).all())
+    fails[0] = False
+    assert model.learn(3 * ROLLOUT, reset_num_timesteps=False)._n_phases == 1
+
+
+def test_callbacks_with_attributes_of_these_names_work():
+    class Callback(BaseCallback):
+        def __init__(self) -> None:
+            super().__init__()
+            self.callbacks, self.callback = None, self
+
+        def _on_step(self) -> bool:
+            return True
+
+    make().learn(ROLLOUT, [Callback()])
+
+
+def test_model_can_be_pickled_after_a_progress_bar():
+    model = make()
+    model.learn(ROLLOUT, progress_bar=True)
+    assert "_progress_bars" in vars(model)
+    cloudpickle.dumps(vars(model)["_progress_bars"])
+
+
+def test_no_warning_for_a_complete_checkpoint(tmp_path):
+    checkpoints = CheckpointCallback(N_STEPS, str(tmp_path), save_replay_buffer=True)
+    make(PPGEWMA, staleness=1).learn(ROLLOUT, checkpoints)
+    loaded = PPGEWMA.load(tmp_path / f"rl_model_{ROLLOUT}_steps", env=make_vec_env("CartPole-v1", n_envs=N_ENVS))
+    loaded.load_replay_buffer(tmp_path / f"rl_model_replay_buffer_{ROLLOUT}_steps")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loaded.learn(ROLLOUT, reset_num_timesteps=False)
+
+
+def test_warning_points_to_the_callers_line(tmp_path):
+    make().learn(ROLLOUT).save(tmp_path / "model")
+    loaded = PPG.load(tmp_path / "model", env=make_vec_env("CartPole-v1", n_envs=N_ENVS))
+    with pytest.warns(UserWarning, match="starts anew") as caught:
+        loaded.learn(ROLLOUT, reset_num_timesteps=False)
+    assert caught[0].filename == __file__
 
 
 def test_nan_in_the_auxiliary_phase_is_named():
@@ -421,8 +473,8 @@ def test_progress_bar_shows_the_epochs(as_callback, monkeypatch):
         model.learn(3 * ROLLOUT, [ProgressBarCallback()])
     else:
         model.learn(3 * ROLLOUT, progress_bar=True)
-    assert texts[0] == "auxiliary phase 1, epoch 1/2, 0 %"
-    assert "auxiliary phase 1, epoch 2/2, 50 %" in texts
+    assert texts[0] == "aux 1/2 0%"
+    assert "aux 2/2 50%" in texts
     assert texts[-1] == ""
     model.learn(ROLLOUT, reset_num_timesteps=False)  # without one again
     assert texts[-1] == ""
@@ -459,6 +511,7 @@ def test_mixin_makes_a_ppg_of_other_classes():
         ({"aux_learning_rate": -1e-3}, ValueError, "aux_learning_rate must be >= 0, got -0.001"),
         ({"aux_learning_rate": "lin_1e-3"}, TypeError, "aux_learning_rate must be a number"),
         ({"aux_learning_rate": lambda _: -1.0}, ValueError, "aux_learning_rate at the start must be >= 0"),
+        ({"policy_kwargs": 5}, TypeError, "policy_kwargs must be a dictionary or None, got 5"),
         ({"beta_clone": -1}, ValueError, "beta_clone must be >= 0, got -1"),
         ({"beta_clone": float("nan")}, ValueError, "beta_clone must be >= 0, got nan"),
         ({"vf_true_coef": float("inf")}, ValueError, "vf_true_coef must be >= 0, got inf"),
@@ -486,6 +539,8 @@ def test_phase_that_cannot_fit_is_refused_before_collection(monkeypatch):
     model = make()
     monkeypatch.setattr("sb3_ppo_ewma.rollouts.available_memory", lambda: 100)
     with pytest.raises(ValueError, match="n_policy_iterations=3 rollouts of n_steps=16 and n_envs=2"):
+        make()
+    with pytest.raises(ValueError, match="n_policy_iterations=3 rollouts of n_steps=16 and n_envs=2"):
         model.learn(ROLLOUT)
     assert model.num_timesteps == 0
     model.predict(model.observation_space.sample())
@@ -504,6 +559,17 @@ def test_phase_reserves_memory_when_it_is_needed():
     assert model.phase_buffer.nbytes == 0
     model.learn(ROLLOUT)
     assert model.phase_buffer.nbytes == 3 * ROLLOUT * (4 * 4 + 4)
+
+
+@pytest.mark.parametrize("is_large", [True, False])
+def test_large_phases_give_memory_back(is_large, monkeypatch):
+    monkeypatch.setattr("sb3_ppo_ewma.ppg._LARGE_PHASE", 1 if is_large else 2**40)
+    model = make().learn(2 * ROLLOUT)
+    calls = []
+    monkeypatch.setattr(model, "_memory_return", lambda: calls.append(len(model.phase_buffer)))
+    model.learn(ROLLOUT, reset_num_timesteps=False)
+    # In both phases: two stored rollouts while the third is trained on, then three
+    assert set(calls) == ({2, 3} if is_large else set())
 
 
 # ---------------------------------------------------------------------- from and to the others
@@ -541,6 +607,10 @@ def test_sb3s_switch_of_normalisation_goes_before_our_default():
     assert by_position.advantage_decay is None
     with pytest.raises(ValueError, match=r"advantage_decay=0\.5 .* contradicts normalize_advantage=False"):
         make(normalize_advantage=False, advantage_decay=0.5)
+
+
+def test_learning_rate_may_be_a_numpy_number():
+    assert make(aux_learning_rate=np.float32(0.5)).aux_lr_schedule(1.0) == 0.5
 
 
 def test_defaults_by_position_and_by_name():
