@@ -116,7 +116,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--n-steps", type=int, default=64)
     parser.add_argument("--n-policy-iterations", type=int, default=32)
     parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--aux-batch-size", type=int, help="default: that of PPG, a sixteenth of a rollout")
+    parser.add_argument("--aux-batch-size", type=int, default=128)
     parser.add_argument("--output", type=Path, default=HERE / "results" / "memory.json")
     return parser.parse_args()
 

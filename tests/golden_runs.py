@@ -210,13 +210,15 @@ class GoldenPhasicRun(GoldenRun):
         model.aux_optimizer.register_step_post_hook(lambda *_: self.params.append(self._flat(model.policy)))
         if model.policy_ewma is None or model.phase_buffer is None:
             return
-        train_auxiliary_phase = model._train_auxiliary_phase
+        end_iteration = model._end_iteration
 
-        def recorded_phase(*args: Any) -> None:
-            train_auxiliary_phase(*args)
-            self._record_ewma()  # reset by now
+        def recorded_end(*args: Any) -> None:
+            n_phases = model._n_phases
+            end_iteration(*args)
+            if model._n_phases > n_phases:
+                self._record_ewma()  # reset by now
 
-        model._train_auxiliary_phase = recorded_phase
+        model._end_iteration = recorded_end
 
     def run(self) -> None:
         """Repeat the whole recording."""

@@ -160,8 +160,8 @@ def test_algorithms_differ_only_where_they_must(configurations, env):
     aux = {"n_policy_iterations", "n_aux_epochs", "aux_batch_size", "aux_learning_rate"}
     allowed = {
         "ppo_ewma": {"prox_decay"},
-        "ppg": {"n_epochs", "policy_kwargs", *aux},
-        "ppg_ewma": {"n_epochs", "policy_kwargs", "prox_decay", *aux},
+        "ppg": {"policy_kwargs", *aux},
+        "ppg_ewma": {"policy_kwargs", "prox_decay", *aux},
     }
     ppo = configurations["ppo"][env]
     for algo, names in allowed.items():

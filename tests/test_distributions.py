@@ -6,12 +6,11 @@ import pytest
 import torch as th
 from gymnasium import spaces
 from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
-from stable_baselines3 import PPO
 from stable_baselines3.common.policies import ActorCriticPolicy
 
 from sb3_ppo_ewma import PPGPolicy, losses
 from sb3_ppo_ewma.distributions import distribution_parameters, torch_distributions, with_parameters
-from tests.battery.envs import VECTOR, SpaceEnv
+from tests.battery.envs import VECTOR
 
 BOX = spaces.Box(-1, 1, (2,))
 MULTI = spaces.MultiDiscrete([3, 2])
@@ -37,7 +36,7 @@ def evaluated(case: str, obs: th.Tensor) -> tuple[Any, list[th.distributions.Dis
     policy = cls(VECTOR, action_space, lambda _: 0.0, ortho_init=False, **kwargs)
     with th.no_grad():
         policy.get_distribution(obs)
-    return policy, torch_distributions(policy, "this test")
+    return policy, torch_distributions(policy.action_dist, "this test")
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -55,7 +54,7 @@ def test_parameters_determine_the_distributions(case: str) -> None:
     # Rows of them belong to the rows of the observations, also when the policy has seen other ones since.
     with th.no_grad():
         policy.get_distribution(obs[[2, 0]])
-    rows = torch_distributions(policy, "this test")
+    rows = torch_distributions(policy.action_dist, "this test")
     again = with_parameters(rows, [tensor[[2, 0]] for tensor in parameters])
     assert losses.analytic_kl(again, rows).tolist() == pytest.approx([0, 0], abs=1e-6)
     other = with_parameters(rows, [tensor[[1, 2]] for tensor in parameters])
@@ -76,7 +75,7 @@ def test_masks_are_part_of_the_parameters() -> None:
     policy, _ = evaluated("maskable", obs)
     masks = th.tensor([[True, False, True, True, True]] * 3)
     policy.get_distribution(obs, action_masks=masks.numpy())
-    distributions = torch_distributions(policy, "this test")
+    distributions = torch_distributions(policy.action_dist, "this test")
     again = with_parameters(distributions, distribution_parameters(distributions))
     assert again[0].probs[:, 1].max().item() == 0
     assert losses.analytic_kl(again, distributions).tolist() == pytest.approx([0, 0, 0], abs=1e-6)
@@ -89,11 +88,6 @@ def test_other_distributions_are_refused() -> None:
             refused()
 
 
-def test_policies_that_keep_their_distribution_elsewhere() -> None:
-    class Elsewhere(ActorCriticPolicy):
-        """Has an ``action_dist`` without a torch distribution."""
-
-    model = PPO(Elsewhere, SpaceEnv(), n_steps=8, batch_size=8)
-    model.policy.action_dist = object()
-    with pytest.raises(ValueError, match=r"the auxiliary phase needs the action distribution .* Elsewhere"):
-        torch_distributions(model.policy, "the auxiliary phase")
+def test_missing_distributions_are_said() -> None:
+    with pytest.raises(ValueError, match=r"the auxiliary phase needs the distribution .* left none in its object"):
+        torch_distributions(object(), "the auxiliary phase")

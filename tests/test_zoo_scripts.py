@@ -127,7 +127,7 @@ def test_continue_a_phase(tmp_path, capsys):
     assert continued(tmp_path, first / "CartPole-v1.zip") == (2, 24)
     assert "Loading replay buffer" in capsys.readouterr().out
     # A checkpoint does not fit the rollouts of the end of the run.
-    with pytest.raises(SystemExit, match="belongs to num_timesteps=128, the model is at 64"):
+    with pytest.raises(SystemExit, match="belongs to num_timesteps=128 and 4 rollouts, the model is at 64 and 1"):
         continued(tmp_path, first / "rl_model_64_steps.zip")
     # Without them the phase starts anew: it is complete after three rollouts.
     (first / "replay_buffer.pkl").unlink()
