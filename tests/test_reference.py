@@ -427,29 +427,6 @@ def drop_debiasing(run: GoldenRun, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ewma, "update", biased_update)
 
 
-@pytest.mark.parametrize(
-    ("name", "mistake"),
-    [
-        ("stale2_decoupled.lr0.02", swap_policies),
-        ("ewma_clip.lr0.02", swap_policies),
-        ("ewma_kl.lr0.02", swap_policies),
-        ("ewma_clip.lr0.02", drop_debiasing),
-        ("ewma_kl.lr0.02", drop_debiasing),
-    ],
-)
-def test_trajectories_notice_mistakes(name, mistake, default_dtype, monkeypatch):
-    case_id = f"f64.{name}"
-    if case_id not in case_ids("e2e_ppo"):
-        pytest.skip(f"{case_id} is not in this folder of recordings")
-    case = load_case("e2e_ppo", case_id)
-    default_dtype(case.dtype)
-    run = GoldenRun("e2e_ppo", case, feed=True)
-    mistake(run, monkeypatch)
-    run.run()
-    with pytest.raises(AssertionError):
-        assert_close(run.params, case.arrays["params"], **trajectory_tolerance(case))
-
-
 def reverse_kl(run: GoldenPhasicRun, monkeypatch: pytest.MonkeyPatch) -> None:
     original = losses.analytic_kl
     monkeypatch.setattr(losses, "analytic_kl", lambda old, current: original(current, old))
@@ -477,23 +454,37 @@ def refresh_old_policy(run: GoldenPhasicRun, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(ppg, "with_parameters", with_present_parameters)
 
 
+def has_ewma(hp: dict) -> bool:
+    return hp["kl_ewma_decay"] is not None
+
+
+def has_phases(hp: dict) -> bool:
+    return hp["n_aux_epochs"] > 0
+
+
 @pytest.mark.parametrize(
-    ("name", "mistake"),
+    ("family", "wanted", "mistake"),
     [
-        ("ppg.lr0.02", reverse_kl),
-        ("ppg.lr0.02", share_optimizer),
-        ("ppg.lr0.02", refresh_old_policy),
-        ("ppg_ewma.lr0.02", forget_reset),
-        ("ppg_detach.lr0.0005", do_not_detach),
+        ("e2e_ppo", lambda hp: hp["staleness"] and hp["staleness_loss"] == "decoupled", swap_policies),
+        ("e2e_ppo", lambda hp: has_ewma(hp) and hp["clip_param"], swap_policies),
+        ("e2e_ppo", lambda hp: has_ewma(hp) and hp["kl_penalty"], swap_policies),
+        ("e2e_ppo", lambda hp: has_ewma(hp) and hp["clip_param"], drop_debiasing),
+        ("e2e_ppo", lambda hp: has_ewma(hp) and hp["kl_penalty"], drop_debiasing),
+        ("e2e_ppg", has_phases, reverse_kl),
+        ("e2e_ppg", has_phases, share_optimizer),
+        ("e2e_ppg", has_phases, refresh_old_policy),
+        ("e2e_ppg", lambda hp: has_phases(hp) and has_ewma(hp), forget_reset),
+        ("e2e_ppg", lambda hp: has_phases(hp) and hp["arch"] == "detach", do_not_detach),
     ],
 )
-def test_ppg_trajectories_notice_mistakes(name, mistake, default_dtype, monkeypatch):
-    case_id = f"f64.{name}"
-    if case_id not in case_ids("e2e_ppg"):
-        pytest.skip(f"{case_id} is not in this folder of recordings")
-    case = load_case("e2e_ppg", case_id)
+def test_trajectories_notice_mistakes(family, wanted, mistake, default_dtype, monkeypatch):
+    cases = [load_case(family, case_id) for case_id in case_ids(family)]
+    suitable = [case for case in cases if case.dtype == th.float64 and wanted(case.hyperparameters)]
+    if not suitable:
+        pytest.skip("no recording in this folder can show it")
+    case = max(suitable, key=lambda case: case.hyperparameters["lr"])
     default_dtype(case.dtype)
-    run = GoldenPhasicRun("e2e_ppg", case, feed=True)
+    run = (GoldenPhasicRun if family == "e2e_ppg" else GoldenRun)(family, case, feed=True)
     mistake(run, monkeypatch)
     run.run()
     with pytest.raises(AssertionError):
