@@ -25,10 +25,9 @@ SelfPPG = TypeVar("SelfPPG", bound="PPG")
 
 _PHASE = "the auxiliary phase"
 
-# Minibatches per rollout in the auxiliary phase, of the default batch size: those of the paper have
-# 16 of the 256 sequences of a rollout.
+# The default batch size is this part of a rollout: in the paper, 16 of its 256 sequences.
 _AUX_MINIBATCHES = 16
-# Bytes
+# Bytes from which on a phase has freed memory given back to the system
 _LARGE_PHASE = 2**27
 # How often a long auxiliary phase shows how far it is
 _REPORTS_PER_EPOCH = 20
@@ -232,8 +231,12 @@ class AuxiliaryPhaseMixin(EwmaMixin):
             vf_aux_coef=self.vf_aux_coef,
         )
         statistics.add(**stats._asdict())
-        terms = {"KL divergence of the auxiliary phase": kl, "values": values, "auxiliary values": aux_values}
-        terms["loss of the auxiliary phase"] = loss
+        terms = {
+            f"KL divergence of {_PHASE}": kl,
+            "values": values,
+            "auxiliary values": aux_values,
+            f"loss of {_PHASE}": loss,
+        }
         self._optimize(loss, self.aux_optimizer, terms)
 
     # ------------------------------------------------------------------ learning, saving, loading
