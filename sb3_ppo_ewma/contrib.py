@@ -1,11 +1,21 @@
 """PPO-EWMA for sb3-contrib's RecurrentPPO and MaskablePPO, through the same mixin."""
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, TypeVar, cast
 
 import numpy as np
 import torch as th
 from sb3_contrib import MaskablePPO, RecurrentPPO
+from sb3_contrib.common.maskable.buffers import (
+    MaskableDictRolloutBuffer,
+    MaskableDictRolloutBufferSamples,
+    MaskableRolloutBuffer,
+    MaskableRolloutBufferSamples,
+)
+from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
+from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
 from sb3_contrib.common.recurrent.type_aliases import RNNStates
+from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import MaybeCallback
 from stable_baselines3.common.utils import obs_as_tensor
@@ -72,6 +82,15 @@ class RecurrentPPOEWMA(EwmaMixin, RecurrentPPO):
         result = recurrent.evaluate_actions(samples.observations, actions, samples.lstm_states, samples.episode_starts)
         return cast(tuple[th.Tensor, th.Tensor, th.Tensor | None], result)
 
+    def _log_prob(self, policy: ActorCriticPolicy, samples: Any, actions: th.Tensor) -> th.Tensor:
+        if self._is_kl_analytic() or _overrides(policy, RecurrentActorCriticPolicy):
+            return self._evaluate_actions(policy, samples, actions)[1]
+        recurrent = cast(Any, policy)
+        distribution, _ = recurrent.get_distribution(
+            samples.observations, samples.lstm_states.pi, samples.episode_starts
+        )
+        return cast(th.Tensor, distribution.log_prob(actions))
+
     def _padding_mask(self, samples: Any) -> th.Tensor | None:
         return cast(th.Tensor, samples.mask > 1e-8)
 
@@ -126,6 +145,11 @@ class MaskablePPOEWMA(EwmaMixin, MaskablePPO):
     defaults; those of :class:`~sb3_ppo_ewma.EwmaMixin` by keyword.
     """
 
+    _samples_classes: ClassVar[Mapping[type[RolloutBuffer], type[Any]]] = {
+        MaskableRolloutBuffer: MaskableRolloutBufferSamples,
+        MaskableDictRolloutBuffer: MaskableDictRolloutBufferSamples,
+    }
+
     def _make_policy(self, policy_kwargs: dict[str, Any]) -> ActorCriticPolicy:
         policy = self.policy_class(self.observation_space, self.action_space, self.lr_schedule, **policy_kwargs)
         return cast(ActorCriticPolicy, policy)
@@ -136,6 +160,12 @@ class MaskablePPOEWMA(EwmaMixin, MaskablePPO):
         maskable = cast(Any, policy)
         result = maskable.evaluate_actions(samples.observations, actions, action_masks=samples.action_masks)
         return cast(tuple[th.Tensor, th.Tensor, th.Tensor | None], result)
+
+    def _log_prob(self, policy: ActorCriticPolicy, samples: Any, actions: th.Tensor) -> th.Tensor:
+        if self._is_kl_analytic() or _overrides(policy, MaskableActorCriticPolicy):
+            return self._evaluate_actions(policy, samples, actions)[1]
+        distribution = cast(Any, policy).get_distribution(samples.observations, action_masks=samples.action_masks)
+        return cast(th.Tensor, distribution.log_prob(actions))
 
     def learn(  # type: ignore[override]  # as in MaskablePPO, use_masking stands before progress_bar
         self: SelfMaskablePPOEWMA,
@@ -162,3 +192,14 @@ class MaskablePPOEWMA(EwmaMixin, MaskablePPO):
         return super().learn(
             total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, use_masking, progress_bar
         )
+
+
+def _overrides(policy: Any, sb3s: type[Any]) -> bool:
+    """
+    :param policy: any policy
+    :param sb3s: the class of sb3-contrib it derives from
+    :return: whether it evaluates actions in a way of its own
+    """
+    names = ("evaluate_actions", "extract_features")
+    cls = type(policy)
+    return any(name in vars(policy) or getattr(cls, name, None) is not getattr(sb3s, name) for name in names)

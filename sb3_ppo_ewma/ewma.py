@@ -5,8 +5,9 @@ moments of a stream of batches (advantage normalisation), with the conversions b
 Source: Hilton, Cobbe, Schulman 2022, https://arxiv.org/abs/2110.00641.
 """
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch as th
 from torch import nn
@@ -98,6 +99,7 @@ class ParameterEwma(nn.Module):
         super().__init__()
         self.module = module.requires_grad_(False).eval()
         self.register_buffer("total_weight", th.ones((), dtype=th.float64))
+        self._pairs: Pairs | None = None
 
     def _apply(self, fn: Callable[[th.Tensor], th.Tensor], recurse: bool = True) -> "ParameterEwma":
         # The weight stays float64 (as float32 it would drift over long runs) and on the CPU (it is read before every
@@ -119,13 +121,32 @@ class ParameterEwma(nn.Module):
         if not 0 <= decay <= 1:
             raise ValueError(f"decay must be in [0, 1], got {decay}")
         weight = decay * self.total_weight.item() + 1
-        averages, copies = _averaged_and_copied(self.module)
-        parameters, originals = _averaged_and_copied(source)
+        pairs = self.pairs(source)
         # β·w/w' = 1 − 1/w', so the update is an interpolation by 1/w'.
-        th._foreach_lerp_(averages, parameters, 1 / weight)
-        for copied, original in zip(copies, originals, strict=True):
-            copied.copy_(original)
+        th._foreach_lerp_(pairs.averages, pairs.parameters, 1 / weight)
+        pairs.copy_buffers()
         self.total_weight.fill_(weight)
+
+    def pairs(self, source: nn.Module) -> "Pairs":
+        """
+        :param source: the averaged module
+        :return: the tensors of an update
+        """
+        found = self._pairs
+        return found if found is not None and found.source is source else Pairs(self.module, source)
+
+    @contextlib.contextmanager
+    def updates_from(self, source: nn.Module) -> Iterator[None]:
+        """
+        Within this context, updates need not look up the tensors of both modules, which takes longer than they do.
+
+        :param source: the averaged module, whose parameters and buffers stay the same objects
+        """
+        self._pairs = Pairs(self.module, source)
+        try:
+            yield
+        finally:
+            self._pairs = None
 
     @th.no_grad()
     def reset(self, source: nn.Module) -> None:
@@ -134,17 +155,35 @@ class ParameterEwma(nn.Module):
 
         :param source: the averaged module
         """
-        for tensors, originals in zip(_averaged_and_copied(self.module), _averaged_and_copied(source), strict=True):
-            for tensor, original in zip(tensors, originals, strict=True):
-                tensor.copy_(original)
+        pairs = self.pairs(source)
+        for tensor, original in zip(pairs.averages, pairs.parameters, strict=True):
+            tensor.copy_(original)
+        pairs.copy_buffers()
         self.total_weight.fill_(1.0)
 
 
+class Pairs:
+    """
+    The tensors of an average beside those of the averaged module: floating-point parameters, which are averaged;
+    buffers and other (frozen integer) parameters, which are copied.
+
+    :param average: holds the average
+    :param source: the averaged module
+    """
+
+    def __init__(self, average: nn.Module, source: nn.Module) -> None:
+        self.source = source
+        self.averages, self.copies = _averaged_and_copied(average)
+        self.parameters, self.originals = _averaged_and_copied(source)
+
+    @th.no_grad()
+    def copy_buffers(self) -> None:
+        """Copy what is not averaged."""
+        for copied, original in zip(self.copies, self.originals, strict=True):
+            copied.copy_(original)
+
+
 def _averaged_and_copied(module: nn.Module) -> tuple[list[th.Tensor], list[th.Tensor]]:
-    """
-    :param module: any module
-    :return: its floating-point parameters; its buffers and other (frozen integer) parameters
-    """
     averaged: list[th.Tensor] = []
     copied: list[th.Tensor] = list(module.buffers())
     for parameter in module.parameters():
@@ -228,11 +267,27 @@ class MomentsEwma(nn.Module):
         :param samples: any shape
         :return: (samples − mean) / (standard deviation + 1e-8), in the dtype of the samples
         """
+        return standardize(samples, *self.location_and_scale())
+
+    def location_and_scale(self) -> tuple[float, float]:
+        """
+        :return: what :meth:`normalize` subtracts and divides by
+        """
         mean, variance = self.moments()
-        wide = samples if samples.device.type == "mps" else samples.double()  # mps has no float64
-        return ((wide - mean) / (math.sqrt(variance) + 1e-8)).to(samples.dtype)
+        return mean, math.sqrt(variance) + 1e-8
 
     def reset(self) -> None:
         """Forget all batches."""
         for state in (self.weight, self.squared_weight, self.mean, self.squared_deviations):
             state.zero_()
+
+
+def standardize(samples: th.Tensor, location: float | th.Tensor, scale: float | th.Tensor) -> th.Tensor:
+    """
+    :param samples: any shape
+    :param location: to subtract
+    :param scale: to divide by
+    :return: computed in float64, in the dtype of the samples
+    """
+    wide = samples if samples.device.type == "mps" else samples.double()  # mps has no float64
+    return ((wide - location) / scale).to(samples.dtype)

@@ -7,9 +7,10 @@ Symbols of the paper (Hilton, Cobbe, Schulman 2022, https://arxiv.org/abs/2110.0
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch as th
+from torch.autograd.function import once_differentiable
 from torch.distributions import Bernoulli, Categorical, Distribution, kl_divergence
 from torch.nn import functional as F
 
@@ -18,6 +19,10 @@ from torch.nn import functional as F
 _MAX_EXPONENT = {th.float64: 300.0, th.float32: 40.0, th.bfloat16: 40.0, th.float16: 5.0}
 # Log-ratios are squared for the sample estimate of the KL divergence: their squares must not overflow either.
 _MAX_LOG_RATIO = {th.float64: 1e120, th.float32: 1e15, th.bfloat16: 1e15, th.float16: 100.0}
+
+
+# A number, or a tensor of shape () where a compiled graph must not depend on its value
+Coefficient: TypeAlias = float | th.Tensor
 
 
 class PolicyLossStats(NamedTuple):
@@ -38,6 +43,109 @@ class PolicyLossStats(NamedTuple):
     approx_kl_prox: th.Tensor
     importance_ratio_max: th.Tensor
     importance_cap_fraction: th.Tensor
+
+
+class RatioLimits(NamedTuple):
+    """
+    Limits of probability ratios, in log space; ``None``: no limit.
+
+    :param low: log(1 − ε)
+    :param high: log(1 + ε)
+    :param log_cap: log M
+    """
+
+    low: Coefficient | None
+    high: Coefficient | None
+    log_cap: Coefficient | None
+
+    @classmethod
+    def of(cls, clip_range: float | None, max_importance_ratio: float | None) -> "RatioLimits":
+        """
+        :param clip_range: ε in [0, 1), or ``None`` for no clip
+        :param max_importance_ratio: M ≥ 1, or ``None`` for no cap
+        :return: the limits
+        """
+        low, high = (None, None) if clip_range is None else (math.log(1 - clip_range), math.log(1 + clip_range))
+        log_cap = None if max_importance_ratio is None else math.log(max_importance_ratio)
+        return cls(low, high, log_cap)
+
+
+class Coefficients(NamedTuple):
+    """
+    Values of schedules and coefficients in one iteration. ``None``: that term, limit or average is off.
+
+    :param ratio_limits: clip range and importance-ratio cap
+    :param clip_range_vf: in units of the return
+    :param ent_coef: weight of the entropy
+    :param vf_coef: weight of the value loss
+    :param kl_coef: weight of the KL penalty
+    :param advantage_scale: location and scale that advantages are normalised with, ``None``: those of the minibatch
+    """
+
+    ratio_limits: RatioLimits
+    clip_range_vf: Coefficient | None
+    ent_coef: Coefficient | None
+    vf_coef: Coefficient
+    kl_coef: Coefficient | None
+    advantage_scale: tuple[Coefficient, Coefficient] | None
+
+    def as_tensors(self, device: th.device) -> "Coefficients":
+        """
+        :param device: of the tensors
+        :return: the same with tensors in place of the numbers
+        """
+
+        def convert(value: Any) -> Any:
+            if isinstance(value, tuple):
+                converted = [convert(part) for part in value]
+                return type(value)(*converted) if hasattr(value, "_fields") else tuple(converted)
+            return None if value is None else th.tensor(value, dtype=dtype, device=device)
+
+        dtype = th.float32 if device.type == "mps" else th.float64
+        return cast(Coefficients, convert(self))
+
+
+class PolicyLossTerms(NamedTuple):
+    """
+    A policy loss with its derivative, without a graph.
+
+    :param policy_gradient_loss: shape (), the surrogate objective without the KL penalty
+    :param kl_loss: shape (), the weighted sample estimate of the KL penalty
+    :param gradient: (batch,) derivative of their sum with respect to log π_θ
+    :param log_ratio_prox: (batch,) log(π_θ/π_prox)
+    :param log_ratio_behav: (batch,) log(π_θ/π_behav), before the cap
+    """
+
+    policy_gradient_loss: th.Tensor
+    kl_loss: th.Tensor
+    gradient: th.Tensor
+    log_ratio_prox: th.Tensor
+    log_ratio_behav: th.Tensor
+
+
+class RatioStatistics(NamedTuple):
+    """See :class:`PolicyLossStats` for the meaning of each."""
+
+    clip_fraction: th.Tensor
+    approx_kl_prox: th.Tensor
+    importance_ratio_max: th.Tensor
+    importance_cap_fraction: th.Tensor
+
+
+class LossTerms(NamedTuple):
+    """
+    What the gradient of one minibatch is made of.
+
+    :param roots: tensors with a graph
+    :param gradients: of the loss with respect to each of them
+    :param loss: shape (), without a graph
+    :param statistics: by name, detached; terms of shape () and log-ratios without padding, (batch,)
+    """
+
+    roots: list[th.Tensor]
+    gradients: list[th.Tensor]
+    loss: th.Tensor
+    statistics: dict[str, th.Tensor]
 
 
 class AuxiliaryLossStats(NamedTuple):
@@ -62,7 +170,16 @@ def masked_mean(values: th.Tensor, mask: th.Tensor | None = None) -> th.Tensor:
     :param mask: (batch,) bool, False for padding; ``None``: all entries count
     :return: shape ()
     """
-    return values.mean() if mask is None else values[mask].mean()
+    return valid(values, mask).mean()
+
+
+def valid(values: th.Tensor, mask: th.Tensor | None) -> th.Tensor:
+    """
+    :param values: (batch,)
+    :param mask: (batch,) bool, False for padding; ``None``: all entries count
+    :return: those that count
+    """
+    return values if mask is None else values[mask]
 
 
 def normalize_advantages(advantages: th.Tensor, mask: th.Tensor | None = None) -> th.Tensor:
@@ -74,10 +191,10 @@ def normalize_advantages(advantages: th.Tensor, mask: th.Tensor | None = None) -
     :param mask: (batch,) bool, False for padding, which does not enter the moments
     :return: (batch,)
     """
-    valid = advantages if mask is None else advantages[mask]
-    if valid.numel() <= 1:
+    counted = valid(advantages, mask)
+    if counted.numel() <= 1:
         return advantages
-    return (advantages - valid.mean()) / (valid.std() + 1e-8)
+    return (advantages - counted.mean()) / (counted.std() + 1e-8)
 
 
 def decoupled_policy_loss(
@@ -103,6 +220,8 @@ def decoupled_policy_loss(
     capped sample keeps a bounded gradient. Everything stays in log space until the last exp(), whose argument is
     limited to 40 in float32 and 300 in float64: loss and gradients are finite for any finite log-probabilities.
 
+    It can be differentiated once.
+
     Source: Hilton et al. 2022; cap and sample estimate of the KL as in its released code.
 
     :param log_prob: (batch,) log π_θ(a|s), with gradient
@@ -121,44 +240,117 @@ def decoupled_policy_loss(
         log_prob, log_prob_prox=log_prob_prox, log_prob_behav=log_prob_behav, advantages=advantages, kl=kl, mask=mask
     )
     _check_coefficients(clip_range, kl_coef, max_importance_ratio)
-    log_prob_prox, log_prob_behav = log_prob_prox.detach(), log_prob_behav.detach()
-    # A node of its own: the gradients of the two branches are added here first, as at the ratio of SB3's PPO, before
-    # that of an entropy estimated from log_prob joins them. Another order would round differently.
-    log_prob = log_prob.view_as(log_prob)
-    log_ratio_behav = log_prob.detach() - log_prob_behav
-    zero = th.zeros((), dtype=log_prob.dtype, device=log_prob.device)
-    capped_fraction = zero
-    if max_importance_ratio is not None:
-        log_cap = math.log(max_importance_ratio)
-        capped_fraction = masked_mean((log_ratio_behav > log_cap).to(log_prob.dtype), mask)
-        log_prob_behav = th.maximum(log_prob_behav, log_prob.detach() - log_cap)
-
-    log_ratio = log_prob - log_prob_prox  # log r_t = log(π_θ / π_prox)
-    objective = advantages * _bounded_exp(log_prob - log_prob_behav)
-    clip_fraction = zero
-    if clip_range is not None:
-        low, high = math.log(1 - clip_range), math.log(1 + clip_range)
-        clipped = th.clamp(log_ratio, low, high) + (log_prob_prox - log_prob_behav)
-        objective = th.min(objective, advantages * _bounded_exp(clipped))
-        outside = (log_ratio.detach() < low) | (log_ratio.detach() > high)
-        clip_fraction = masked_mean(outside.to(log_prob.dtype), mask)
-    policy_gradient_loss = -masked_mean(objective, mask)
-
-    squared = _half_square(log_ratio)
-    loss, kl_loss = policy_gradient_loss, zero
-    if kl_coef > 0:
-        kl_loss = kl_coef * masked_mean(squared if kl is None else kl, mask)
-        loss = policy_gradient_loss + kl_loss
-    largest = log_ratio_behav.max() if mask is None else log_ratio_behav[mask].max()
+    limits = RatioLimits.of(clip_range, max_importance_ratio)
+    terms = policy_loss_terms(
+        log_prob,
+        log_prob_prox,
+        log_prob_behav,
+        advantages,
+        limits,
+        kl_coef=kl_coef if kl_coef > 0 and kl is None else None,
+        mask=mask,
+    )
+    kl_loss = terms.kl_loss
+    loss: th.Tensor = _WithGradient.apply(  # type: ignore[no-untyped-call]  # torch has no annotation here
+        log_prob, terms.policy_gradient_loss + kl_loss, terms.gradient
+    )
+    if kl_coef > 0 and kl is not None:
+        penalty = kl_coef * masked_mean(kl, mask)
+        loss, kl_loss = loss + penalty, penalty.detach()
+    ratios = ratio_statistics(valid(terms.log_ratio_prox, mask), valid(terms.log_ratio_behav, mask), limits)
     stats = PolicyLossStats(
-        policy_gradient_loss.detach(),
-        kl_loss.detach(),
-        clip_fraction,
-        masked_mean(squared.detach(), mask),
-        _bounded_exp(largest),
-        capped_fraction,
+        terms.policy_gradient_loss,
+        kl_loss,
+        ratios.clip_fraction,
+        ratios.approx_kl_prox,
+        ratios.importance_ratio_max,
+        ratios.importance_cap_fraction,
     )
     return loss, stats
+
+
+@th.no_grad()
+def policy_loss_terms(
+    log_prob: th.Tensor,
+    log_prob_prox: th.Tensor,
+    log_prob_behav: th.Tensor,
+    advantages: th.Tensor,
+    limits: RatioLimits,
+    *,
+    kl_coef: Coefficient | None = None,
+    mask: th.Tensor | None = None,
+) -> PolicyLossTerms:
+    """
+    The objective of :func:`decoupled_policy_loss`, with the sample estimate of the KL, and its derivative, which is
+    short: that of Â·exp(log π_θ − log π_behav) is the product itself, that of a clipped sample is 0.
+
+    :param log_prob: (batch,) log π_θ(a|s)
+    :param log_prob_prox: (batch,) log π_prox(a|s)
+    :param log_prob_behav: (batch,) log π_behav(a|s)
+    :param advantages: (batch,)
+    :param limits: clip range and importance-ratio cap
+    :param kl_coef: β > 0, ``None`` for no penalty
+    :param mask: (batch,) bool, False for padding
+    :return: loss, derivative and log-ratios
+    """
+    low, high, log_cap = limits
+    log_ratio_behav = log_prob - log_prob_behav
+    if log_cap is not None:
+        log_prob_behav = th.maximum(log_prob_behav, log_prob - log_cap)
+    log_ratio_prox = log_prob - log_prob_prox  # log r = log(π_θ / π_prox)
+    exponent = log_prob - log_prob_behav
+    ratio = _bounded_exp(exponent)
+    objective = advantages * ratio
+    weights = advantages * (-1 / valid(advantages, mask).numel())  # of the samples in the mean, with the sign
+    gradient = weights * ratio
+    bound = _MAX_EXPONENT[exponent.dtype]
+    if not isinstance(log_cap, float) or log_cap > bound:
+        gradient = th.where(exponent > bound, 0.0, gradient)
+    if low is not None and high is not None:
+        clipped_ratio = th.clamp(log_ratio_prox, cast(float, low), cast(float, high))  # or both tensors
+        clipped = advantages * _bounded_exp(clipped_ratio + (log_prob_prox - log_prob_behav))
+        # Where the minimum takes the clipped branch; a NaN is not such a place.
+        gradient = th.where((clipped < objective) & (clipped_ratio != log_ratio_prox), 0.0, gradient)
+        objective = th.min(objective, clipped)
+    policy_gradient_loss = -masked_mean(objective, mask)
+    kl_loss = th.zeros_like(policy_gradient_loss)
+    if kl_coef is not None:
+        bounded = _bounded(log_ratio_prox)
+        kl_loss = kl_coef * masked_mean(0.5 * bounded**2, mask)
+        gradient = gradient + kl_coef * bounded / valid(bounded, mask).numel()
+    if mask is not None:
+        gradient = th.where(mask, gradient, 0.0)
+    return PolicyLossTerms(policy_gradient_loss, kl_loss, gradient, log_ratio_prox, log_ratio_behav)
+
+
+@th.no_grad()
+def ratio_statistics(log_ratio_prox: th.Tensor, log_ratio_behav: th.Tensor, limits: RatioLimits) -> RatioStatistics:
+    """
+    :param log_ratio_prox: (..., batch) log(π_θ/π_prox), without padding
+    :param log_ratio_behav: (..., batch) log(π_θ/π_behav), without padding
+    :param limits: clip range and importance-ratio cap
+    :return: statistics of minibatches, (...)
+    """
+    dtype = log_ratio_prox.dtype
+    zeros = th.zeros_like(log_ratio_prox[..., 0])
+    low, high, log_cap = limits
+    clip_fraction = cap_fraction = zeros
+    if low is not None and high is not None:
+        clip_fraction = ((log_ratio_prox < low) | (log_ratio_prox > high)).to(dtype).mean(-1)
+    if log_cap is not None:
+        cap_fraction = (log_ratio_behav > log_cap).to(dtype).mean(-1)
+    approx_kl_prox = (0.5 * _bounded(log_ratio_prox) ** 2).mean(-1)
+    return RatioStatistics(clip_fraction, approx_kl_prox, _bounded_exp(log_ratio_behav.amax(-1)), cap_fraction)
+
+
+def approximate_kl(log_ratio: th.Tensor) -> th.Tensor:
+    """
+    SB3's estimate of KL(π_old ‖ π_θ), mean((r − 1) − log r).
+
+    :param log_ratio: (..., batch) log r = log(π_θ/π_old), without padding
+    :return: (...)
+    """
+    return ((th.exp(log_ratio) - 1) - log_ratio).mean(-1)
 
 
 def value_loss(
@@ -166,7 +358,7 @@ def value_loss(
     returns: th.Tensor,
     *,
     old_values: th.Tensor | None = None,
-    clip_range_vf: float | None = None,
+    clip_range_vf: Coefficient | None = None,
     mask: th.Tensor | None = None,
 ) -> th.Tensor:
     """
@@ -185,10 +377,34 @@ def value_loss(
     if clip_range_vf is not None:
         if old_values is None:
             raise ValueError("clip_range_vf needs old_values")
-        values = old_values + th.clamp(values - old_values, -clip_range_vf, clip_range_vf)
+        bound = cast(float, clip_range_vf)  # or a tensor
+        values = old_values + th.clamp(values - old_values, -bound, bound)
     if mask is None:
         return F.mse_loss(returns, values)
     return th.mean(((returns - values) ** 2)[mask])
+
+
+def value_loss_gradient(
+    values: th.Tensor,
+    returns: th.Tensor,
+    *,
+    old_values: th.Tensor | None = None,
+    clip_range_vf: Coefficient | None = None,
+) -> th.Tensor:
+    """
+    :param values: see :func:`value_loss`
+    :param returns: see there
+    :param old_values: see there
+    :param clip_range_vf: see there
+    :return: (batch,) derivative of :func:`value_loss` with respect to the values
+    """
+    if clip_range_vf is None or old_values is None:
+        return (values - returns) * (2 / values.numel())
+    bound = cast(float, clip_range_vf)  # or a tensor
+    difference = values - old_values
+    clipped = th.clamp(difference, -bound, bound)
+    gradient = (old_values + clipped - returns) * (2 / values.numel())
+    return th.where(clipped != difference, 0.0, gradient)
 
 
 def entropy_loss(entropy: th.Tensor | None, log_prob: th.Tensor, mask: th.Tensor | None = None) -> th.Tensor:
@@ -279,13 +495,28 @@ def _kl(p: Distribution, q: Distribution) -> th.Tensor:
     return kl_divergence(p, q)
 
 
+class _WithGradient(th.autograd.Function):
+    """A value whose derivative is already known."""
+
+    @staticmethod
+    def forward(ctx: Any, log_prob: th.Tensor, loss: th.Tensor, gradient: th.Tensor) -> th.Tensor:
+        ctx.save_for_backward(gradient)
+        return loss.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: th.Tensor) -> tuple[th.Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return grad_output * gradient, None, None
+
+
 def _bounded_exp(exponent: th.Tensor) -> th.Tensor:
     return th.exp(th.clamp(exponent, max=_MAX_EXPONENT[exponent.dtype]))
 
 
-def _half_square(log_ratio: th.Tensor) -> th.Tensor:
+def _bounded(log_ratio: th.Tensor) -> th.Tensor:
     bound = _MAX_LOG_RATIO[log_ratio.dtype]
-    return 0.5 * th.clamp(log_ratio, -bound, bound) ** 2
+    return th.clamp(log_ratio, -bound, bound)
 
 
 def _check_coefficients(clip_range: float | None, kl_coef: float, max_importance_ratio: float | None) -> None:

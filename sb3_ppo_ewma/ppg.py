@@ -12,18 +12,27 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import MaybeCallback, Schedule
 from stable_baselines3.common.utils import FloatSchedule, update_learning_rate
 
-from sb3_ppo_ewma import losses
+from sb3_ppo_ewma import forward, losses
 from sb3_ppo_ewma._arguments import check_integer, check_number, check_schedule, warn_caller
 from sb3_ppo_ewma.distributions import distribution_parameters, torch_distributions, with_parameters
+from sb3_ppo_ewma.gradient_steps import TrainStatistics
+from sb3_ppo_ewma.losses import LossTerms
 from sb3_ppo_ewma.memory import MemoryReturn
 from sb3_ppo_ewma.policies import PPGCnnPolicy, PPGImpalaPolicy, PPGMultiInputPolicy, PPGPolicy
-from sb3_ppo_ewma.ppo_ewma import EVALUATION_BATCH_SIZE, EwmaMixin, TrainStatistics
+from sb3_ppo_ewma.ppo_ewma import EVALUATION_BATCH_SIZE, EwmaMixin
 from sb3_ppo_ewma.rollouts import PhaseBuffer, Rollout
 
 SelfPhasic = TypeVar("SelfPhasic", bound="AuxiliaryPhaseMixin")
 SelfPPG = TypeVar("SelfPPG", bound="PPG")
 
 _PHASE = "the auxiliary phase"
+
+# What is to blame for a step of it that was not made, by what shows it
+_BLAME = {
+    "policy_kl": f"KL divergence of {_PHASE}",
+    "value_loss": "values",
+    "aux_value_loss": "auxiliary values",
+}
 
 # The default batch size is this part of a rollout: in the paper, 16 of its 256 sequences.
 _AUX_MINIBATCHES = 16
@@ -171,20 +180,28 @@ class AuxiliaryPhaseMixin(EwmaMixin):
         learning_rate = self._scheduled("aux_learning_rate", self.aux_lr_schedule)
         update_learning_rate(self.aux_optimizer, learning_rate)
         batch_size = self.aux_batch_size or max(1, self.n_steps * self.n_envs // _AUX_MINIBATCHES)
-        n_minibatches = math.ceil(buffer.n_samples / batch_size)
-        old_parameters = self._old_distribution_parameters(buffer, batch_size)
         statistics = TrainStatistics()
-        for epoch in range(self.n_aux_epochs):
-            for i, indices in enumerate(buffer.minibatches(batch_size)):
-                self._show_progress(epoch, i, n_minibatches)
-                self._train_auxiliary_minibatch(buffer, indices, old_parameters, statistics)
+        with self._gradient_steps():
+            old_parameters = self._old_distribution_parameters(buffer, batch_size)
+            # Until a step cannot be made
+            all(
+                self._gradient_step(
+                    self._auxiliary_loss_terms,
+                    self._auxiliary_samples(buffer, indices, old_parameters),
+                    self.aux_optimizer,
+                    statistics,
+                )
+                for indices in self._auxiliary_minibatches(buffer, batch_size)
+            )
+        statistics.check_finite(_BLAME, f"after {self._n_updates} epochs and {self.num_timesteps} steps")
         self.logger.record("aux/learning_rate", learning_rate)
-        for name, values in statistics.read().items():
-            self.logger.record(f"aux/{name}", values.mean())
+        for name in losses.AuxiliaryLossStats._fields:
+            self.logger.record(f"aux/{name}", statistics.terms(name).mean())
 
-    def _optimize(self, loss: th.Tensor, optimizer: th.optim.Optimizer, terms: dict[str, th.Tensor]) -> None:
-        super()._optimize(loss, optimizer, terms)
+    def _gradient_step(self, *args: Any, **kwargs: Any) -> bool:
+        made = super()._gradient_step(*args, **kwargs)
         self._return_memory()
+        return made
 
     def _return_memory(self) -> None:
         # After the minibatches of both phases. Next to a small phase, what they leave behind does not matter.
@@ -200,44 +217,66 @@ class AuxiliaryPhaseMixin(EwmaMixin):
         :return: parameters of π_old for all samples, (n_samples, ...) each
         """
         self.policy.set_training_mode(False)
-        parameters: list[th.Tensor] = []
+        blocks: list[th.Tensor] = []
         step = max(batch_size, EVALUATION_BATCH_SIZE)
         for start in range(0, buffer.n_samples, step):
             rows = slice(start, start + step)
-            distribution = self.policy.get_distribution(buffer.observations(rows, self.device))
-            parts = distribution_parameters(torch_distributions(distribution, _PHASE))
+            observations = buffer.observations(rows, self.device)
+            if self._takes_auxiliary_shortcuts():
+                parameters = forward.actor_distribution(self.policy, observations)
+                parts = [part.expand(len(parameters[0]), -1) for part in parameters]
+            else:
+                distribution = self.policy.get_distribution(observations)
+                parts = distribution_parameters(torch_distributions(distribution, _PHASE))
             # One block each: many small ones that stay would keep the large ones between them from being used again.
-            parameters = parameters or [part.new_empty((buffer.n_samples, *part.shape[1:])) for part in parts]
-            for parameter, part in zip(parameters, parts, strict=True):
-                parameter[rows] = part
+            blocks = blocks or [part.new_empty((buffer.n_samples, *part.shape[1:])) for part in parts]
+            for block, part in zip(blocks, parts, strict=True):
+                block[rows] = part
             self._return_memory()
         self.policy.set_training_mode(True)
-        return parameters
+        return blocks
 
-    def _train_auxiliary_minibatch(
-        self, buffer: PhaseBuffer, indices: np.ndarray, old_parameters: list[th.Tensor], statistics: TrainStatistics
-    ) -> None:
-        distribution, values, aux_values = self.policy.evaluate_auxiliary(buffer.observations(indices, self.device))
-        current = torch_distributions(distribution, _PHASE)
+    def _auxiliary_minibatches(self, buffer: PhaseBuffer, batch_size: int) -> Iterator[np.ndarray]:
+        n_minibatches = math.ceil(buffer.n_samples / batch_size)
+        for epoch in range(self.n_aux_epochs):
+            for i, indices in enumerate(buffer.minibatches(batch_size)):
+                self._show_progress(epoch, i, n_minibatches)
+                yield indices
+
+    def _auxiliary_samples(
+        self, buffer: PhaseBuffer, indices: np.ndarray, old_parameters: list[th.Tensor]
+    ) -> tuple[Any, th.Tensor, list[th.Tensor]]:
         rows = th.as_tensor(indices, device=self.device)
-        kl = losses.analytic_kl(with_parameters(current, [p[rows] for p in old_parameters]), current)
+        return (
+            buffer.observations(indices, self.device),
+            buffer.returns(indices, self.device),
+            [parameter[rows] for parameter in old_parameters],
+        )
+
+    def _takes_auxiliary_shortcuts(self) -> bool:
+        return self._takes_shortcuts and type(self.policy).evaluate_auxiliary is PPGPolicy.evaluate_auxiliary
+
+    def _auxiliary_loss_terms(
+        self, observations: Any, returns: th.Tensor, old_parameters: list[th.Tensor]
+    ) -> LossTerms:
+        policy = self.policy
+        if self._takes_auxiliary_shortcuts():
+            current, values, aux_values = forward.evaluate_auxiliary(policy, observations)
+            kl = forward.kl_divergence(policy, old_parameters, current)
+        else:
+            distribution, values, aux_values = policy.evaluate_auxiliary(observations)
+            distributions = torch_distributions(distribution, _PHASE)
+            kl = losses.analytic_kl(with_parameters(distributions, old_parameters), distributions)
         loss, stats = losses.auxiliary_loss(
             kl,
             values,
             aux_values,
-            buffer.returns(indices, self.device),
+            returns,
             beta_clone=self.beta_clone,
             vf_true_coef=self.vf_true_coef,
             vf_aux_coef=self.vf_aux_coef,
         )
-        statistics.add(**stats._asdict())
-        terms = {
-            f"KL divergence of {_PHASE}": kl,
-            "values": values,
-            "auxiliary values": aux_values,
-            f"loss of {_PHASE}": loss,
-        }
-        self._optimize(loss, self.aux_optimizer, terms)
+        return LossTerms([loss], [th.ones_like(loss)], loss.detach(), stats._asdict())
 
     # ------------------------------------------------------------------ learning, saving, loading
 

@@ -1,22 +1,27 @@
 """PPO-EWMA: PPO whose proximal policy is a moving average, as a mixin for any PPO-like SB3 algorithm."""
 
+import contextlib
 import copy
 import functools
 import math
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, cast, get_args
 
 import numpy as np
 import torch as th
-from gymnasium import spaces
 from stable_baselines3 import PPO
+from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
-from stable_baselines3.common.type_aliases import MaybeCallback, Schedule
+from stable_baselines3.common.type_aliases import (
+    DictRolloutBufferSamples,
+    MaybeCallback,
+    RolloutBufferSamples,
+    Schedule,
+)
 from stable_baselines3.common.utils import explained_variance, obs_as_tensor, update_learning_rate
 from torch.distributions import Distribution
 
-from sb3_ppo_ewma import losses
+from sb3_ppo_ewma import forward, losses
 from sb3_ppo_ewma._arguments import (
     CLIP_OFF,
     bind_arguments,
@@ -30,27 +35,53 @@ from sb3_ppo_ewma._arguments import (
     merged_signature,
     warn_caller,
 )
+from sb3_ppo_ewma.compilation import CompilationError, CompiledSteps
 from sb3_ppo_ewma.distributions import standard_deviation, torch_distributions
 from sb3_ppo_ewma.ewma import (
     MomentsEwma,
     ParameterEwma,
     center_of_mass_from_decay,
     decay_from_center_of_mass,
+    standardize,
 )
+from sb3_ppo_ewma.gradient_steps import GradientSteps, TrainStatistics
+from sb3_ppo_ewma.losses import Coefficient, Coefficients, LossTerms
+from sb3_ppo_ewma.mlp import MlpPolicy, is_mlp_policy
 from sb3_ppo_ewma.policies import ImpalaPolicy
 from sb3_ppo_ewma.random_state import preserved_generators
-from sb3_ppo_ewma.rollouts import Rollout, StaleRollouts, is_finite, observations_at
+from sb3_ppo_ewma.rollouts import (
+    BufferData,
+    DeviceData,
+    Rollout,
+    StaleRollouts,
+    TrainingData,
+    is_finite,
+    observations_at,
+)
 from sb3_ppo_ewma.saving import SavedStateMixin, uncompiled
 from sb3_ppo_ewma.torch_layers import with_features_extractor
 
 KlEstimator = Literal["sample", "analytic"]
 StalenessMode = Literal["decoupled", "behavior", "proximal"]
+CompileMode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 SelfPPOEWMA = TypeVar("SelfPPOEWMA", bound="PPOEWMA")
 
 _ANALYTIC = "kl_estimator='analytic' (there is also 'sample')"
 
 # Smallest batch for evaluating a whole rollout without gradients
 EVALUATION_BATCH_SIZE = 256
+
+# What belongs to this process
+_PROCESS = ("_compiled_steps", "_gave_up_compiling", "_takes_shortcuts", "_mlps", "_steps")
+
+# What is to blame for a step that was not made, by what shows it
+_BLAME = {
+    "log_ratio_old": "log-probabilities",
+    "value_loss": "values",
+    "entropy_loss": "entropy",
+    "policy_gradient_loss": "policy loss",
+    "kl_loss": "KL penalty",
+}
 
 
 class Epoch(NamedTuple):
@@ -63,44 +94,6 @@ class Epoch(NamedTuple):
 
     policy: bool
     value: bool
-
-
-class ClipRanges(NamedTuple):
-    """
-    Values of the clipping schedules in one iteration.
-
-    :param policy: ε, ``None`` for no clip
-    :param value: in units of the return, ``None`` for no clip
-    """
-
-    policy: float | None
-    value: float | None
-
-
-class TrainStatistics:
-    """Collects tensors of shape () by name and reads them once, at the end of ``train()``."""
-
-    def __init__(self) -> None:
-        self._values: dict[str, list[th.Tensor]] = defaultdict(list)
-
-    def add(self, **values: th.Tensor) -> None:
-        """
-        :param values: detached tensors of shape ()
-        """
-        for name, value in values.items():
-            self._values[name].append(value.detach())
-
-    def forget(self, name: str) -> None:
-        """
-        :param name: of the values to drop
-        """
-        self._values.pop(name, None)
-
-    def read(self) -> dict[str, np.ndarray]:
-        """
-        :return: all values by name
-        """
-        return {name: th.stack(values).cpu().double().numpy() for name, values in self._values.items() if values}
 
 
 class EwmaMixin(SavedStateMixin):
@@ -130,6 +123,9 @@ class EwmaMixin(SavedStateMixin):
         iteration, π_behav the one that collected; ``"behavior"``: the collecting policy is both; ``"proximal"``: the
         policy at the start of the iteration is both. With ``prox_decay`` not ``None``, the EWMA is π_prox in every
         mode, which then only decides what π_behav is
+    :param torch_compile: make each gradient step as one compiled graph, with the same results up to rounding; a string
+        is a mode of ``torch.compile``. Compiling takes some seconds to a minute once. What cannot be compiled is
+        trained without it, with a warning
     :param ppo_args: positional arguments of the algorithm this is mixed into, see there. ``clip_range`` may also be
         ``None`` or a negative constant: no clip
     :param ppo_kwargs: keyword arguments of the algorithm this is mixed into
@@ -160,6 +156,12 @@ class EwmaMixin(SavedStateMixin):
 
     _own_buffers: ClassVar[tuple[str, ...]] = ("stale_rollouts",)
 
+    # Rollout buffers whose minibatches are gathered on the device, with the minibatches' class
+    _samples_classes: ClassVar[Mapping[type[RolloutBuffer], type[Any]]] = {
+        RolloutBuffer: RolloutBufferSamples,
+        DictRolloutBuffer: DictRolloutBufferSamples,
+    }
+
     # Defaults that differ from SB3's
     _sb3_defaults: ClassVar[Mapping[str, Any]] = {}
     _default_advantage_decay: ClassVar[float | None] = None
@@ -180,6 +182,7 @@ class EwmaMixin(SavedStateMixin):
         recompute_advantages: bool = False,
         staleness: int = 0,
         staleness_mode: StalenessMode = "decoupled",
+        torch_compile: bool | str = False,
         **ppo_kwargs: Any,
     ) -> None:
         given, arguments = bind_arguments(type(self), self._sb3_class(), ppo_args, ppo_kwargs)
@@ -196,6 +199,7 @@ class EwmaMixin(SavedStateMixin):
         self.recompute_advantages = recompute_advantages
         self.staleness = staleness
         self.staleness_mode: StalenessMode = staleness_mode
+        self.torch_compile = torch_compile
         self._check_own_parameters()
         check_sb3_arguments(arguments, advantage_decay)
 
@@ -231,6 +235,8 @@ class EwmaMixin(SavedStateMixin):
         if self.n_epochs_value is not None:
             check_integer("n_epochs_value", self.n_epochs_value, minimum=1)
         check_integer("staleness", self.staleness, minimum=0)
+        if not isinstance(self.torch_compile, bool):
+            check_choice("torch_compile", self.torch_compile, get_args(CompileMode), "True or False")
         if not isinstance(self.recompute_advantages, bool):
             raise TypeError(f"recompute_advantages must be True or False, got {self.recompute_advantages!r}")
         unavailable = self.staleness > 0 and self.staleness_mode == "behavior" and self.prox_decay is None
@@ -275,6 +281,11 @@ class EwmaMixin(SavedStateMixin):
         self.advantage_moments = None if self.advantage_decay is None else MomentsEwma(self.advantage_decay)
         self.value_optimizer = self._make_optimizer(self.lr_schedule) if self._has_value_epochs() else None
         self.stale_rollouts = StaleRollouts(self.staleness) if self.staleness > 0 else None
+        self._compiled_steps: CompiledSteps | None = None
+        self._gave_up_compiling = False
+        self._takes_shortcuts = False
+        self._mlps: dict[int, MlpPolicy] = {}
+        self._steps: GradientSteps
         # Policy at the start of the iteration, only built when something needs it
         self._recent_policy: ParameterEwma | None = None
 
@@ -348,7 +359,23 @@ class EwmaMixin(SavedStateMixin):
         :param actions: its actions in the form the distribution expects
         :return: values, log-probabilities and entropies of the actions
         """
+        if self._takes_shortcuts:
+            return forward.evaluate_actions(policy, samples.observations, actions)
         return policy.evaluate_actions(samples.observations, actions)
+
+    def _log_prob(self, policy: ActorCriticPolicy, samples: Any, actions: th.Tensor) -> th.Tensor:
+        """
+        :param policy: the proximal or recent policy
+        :param samples: minibatch from the rollout buffer
+        :param actions: its actions in the form the distribution expects
+        :return: (batch,) the log-probabilities of :meth:`_evaluate_actions`
+        """
+        if id(policy) in self._mlps:
+            return self._mlps[id(policy)].log_prob(samples.observations, actions)
+        if self._takes_shortcuts:
+            parameters = forward.actor_distribution(policy, samples.observations)
+            return forward.log_prob(policy, parameters, actions)
+        return self._evaluate_actions(policy, samples, actions)[1]
 
     def _padding_mask(self, samples: Any) -> th.Tensor | None:
         """
@@ -390,14 +417,32 @@ class EwmaMixin(SavedStateMixin):
         :raises ValueError: if the environment or the network returned NaN or Inf
         """
         try:
-            return super().collect_rollouts(*args, **kwargs)
+            with self._fast_forward():
+                return super().collect_rollouts(*args, **kwargs)
         except Exception as error:
             if self._last_obs is not None and not is_finite(self._last_obs):
                 raise ValueError("NaN or Inf in the observations that the environment returned") from error
-            for name, parameter in self.policy.named_parameters():
-                if not bool(th.isfinite(parameter).all()):
-                    raise ValueError(f"NaN or Inf in the policy's parameter {name!r}") from error
+            self._check_parameters(error)
             raise
+
+    def _check_parameters(self, error: Exception) -> None:
+        for name, parameter in self.policy.named_parameters():
+            if not bool(th.isfinite(parameter).all()):
+                raise ValueError(f"NaN or Inf in the policy's parameter {name!r}") from error
+
+    @contextlib.contextmanager
+    def _fast_forward(self) -> Iterator[None]:
+        policy = self.policy
+        if not (self._is_fast and forward.is_standard(policy)):
+            yield
+            return
+        mlp = is_mlp_policy(policy, trained=False)
+        outputs = MlpPolicy(policy).outputs if mlp else functools.partial(forward.actor_critic_outputs, policy)
+        policy.forward = functools.partial(forward.sample, policy, outputs)  # called by the policy, with its hooks
+        try:
+            yield
+        finally:
+            del policy.forward
 
     def _update_info_buffer(self, infos: list[dict[str, Any]], dones: np.ndarray | None = None) -> None:
         # Called at every step. The value of a truncated episode's last observation goes into the rewards, where a NaN
@@ -409,7 +454,11 @@ class EwmaMixin(SavedStateMixin):
 
     def _next_rollout(self) -> Rollout | None:
         rollout = self._collected_rollout()
-        rollout.check_finite()
+        try:
+            rollout.check_finite()
+        except ValueError as error:
+            self._check_parameters(error)
+            raise
         return rollout if self.stale_rollouts is None else self.stale_rollouts.exchange(rollout)
 
     # ------------------------------------------------------------------ training
@@ -423,20 +472,30 @@ class EwmaMixin(SavedStateMixin):
         self.policy.set_training_mode(True)
         optimizers = [self.policy.optimizer, self.value_optimizer]
         self._update_learning_rate([optimizer for optimizer in optimizers if optimizer is not None])
-        clip_ranges = self._current_clip_ranges()
         self._start_iteration()
         advantage_std = self._update_advantage_moments(rollout)
 
         statistics = TrainStatistics()
+        with self._gradient_steps():
+            self._train_epochs(rollout, statistics)
+        statistics.check_finite(_BLAME, f"after {self._n_updates} epochs and {self.num_timesteps} steps")
+        self._log_training(rollout, advantage_std, statistics)
+        self._end_iteration(rollout)
+
+    def _train_epochs(self, rollout: Rollout, statistics: TrainStatistics) -> None:
+        data = self._training_data(rollout)
         for index, epoch in enumerate(self._epochs()):
             if index > 0 and self.recompute_advantages:
                 self._recompute_advantages(rollout)
-            finished = self._train_epoch(rollout, epoch, clip_ranges, statistics)
+                data.update_targets()
+            finished = self._train_epoch(data, epoch, statistics)
             self._n_updates += epoch.policy
             if not finished:
                 break
-        self._log_training(rollout, clip_ranges, advantage_std, statistics)
-        self._end_iteration(rollout)
+
+    def _training_data(self, rollout: Rollout) -> TrainingData:
+        samples_class = self._samples_classes.get(type(rollout.buffer))
+        return BufferData(rollout.buffer) if samples_class is None else DeviceData(rollout.buffer, samples_class)
 
     def _epochs(self) -> list[Epoch]:
         if self.value_optimizer is None:
@@ -466,93 +525,213 @@ class EwmaMixin(SavedStateMixin):
             return True
         if self.policy_ewma is not None:
             return False
-        analytic_kl = self.kl_coef > 0 and self.kl_estimator == "analytic"
-        return analytic_kl or (self.staleness > 0 and self.staleness_mode == "decoupled")
+        return self._is_kl_analytic() or (self.staleness > 0 and self.staleness_mode == "decoupled")
 
-    def _train_epoch(
-        self, rollout: Rollout, epoch: Epoch, clip_ranges: ClipRanges, statistics: TrainStatistics
+    def _train_epoch(self, data: TrainingData, epoch: Epoch, statistics: TrainStatistics) -> bool:
+        """
+        :return: False if training ends with this epoch
+        """
+        statistics.begin_epoch()
+        optimizer = self.policy.optimizer if epoch.policy else cast(th.optim.Optimizer, self.value_optimizer)
+        coefficients = self._current_coefficients()
+        if self._compiled_steps is not None:
+            coefficients = coefficients.as_tensors(self.device)
+        return all(
+            self._gradient_step(
+                self._loss_terms,
+                (data, minibatch, epoch, coefficients),
+                optimizer,
+                statistics,
+                updates_average=epoch.policy,
+            )
+            for minibatch in data.minibatches(self.batch_size)
+        )
+
+    @contextlib.contextmanager
+    def _gradient_steps(self) -> Iterator[None]:
+        """
+        Within this context :meth:`_gradient_step` makes steps, and what it needs stays what it is.
+        """
+        compiled = self._compiler()
+        policies = [self.policy, *(a.module for a in (self.policy_ewma, self._recent_policy) if a is not None)]
+        is_family = any(
+            getattr(getattr(self, name), "__func__", None) is not getattr(EwmaMixin, name)
+            for name in ("_evaluate_actions", "_log_prob", "_padding_mask")
+        )
+        may_round = (self._is_fast or compiled is not None) and not is_family and not self._is_kl_analytic()
+        self._takes_shortcuts = may_round and forward.is_standard(self.policy)
+        self._mlps = {
+            id(policy): MlpPolicy(policy)
+            for policy in policies
+            if self._takes_shortcuts and compiled is None and is_mlp_policy(policy, trained=policy is self.policy)
+        }
+        self._steps = GradientSteps(
+            self.policy,
+            self.policy_ewma,
+            max_grad_norm=self.max_grad_norm,
+            max_kl=None if self.target_kl is None else 1.5 * self.target_kl,
+            decay=self.current_prox_decay,
+            may_fuse=self._is_fast,
+            compiled=compiled,
+        )
+        with self._steps.training():
+            yield
+
+    def _gradient_step(
+        self,
+        loss_terms: Callable[..., LossTerms],
+        arguments: tuple[Any, ...],
+        optimizer: th.optim.Optimizer,
+        statistics: TrainStatistics,
+        updates_average: bool = False,
     ) -> bool:
         """
-        :return: False if ``target_kl`` ended the epoch
+        :return: False if training ends here: ``target_kl`` forbade the step, or it could not be made
         """
-        if epoch.policy:
-            statistics.forget("approx_kl")  # SB3 logs the mean of the last epoch
-        for samples in rollout.buffer.get(self.batch_size):
-            if not self._train_minibatch(samples, epoch, clip_ranges, statistics):
-                return False
-        return True
+        steps = self._steps
+        try:
+            made = steps.step(loss_terms, arguments, optimizer, statistics, updates_average)
+        except CompilationError as reason:
+            self._give_up_compiling(reason)
+            steps.compiled = None
+            made = steps.step(loss_terms, arguments, optimizer, statistics, updates_average)
+        if steps.exceeded_kl is not None and self.verbose >= 1:
+            print(f"Early stopping at n_updates={self._n_updates} due to reaching max kl: {steps.exceeded_kl:.2f}")
+        return made
 
-    def _train_minibatch(
-        self, samples: Any, epoch: Epoch, clip_ranges: ClipRanges, statistics: TrainStatistics
-    ) -> bool:
-        """
-        One gradient step. The loss uses the EWMA before the step's own update.
+    def _compiler(self) -> CompiledSteps | None:
+        if not self.torch_compile or self._gave_up_compiling:
+            return None
+        if self._compiled_steps is None:
+            try:
+                self._compiled_steps = CompiledSteps(None if self.torch_compile is True else self.torch_compile)
+            except CompilationError as reason:
+                self._give_up_compiling(reason)
+        return self._compiled_steps
 
-        :return: False if ``target_kl`` forbade the step
-        """
-        actions = samples.actions
-        if isinstance(self.action_space, spaces.Discrete):
-            actions = actions.long().flatten()  # stored as (batch, 1) float
+    def _give_up_compiling(self, reason: CompilationError) -> None:
+        warn_caller(f"torch_compile={self.torch_compile!r} has no effect, training goes on without it: {reason}")
+        self._gave_up_compiling = True
+        self._compiled_steps = None
+
+    @property
+    def _is_fast(self) -> bool:
+        # Whether results may differ from SB3's in their last digits. Who gives optimiser settings gets them to the bit.
+        given = self.policy_kwargs.keys() & {"optimizer_class", "optimizer_kwargs"}
+        return not given or bool((self.policy_kwargs.get("optimizer_kwargs") or {}).get("fused"))
+
+    def _loss_terms(self, data: TrainingData, minibatch: Any, epoch: Epoch, coefficients: Coefficients) -> LossTerms:
+        if id(self.policy) in self._mlps:
+            return self._mlp_loss_terms(self._mlps[id(self.policy)], data, minibatch, epoch, coefficients)
+        samples = data.samples(minibatch)
+        actions = forward.as_distributed(self.action_space, samples.actions)
         mask = self._padding_mask(samples)
         values, log_prob, entropy = self._evaluate_actions(self.policy, samples, actions)
-        terms: dict[str, th.Tensor] = {"log-probabilities": log_prob, "values": values}
-        loss: th.Tensor | None = None
+        roots: list[th.Tensor] = []
+        gradients: list[th.Tensor] = []
+        weighted: list[th.Tensor] = []
+        statistics: dict[str, th.Tensor] = {}
+
+        def add(name: str, term: th.Tensor, coefficient: Coefficient | None) -> None:
+            statistics[name] = detached = term.detach()
+            if coefficient is not None:
+                roots.append(term)
+                gradients.append(th.ones_like(detached) * coefficient)
+                weighted.append(detached * coefficient)
+
         if epoch.policy:
-            policy_loss = self._policy_loss(samples, actions, log_prob, mask, clip_ranges.policy, statistics)
-            entropy_loss = losses.entropy_loss(entropy, log_prob, mask)
-            statistics.add(entropy_loss=entropy_loss)
-            terms |= {"policy loss": policy_loss, "entropy": entropy_loss}
-            loss = policy_loss + self.ent_coef * entropy_loss
+            # Before the proximal policy is evaluated: SB3's policies keep their last distribution only.
+            current = torch_distributions(self.policy.action_dist, _ANALYTIC) if self._is_kl_analytic() else []
+            policy = self._policy_loss_terms(samples, actions, log_prob.detach(), mask, coefficients)
+            roots.append(log_prob)
+            gradients.append(policy.gradient)
+            weighted.append(policy.policy_gradient_loss + policy.kl_loss)
+            statistics |= self._policy_statistics(policy, log_prob.detach() - samples.old_log_prob, mask)
+            if current:
+                kl = losses.analytic_kl(self._proximal_distributions(samples, actions), current)
+                add("kl_loss", losses.masked_mean(kl, mask), coefficients.kl_coef)
+            add("entropy_loss", losses.entropy_loss(entropy, log_prob, mask), coefficients.ent_coef)
         if epoch.value:
             value_loss = losses.value_loss(
                 values.flatten(),
                 samples.returns,
                 old_values=samples.old_values,
-                clip_range_vf=clip_ranges.value,
+                clip_range_vf=coefficients.clip_range_vf,
                 mask=mask,
             )
-            statistics.add(value_loss=value_loss)
-            terms["value loss"] = value_loss
-            weighted = self.vf_coef * value_loss
-            loss = weighted if loss is None else loss + weighted
-        terms["loss"] = loss = cast(th.Tensor, loss)
-        statistics.add(loss=loss)
-        if epoch.policy and self._exceeds_target_kl(samples, log_prob, mask, statistics):
-            return False
+            add("value_loss", value_loss, coefficients.vf_coef)
+        statistics["loss"] = loss = th.stack(weighted).sum()
+        return LossTerms(roots, gradients, loss, statistics)
 
-        optimizer = self.policy.optimizer if epoch.policy else cast(th.optim.Optimizer, self.value_optimizer)
-        self._optimize(loss, optimizer, terms)
-        if epoch.policy and self.policy_ewma is not None:
-            self.policy_ewma.update(self.policy, cast(float, self.current_prox_decay))
-        return True
+    @th.no_grad()
+    def _mlp_loss_terms(
+        self, mlp: MlpPolicy, data: TrainingData, minibatch: Any, epoch: Epoch, coefficients: Coefficients
+    ) -> LossTerms:
+        """
+        :return: what :meth:`_loss_terms` does, without roots: the gradients are in the parameters already
+        """
+        samples = data.samples(minibatch)
+        actions = forward.as_distributed(self.action_space, samples.actions)
+        features = mlp.features(samples.observations)
+        statistics: dict[str, th.Tensor] = {}
+        weighted: list[th.Tensor] = []
+        if epoch.policy:
+            layers = mlp.actor.forward(features)
+            parameters = forward.distribution(self.policy, layers[-1])
+            log_prob = forward.log_prob(self.policy, parameters, actions)
+            entropy = forward.entropy(self.policy, parameters)
+            policy = self._policy_loss_terms(samples, actions, log_prob, None, coefficients)
+            ent_coef = cast(float | None, coefficients.ent_coef)
+            entropy_gradient = None if ent_coef is None else -ent_coef / len(entropy)
+            mlp.actor_backward(layers, parameters, actions, policy.gradient, entropy_gradient, entropy)
+            statistics = self._policy_statistics(policy, log_prob - samples.old_log_prob, None)
+            statistics["entropy_loss"] = entropy_loss = losses.entropy_loss(entropy, log_prob)
+            weighted = [policy.policy_gradient_loss, policy.kl_loss]
+            weighted += [] if ent_coef is None else [ent_coef * entropy_loss]
+        if epoch.value:
+            layers = mlp.critic.forward(features)
+            values = layers[-1].flatten()
+            bounds: dict[str, Any] = {"old_values": samples.old_values, "clip_range_vf": coefficients.clip_range_vf}
+            statistics["value_loss"] = value_loss = losses.value_loss(values, samples.returns, **bounds)
+            gradient = coefficients.vf_coef * losses.value_loss_gradient(values, samples.returns, **bounds)
+            mlp.critic.backward(layers, gradient.unsqueeze(1))
+            weighted.append(coefficients.vf_coef * value_loss)
+        statistics["loss"] = loss = functools.reduce(th.add, weighted)
+        return LossTerms([], [], loss, statistics)
 
-    def _policy_loss(
+    def _policy_statistics(
+        self, policy: losses.PolicyLossTerms, log_ratio_old: th.Tensor, mask: th.Tensor | None
+    ) -> dict[str, th.Tensor]:
+        statistics = {
+            "policy_gradient_loss": policy.policy_gradient_loss,
+            "kl_loss": policy.kl_loss,
+            "log_ratio_prox": losses.valid(policy.log_ratio_prox, mask),
+            "log_ratio_behav": losses.valid(policy.log_ratio_behav, mask),
+            "log_ratio_old": losses.valid(log_ratio_old, mask),
+        }
+        if self.target_kl is not None:
+            statistics["approx_kl"] = losses.approximate_kl(statistics["log_ratio_old"])
+        return statistics
+
+    def _policy_loss_terms(
         self,
         samples: Any,
         actions: th.Tensor,
         log_prob: th.Tensor,
         mask: th.Tensor | None,
-        clip_range: float | None,
-        statistics: TrainStatistics,
-    ) -> th.Tensor:
-        # Before the proximal policy is evaluated: SB3's policies keep their last distribution only.
-        analytic = self.kl_coef > 0 and self.kl_estimator == "analytic"
-        current = torch_distributions(self.policy.action_dist, _ANALYTIC) if analytic else []
+        coefficients: Coefficients,
+    ) -> losses.PolicyLossTerms:
         log_prob_prox = self._log_prob_prox(samples, actions)
-        proximal = self._proximal_distributions(samples, actions) if analytic else []
-        loss, stats = losses.decoupled_policy_loss(
+        is_prox_behav = self.policy_ewma is None and self.staleness_mode == "proximal"
+        return losses.policy_loss_terms(
             log_prob,
             log_prob_prox,
-            self._log_prob_behav(samples, actions),
-            self._normalized_advantages(samples.advantages, mask),
-            clip_range=clip_range,
-            kl_coef=self.kl_coef,
-            kl=losses.analytic_kl(proximal, current) if analytic else None,
-            max_importance_ratio=self.max_importance_ratio,
+            log_prob_prox if is_prox_behav else self._log_prob_behav(samples, actions),
+            self._normalized_advantages(samples.advantages, mask, coefficients),
+            coefficients.ratio_limits,
+            kl_coef=None if self._is_kl_analytic() else coefficients.kl_coef,
             mask=mask,
         )
-        statistics.add(**stats._asdict())
-        return loss
 
     def _log_prob_prox(self, samples: Any, actions: th.Tensor) -> th.Tensor:
         """
@@ -574,8 +753,7 @@ class EwmaMixin(SavedStateMixin):
 
     @th.no_grad()
     def _log_prob_of(self, average: ParameterEwma | None, samples: Any, actions: th.Tensor) -> th.Tensor:
-        policy = cast(ActorCriticPolicy, cast(ParameterEwma, average).module)
-        return self._evaluate_actions(policy, samples, actions)[1]
+        return self._log_prob(cast(ActorCriticPolicy, cast(ParameterEwma, average).module), samples, actions)
 
     def _proximal_distributions(self, samples: Any, actions: th.Tensor) -> Sequence[Distribution]:
         average = self.policy_ewma if self.policy_ewma is not None else self._recent_policy
@@ -584,31 +762,8 @@ class EwmaMixin(SavedStateMixin):
             self._log_prob_of(average, samples, actions)
         return torch_distributions(cast(Any, cast(ParameterEwma, average).module).action_dist, _ANALYTIC)
 
-    def _exceeds_target_kl(
-        self, samples: Any, log_prob: th.Tensor, mask: th.Tensor | None, statistics: TrainStatistics
-    ) -> bool:
-        # Against the behaviour policy, as in SB3: against the EWMA, a refused step would never be caught up with.
-        with th.no_grad():
-            log_ratio = log_prob - samples.old_log_prob
-            approx_kl = losses.masked_mean((th.exp(log_ratio) - 1) - log_ratio, mask)
-        statistics.add(approx_kl=approx_kl)
-        if self.target_kl is None or not approx_kl.item() > 1.5 * self.target_kl:  # a NaN goes on, to be named
-            return False
-        if self.verbose >= 1:
-            print(f"Early stopping at n_updates={self._n_updates} due to reaching max kl: {approx_kl.item():.2f}")
-        return True
-
-    def _optimize(self, loss: th.Tensor, optimizer: th.optim.Optimizer, terms: dict[str, th.Tensor]) -> None:
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]  # torch has no annotation here
-        norm = th.nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
-        if not bool(th.isfinite(norm) & th.isfinite(loss.detach())):
-            name = next((name for name, term in terms.items() if not bool(th.isfinite(term).all())), "gradients")
-            raise ValueError(
-                f"NaN or Inf in {name} after {self._n_updates} epochs and {self.num_timesteps} steps: the update was "
-                "not made, the parameters are the last good ones. A smaller learning rate or max_grad_norm may help."
-            )
-        optimizer.step()
+    def _is_kl_analytic(self) -> bool:
+        return self.kl_coef > 0 and self.kl_estimator == "analytic"
 
     # ------------------------------------------------------------------ advantages
 
@@ -623,11 +778,13 @@ class EwmaMixin(SavedStateMixin):
         self.advantage_moments.update(th.as_tensor(advantages))
         return math.sqrt(self.advantage_moments.moments()[1])
 
-    def _normalized_advantages(self, advantages: th.Tensor, mask: th.Tensor | None) -> th.Tensor:
+    def _normalized_advantages(
+        self, advantages: th.Tensor, mask: th.Tensor | None, coefficients: Coefficients
+    ) -> th.Tensor:
         if not self.normalize_advantage:
             return advantages
-        if self.advantage_moments is not None:
-            return self.advantage_moments.normalize(advantages)
+        if coefficients.advantage_scale is not None:
+            return standardize(advantages, *coefficients.advantage_scale)
         return losses.normalize_advantages(advantages, mask)
 
     @th.no_grad()
@@ -646,11 +803,17 @@ class EwmaMixin(SavedStateMixin):
 
     # ------------------------------------------------------------------ schedules and logs
 
-    def _current_clip_ranges(self) -> ClipRanges:
+    def _current_coefficients(self) -> Coefficients:
         # Schedules may end slightly below 0 when the last rollout overshoots; only constants switch the clip off.
         clip_range = None if is_clip_off(self.clip_range) else self._scheduled("clip_range", self.clip_range)
-        clip_range_vf = None if self.clip_range_vf is None else self._scheduled("clip_range_vf", self.clip_range_vf)
-        return ClipRanges(clip_range, clip_range_vf)
+        return Coefficients(
+            losses.RatioLimits.of(clip_range, self.max_importance_ratio),
+            None if self.clip_range_vf is None else self._scheduled("clip_range_vf", self.clip_range_vf),
+            self.ent_coef or None,
+            self.vf_coef,
+            self.kl_coef or None,
+            None if self.advantage_moments is None else self.advantage_moments.location_and_scale(),
+        )
 
     def _scheduled(self, name: str, schedule: Schedule) -> float:
         value = schedule(self._current_progress_remaining)
@@ -664,33 +827,40 @@ class EwmaMixin(SavedStateMixin):
         for optimizer in optimizers if isinstance(optimizers, list) else [optimizers]:
             update_learning_rate(optimizer, learning_rate)
 
-    def _log_training(
-        self, rollout: Rollout, clip_ranges: ClipRanges, advantage_std: float, statistics: TrainStatistics
-    ) -> None:
-        values = statistics.read()
+    def _log_training(self, rollout: Rollout, advantage_std: float, statistics: TrainStatistics) -> None:
         record = self.logger.record
-        for name in ("entropy_loss", "policy_gradient_loss", "value_loss", "approx_kl", "approx_kl_prox"):
-            record(f"train/{name}", np.mean(values[name]))
-        record("train/loss", values["loss"][-1])
-        record("train/importance_ratio_max", np.max(values["importance_ratio_max"]))
-        if self.max_importance_ratio is not None:
-            record("train/importance_cap_fraction", np.mean(values["importance_cap_fraction"]))
-        if self.kl_coef > 0:
-            record("train/kl_loss", np.mean(values["kl_loss"]))
+        coefficients = self._current_coefficients()
+        for name in ("entropy_loss", "policy_gradient_loss", "value_loss"):
+            record(f"train/{name}", np.mean(statistics.terms(name)))
+        # SB3 logs the mean of the last epoch
+        approx_kl = statistics.reduce(losses.approximate_kl, "log_ratio_old", last_epoch=True)
+        record("train/approx_kl", np.mean(approx_kl))
+        limits = coefficients.ratio_limits
+        clip_fraction, approx_kl_prox, importance_ratio_max, cap_fraction = statistics.reduce(
+            lambda prox, behav: th.stack(losses.ratio_statistics(prox, behav, limits)),
+            "log_ratio_prox",
+            "log_ratio_behav",
+        )
+        record("train/approx_kl_prox", np.mean(approx_kl_prox))
+        record("train/loss", statistics.terms("loss")[-1])
+        record("train/importance_ratio_max", np.max(importance_ratio_max))
+        if limits.log_cap is not None:
+            record("train/importance_cap_fraction", np.mean(cap_fraction))
+        if coefficients.kl_coef is not None:
+            record("train/kl_loss", np.mean(statistics.terms("kl_loss")))
         record("train/advantage_std", advantage_std)
-        decay = self.current_prox_decay
-        if decay is not None:
-            record("train/prox_center_of_mass", center_of_mass_from_decay(decay))
+        if self.current_prox_decay is not None:
+            record("train/prox_center_of_mass", center_of_mass_from_decay(self.current_prox_decay))
         buffer = rollout.buffer
         record("train/explained_variance", explained_variance(buffer.values.flatten(), buffer.returns.flatten()))
         if hasattr(self.policy, "log_std"):
             record("train/std", standard_deviation(self.policy).mean().item())
         record("train/n_updates", self._n_updates, exclude="tensorboard")
-        if clip_ranges.policy is not None:
-            record("train/clip_fraction", np.mean(values["clip_fraction"]))
-            record("train/clip_range", clip_ranges.policy)
-        if clip_ranges.value is not None:
-            record("train/clip_range_vf", clip_ranges.value)
+        if limits.high is not None:
+            record("train/clip_fraction", np.mean(clip_fraction))
+            record("train/clip_range", self._scheduled("clip_range", self.clip_range))
+        if coefficients.clip_range_vf is not None:
+            record("train/clip_range_vf", coefficients.clip_range_vf)
 
     # ------------------------------------------------------------------ learning, saving, loading
 
@@ -708,7 +878,7 @@ class EwmaMixin(SavedStateMixin):
         return super()._setup_learn(*args, **kwargs)
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_recent_policy", "_moments_before"]
+        return [*super()._excluded_save_params(), "_recent_policy", "_moments_before", *_PROCESS]
 
     def _start_afresh(self, name: str) -> None:
         if name == "policy_ewma" and self.policy_ewma is not None:
@@ -728,8 +898,9 @@ class PPOEWMA(EwmaMixin, PPO):
     Code of the authors: https://github.com/openai/ppo-ewma
 
     All parameters of ``stable_baselines3.PPO`` in the same order with the same defaults; those of :class:`EwmaMixin` by
-    keyword. With ``prox_decay=None`` and the other defaults it computes what SB3's PPO computes, to the bit, as long as
-    no ratio π_θ/π_behav reaches ``max_importance_ratio``.
+    keyword. With ``prox_decay=None`` it computes what SB3's PPO computes: up to rounding, or to the bit if optimiser
+    settings are given (``policy_kwargs={"optimizer_kwargs": {"eps": 1e-5}}`` are SB3's), as long as no ratio π_θ/π_behav
+    reaches ``max_importance_ratio``.
 
     >>> from sb3_ppo_ewma import PPOEWMA
     >>> model = PPOEWMA("MlpPolicy", "CartPole-v1", n_steps=64).learn(64)

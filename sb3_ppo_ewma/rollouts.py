@@ -7,13 +7,18 @@ import copy
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch as th
+from gymnasium import spaces
 from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.type_aliases import DictRolloutBufferSamples, RolloutBufferSamples
 
 from sb3_ppo_ewma.memory import available_memory
+
+# SB3's minibatches, whose actions its buffers cast to float32; sb3-contrib does not
+_CASTING_SAMPLES = (RolloutBufferSamples, DictRolloutBufferSamples)
 
 # Names of what a phase buffer stores. Keys of dictionary observations stand behind a slash.
 _RETURNS, _OBSERVATIONS = "returns", "observations"
@@ -97,6 +102,135 @@ def is_finite(array: Any) -> bool:
         return all(is_finite(value) for value in array.values())
     array = np.asarray(array)
     return not np.issubdtype(array.dtype, np.inexact) or bool(np.isfinite(array).all())
+
+
+class TrainingData(Protocol):
+    """Where the minibatches of one training come from."""
+
+    def minibatches(self, batch_size: int | None) -> Iterator[Any]:
+        """
+        :param batch_size: number of samples, ``None``: all; the last minibatch may be smaller
+        :return: one epoch of minibatches, arguments for :meth:`samples`
+        """
+        ...
+
+    def samples(self, minibatch: Any) -> Any:
+        """
+        :param minibatch: from :meth:`minibatches`
+        :return: its samples, a named tuple as from SB3's buffers
+        """
+        ...
+
+    def update_targets(self) -> None:
+        """Advantages and returns in the buffer have changed."""
+
+
+class BufferData:
+    """
+    Minibatches from the buffer's own ``get()``.
+
+    :param buffer: filled rollout buffer
+    """
+
+    def __init__(self, buffer: RolloutBuffer) -> None:
+        self._buffer = buffer
+
+    def minibatches(self, batch_size: int | None) -> Iterator[Any]:
+        """
+        :param batch_size: see :class:`TrainingData`
+        :return: one epoch
+        """
+        return self._buffer.get(batch_size)
+
+    def samples(self, minibatch: Any) -> Any:
+        """
+        :param minibatch: its samples
+        :return: the same
+        """
+        return minibatch
+
+    def update_targets(self) -> None:
+        """Nothing to do."""
+
+
+class DeviceData:
+    """
+    A rollout on the device, each quantity in its own dtype, from which minibatches are gathered there; in the same
+    order and with the same numbers as from the buffer's own ``get()``.
+
+    :param buffer: filled rollout buffer, it is flattened
+    :param samples_class: named tuple of a minibatch, as ``get()`` returns it; what it has beyond SB3's fields is an
+        array of the buffer with the same name
+    """
+
+    def __init__(self, buffer: RolloutBuffer, samples_class: type[Any]) -> None:
+        self._buffer = buffer
+        self._samples_class = samples_class
+        extra_names = samples_class._fields[len(RolloutBufferSamples._fields) :]
+        _flatten(buffer, extra_names)
+        observations: Any = buffer.observations
+        self._observations: Any = (
+            {key: self._tensor(array) for key, array in observations.items()}
+            if isinstance(observations, dict)
+            else self._tensor(observations)
+        )
+        actions = buffer.actions
+        if isinstance(buffer.action_space, spaces.Discrete):
+            actions = actions.flatten().astype(np.int64)
+        elif samples_class in _CASTING_SAMPLES:
+            actions = actions.astype(np.float32, copy=False)
+        self._actions = self._tensor(actions)
+        self._extras = [self._tensor(getattr(buffer, name)) for name in extra_names]
+        self.update_targets()
+
+    def _tensor(self, array: np.ndarray) -> th.Tensor:
+        return th.as_tensor(array, device=self._buffer.device)
+
+    def update_targets(self) -> None:
+        """Read values, log-probabilities, advantages and returns from the buffer again."""
+        buffer = self._buffer
+        rows = (buffer.values, buffer.log_probs, buffer.advantages, buffer.returns)
+        self._targets = self._tensor(np.stack([row.flatten() for row in rows]))
+
+    def minibatches(self, batch_size: int | None) -> Iterator[Any]:
+        """
+        :param batch_size: see :class:`TrainingData`
+        :return: one epoch
+        """
+        n_samples = self._targets.shape[1]
+        permutation = self._tensor(np.random.permutation(n_samples))  # SB3's generator
+        return iter(th.split(permutation, batch_size or n_samples))
+
+    def samples(self, minibatch: th.Tensor) -> Any:
+        """
+        :param minibatch: indices
+        :return: its samples
+        """
+        indices, observations = minibatch, self._observations
+        return self._samples_class(
+            {key: tensor.index_select(0, indices) for key, tensor in observations.items()}
+            if isinstance(observations, dict)
+            else observations.index_select(0, indices),
+            self._actions.index_select(0, indices),
+            *self._targets.index_select(1, indices).unbind(),
+            *(extra.index_select(0, indices) for extra in self._extras),
+        )
+
+
+def _flatten(buffer: RolloutBuffer, extra_names: tuple[str, ...]) -> None:
+    """
+    What SB3's ``get()`` does when it is called first.
+    """
+    if buffer.generator_ready:
+        return
+    for name in ("observations", "actions", "values", "log_probs", "advantages", "returns", *extra_names):
+        array = getattr(buffer, name)
+        if isinstance(array, dict):
+            flat: Any = {key: buffer.swap_and_flatten(part) for key, part in array.items()}
+        else:
+            flat = buffer.swap_and_flatten(array)
+        setattr(buffer, name, flat)
+    buffer.generator_ready = True
 
 
 def observations_at(buffer: RolloutBuffer, indices: slice) -> Any:

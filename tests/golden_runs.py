@@ -67,10 +67,19 @@ class GoldenRun:
     :param family: of the case
     :param case: with the recorded stream
     :param feed: train on the recorded advantages and targets (which the reference rounds to float32) instead of our own
+    :param fused: SB3's arithmetic with its own optimiser, or that of the default settings
     :param algorithm: class and further arguments of the algorithm
     """
 
-    def __init__(self, family: str, case: Case, feed: bool, algorithm: type[PPOEWMA] = PPOEWMA, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        family: str,
+        case: Case,
+        feed: bool,
+        fused: bool = False,
+        algorithm: type[PPOEWMA] = PPOEWMA,
+        **kwargs: Any,
+    ) -> None:
         self.case, self.feed, self.hp, self.data = case, feed, case.hyperparameters, case.arrays
         self.layout = param_layout(family, self.hp["arch"])
         shapes = {entry["name"]: entry["shape"] for entry in self.layout}
@@ -88,7 +97,8 @@ class GoldenRun:
             rollout_buffer_class=PrescribedBuffer, rollout_buffer_kwargs={"dtype": dtype}, device="cpu",
             policy_kwargs={
                 "critic_arch": self.hp["arch"], "trunk_arch": [n_hidden], "net_arch": [],
-                "optimizer_kwargs": {"eps": self.hp["adam_eps"], "betas": (self.hp["beta1"], self.hp["beta2"])},
+                "optimizer_kwargs": {"eps": self.hp["adam_eps"], "betas": (self.hp["beta1"], self.hp["beta2"]),
+                                     "fused": fused},
             },
             prox_decay=self.hp["kl_ewma_decay"], kl_coef=self.hp["kl_penalty"],
             max_importance_ratio=self.hp["imp_samp_max"] or None,
@@ -122,22 +132,16 @@ class GoldenRun:
         return np.concatenate([tensors[name].detach().numpy().ravel() for name in names])
 
     def _record(self) -> None:
-        model = self.model
+        step = self.model._gradient_step
 
-        def after_step(*_: Any) -> None:
-            self.params.append(self._flat(model.policy))
-
-        model.policy.optimizer.register_step_post_hook(after_step)
-        if model.value_optimizer is not None:
-            model.value_optimizer.register_step_post_hook(after_step)
-        if model.policy_ewma is not None:
-            update = model.policy_ewma.update
-
-            def recorded_update(*args: Any) -> None:
-                update(*args)
+        def recorded_step(*args: Any, updates_average: bool = False) -> bool:
+            made = step(*args, updates_average=updates_average)
+            self.params.append(self._flat(self.model.policy))
+            if updates_average and self.model.policy_ewma is not None:
                 self._record_ewma()
+            return made
 
-            model.policy_ewma.update = recorded_update
+        self.model._gradient_step = recorded_step
 
     def _record_ewma(self) -> None:
         self.ewma.append(self._flat(self.model.policy_ewma.module))
@@ -185,13 +189,16 @@ class GoldenRun:
 class GoldenPhasicRun(GoldenRun):
     """The same with auxiliary phases; see there."""
 
-    def __init__(self, family: str, case: Case, feed: bool, algorithm: type[PPG] = PPG) -> None:
+    def __init__(
+        self, family: str, case: Case, feed: bool, fused: bool = False, algorithm: type[PPG] = PPG, **kwargs: Any
+    ) -> None:
         hp = case.hyperparameters
         coefficients = hp["name2coef"]
         super().__init__(
             family,
             case,
             feed,
+            fused,
             algorithm,
             n_policy_iterations=hp["n_pi"],
             n_aux_epochs=hp["n_aux_epochs"],
@@ -199,6 +206,7 @@ class GoldenPhasicRun(GoldenRun):
             beta_clone=coefficients.get("pol_distance", 1.0),
             vf_true_coef=coefficients.get("vf_true", 1.0),
             vf_aux_coef=coefficients.get("vf_aux", 1.0),
+            **kwargs,
         )
         # Ours are those of the policy's optimiser
         for group in self.model.aux_optimizer.param_groups:
@@ -207,7 +215,6 @@ class GoldenPhasicRun(GoldenRun):
     def _record(self) -> None:
         super()._record()
         model = self.model
-        model.aux_optimizer.register_step_post_hook(lambda *_: self.params.append(self._flat(model.policy)))
         if model.policy_ewma is None or model.phase_buffer is None:
             return
         end_iteration = model._end_iteration

@@ -34,9 +34,13 @@ HYPERPARAMETER_FILES = sorted((ROOT / "zoo_hyperparams").glob("*.yml"))
 LAYERS: list[tuple[set[str], set[str]]] = [
     ({"losses", "ewma"}, {"torch"}),
     ({"random_state", "memory"}, {"numpy"}),
-    ({"_arguments", "distributions", "rollouts", "rollout_files"}, {"stable_baselines3"}),
-    ({"torch_layers"}, {"gymnasium"}),
+    ({"optimizers"}, set()),
+    ({"compilation"}, set()),
+    ({"gradient_steps"}, set()),
+    ({"_arguments", "distributions", "rollout_files"}, {"stable_baselines3"}),
+    ({"torch_layers", "rollouts", "forward"}, {"gymnasium"}),
     ({"saving", "policies"}, set()),
+    ({"mlp"}, set()),
     ({"ppo_ewma"}, set()),
     ({"ppg"}, set()),
     ({"contrib"}, {"sb3_contrib"}),
@@ -51,6 +55,7 @@ OWN_PARAMETERS = {
     "recompute_advantages",
     "staleness",
     "staleness_mode",
+    "torch_compile",
 }
 PHASE_PARAMETERS = {
     "n_policy_iterations",

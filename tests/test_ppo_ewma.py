@@ -371,14 +371,14 @@ def test_first_rollouts_only_fill_the_queue():
 def test_policies_of_a_stale_rollout(mode, prox_decay):
     model = make(staleness=1, staleness_mode=mode, prox_decay=prox_decay, n_epochs=1, batch_size=32, learning_rate=0.05)
     pairs = []
-    policy_loss = model._policy_loss
+    policy_loss_terms = model._policy_loss_terms
 
     def record(samples, actions, log_prob, *args):
         prox, behav = model._log_prob_prox(samples, actions), model._log_prob_behav(samples, actions)
         pairs.append([tensor.detach().clone() for tensor in (log_prob, prox, behav, samples.old_log_prob)])
-        return policy_loss(samples, actions, log_prob, *args)
+        return policy_loss_terms(samples, actions, log_prob, *args)
 
-    model._policy_loss = record
+    model._policy_loss_terms = record
     model.learn(96)
     # Second training: its rollout was collected before the first one's update.
     current, prox, behav, collected = pairs[1]
@@ -498,8 +498,10 @@ def test_model_can_be_handed_back_as_ppo(tmp_path):
 
 
 def test_ppo_handed_back_goes_on_exactly_as_ppo_would():
-    ppo = PPO("MlpPolicy", "CartPole-v1", **QUICK).learn(64).learn(64, reset_num_timesteps=False)
-    back = make(prox_decay=None).learn(64).to_ppo().learn(64, reset_num_timesteps=False)
+    # Given, the optimiser's settings are SB3's to the bit.
+    adam = {"policy_kwargs": {**QUICK["policy_kwargs"], "optimizer_kwargs": {"eps": 1e-5}}}
+    ppo = PPO("MlpPolicy", "CartPole-v1", **{**QUICK, **adam}).learn(64).learn(64, reset_num_timesteps=False)
+    back = make(prox_decay=None, **adam).learn(64).to_ppo().learn(64, reset_num_timesteps=False)
     assert all_equal(parameters(ppo.policy), parameters(back.policy))
 
 
@@ -523,7 +525,7 @@ def test_everything_comes_back_from_a_file():
     loaded = PPOEWMA.load(file)
     for name in ("prox_decay", "advantage_decay", "n_epochs_value", "kl_coef", "kl_estimator", "max_importance_ratio"):
         assert getattr(loaded, name) == getattr(model, name)
-    assert loaded._current_clip_ranges().policy is None
+    assert loaded._current_coefficients().ratio_limits == (None, None, None)
     assert all_equal(parameters(loaded.policy_ewma), parameters(model.policy_ewma))
     assert float(loaded.policy_ewma.total_weight) != 1.0
     assert loaded.advantage_moments.moments() == model.advantage_moments.moments()

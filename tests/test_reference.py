@@ -334,7 +334,18 @@ def spy_on(name, monkeypatch):
 
 @pytest.fixture
 def recorded_stats(monkeypatch):
-    return spy_on("decoupled_policy_loss", monkeypatch)
+    recorded = []
+    original = losses.policy_loss_terms
+
+    def spy(log_prob, log_prob_prox, log_prob_behav, advantages, limits, **kwargs):
+        terms = original(log_prob, log_prob_prox, log_prob_behav, advantages, limits, **kwargs)
+        ratios = losses.ratio_statistics(terms.log_ratio_prox, terms.log_ratio_behav, limits)
+        losses_of_both = terms.policy_gradient_loss, terms.kl_loss
+        recorded.append(losses.PolicyLossStats(*losses_of_both, *ratios))
+        return terms
+
+    monkeypatch.setattr(losses, "policy_loss_terms", spy)
+    return recorded
 
 
 @pytest.fixture
@@ -349,11 +360,12 @@ def default_dtype():
     th.set_default_dtype(previous)
 
 
+@pytest.mark.parametrize("fused", [False, True], ids=["exact", "fused"])
 @pytest.mark.parametrize("case_id", case_ids("e2e_ppo"))
-def test_ppo_trajectory(case_id, recorded_stats, default_dtype):
+def test_ppo_trajectory(case_id, fused, recorded_stats, default_dtype):
     case = load_case("e2e_ppo", case_id)
     default_dtype(case.dtype)
-    run = GoldenRun("e2e_ppo", case, feed=True)
+    run = GoldenRun("e2e_ppo", case, feed=True, fused=fused)
     run.run()
     tolerance = trajectory_tolerance(case)
     assert_trajectory(run, **tolerance)
@@ -370,11 +382,12 @@ def test_ppo_trajectory(case_id, recorded_stats, default_dtype):
         assert_close(actual, diags[:, column], rtol=1e-4 if case.dtype == th.float32 else 1e-6, atol=atol)
 
 
+@pytest.mark.parametrize("fused", [False, True], ids=["exact", "fused"])
 @pytest.mark.parametrize("case_id", case_ids("e2e_ppg"))
-def test_ppg_trajectory(case_id, recorded_auxiliary_stats, default_dtype):
+def test_ppg_trajectory(case_id, fused, recorded_auxiliary_stats, default_dtype):
     case = load_case("e2e_ppg", case_id)
     default_dtype(case.dtype)
-    run = GoldenPhasicRun("e2e_ppg", case, feed=True)
+    run = GoldenPhasicRun("e2e_ppg", case, feed=True, fused=fused)
     run.run()
     data, hp = case.arrays, case.hyperparameters
     exact = case.dtype == th.float64

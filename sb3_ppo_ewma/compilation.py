@@ -1,0 +1,283 @@
+"""Whole gradient steps as compiled graphs: gather, losses, backward pass, clipping, Adam and EWMA."""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch as th
+
+from sb3_ppo_ewma.ewma import ParameterEwma
+from sb3_ppo_ewma.losses import LossTerms
+from sb3_ppo_ewma.optimizers import adam_state, can_be_fused
+
+# For how many steps the numbers are prepared at once
+_ROWS = 64
+
+
+class CompilationError(Exception):
+    """Says why a step has to be made without a graph."""
+
+
+class Adam(NamedTuple):
+    """
+    The tensors and constants of an Adam optimiser in a graph.
+
+    :param parameters: all it optimises
+    :param exp_avgs: their first moments
+    :param exp_avg_sqs: their second moments
+    :param betas: decays of the moments
+    :param eps: added to the denominator
+    :param weight_decay: of the parameters
+    """
+
+    parameters: list[th.Tensor]
+    exp_avgs: list[th.Tensor]
+    exp_avg_sqs: list[th.Tensor]
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+
+
+class StepNumbers:
+    """
+    What differs from step to step, as the positions of numbers in a tensor, so that no graph depends on their values.
+    Behind these stand, for each parameter, Adam's step size, learning rate / (1 − β₁ᵗ), and the divisor of the root of
+    its second moment, √(1 − β₂ᵗ).
+    """
+
+    MAX_GRAD_NORM = 0
+    MAX_KL = 1  # largest approximate KL divergence at which the step is made
+    INTERPOLATION = 2  # weight of the new parameters in the EWMA
+    N = 3
+
+
+def _gradient_step(
+    loss_terms: Callable[..., LossTerms],
+    arguments: tuple[Any, ...],
+    adam: Adam,
+    averages: list[th.Tensor],
+    averaged: list[th.Tensor],
+    numbers: th.Tensor,
+) -> tuple[dict[str, th.Tensor], th.Tensor, list[bool]]:
+    """
+    :param loss_terms: computes the losses of a minibatch
+    :param arguments: its arguments
+    :param adam: the optimiser
+    :param averages: tensors of an EWMA, none without one
+    :param averaged: the parameters that they average
+    :param numbers: of this step, see :class:`StepNumbers`
+    :return: statistics of the minibatch, of which ``"step"`` is NaN or Inf where gradient or loss are; whether the step
+        was made; for each parameter whether it had a gradient
+    """
+    terms = loss_terms(*arguments)
+    roots, parameters = terms.roots, adam.parameters
+    gradients: tuple[th.Tensor | None, ...] = th.autograd.grad(roots, parameters, terms.gradients, allow_unused=True)
+    has_gradient = [gradient is not None for gradient in gradients]
+    with th.no_grad():
+        norm = th.stack([gradient.square().sum() for gradient in gradients if gradient is not None]).sum().sqrt()
+        step = norm + terms.loss
+        made = th.isfinite(step)
+        if "approx_kl" in terms.statistics:
+            made = made & (terms.statistics["approx_kl"] <= numbers[StepNumbers.MAX_KL])
+        factor = th.clamp(numbers[StepNumbers.MAX_GRAD_NORM] / (norm + 1e-6), max=1.0)
+        one = made.to(norm.dtype)  # or 0, which leaves everything as it is
+        step_sizes, divisors = numbers[StepNumbers.N :].chunk(2)
+        beta1, beta2 = adam.betas
+        for i, gradient in enumerate(gradients):
+            if gradient is None:
+                continue
+            parameter, exp_avg, exp_avg_sq = parameters[i], adam.exp_avgs[i], adam.exp_avg_sqs[i]
+            clipped = th.where(made, gradient * factor + adam.weight_decay * parameter, 0.0)
+            exp_avg.lerp_(clipped, (1 - beta1) * one)
+            exp_avg_sq.mul_(1 - (1 - beta2) * one).add_((1 - beta2) * clipped * clipped)
+            denominator = exp_avg_sq.sqrt() / divisors[i] + adam.eps
+            parameter.sub_(one * step_sizes[i] * (exp_avg / denominator))
+        for average, parameter in zip(averages, averaged, strict=True):
+            average.lerp_(parameter, (one * numbers[StepNumbers.INTERPOLATION]).to(average.dtype))
+    return {**terms.statistics, "step": step}, made, has_gradient
+
+
+class CompiledSteps:
+    """
+    Makes gradient steps as compiled graphs, one for each shape of minibatch. Optimiser and EWMA keep their own tensors,
+    which are updated in place.
+
+    :param mode: of ``torch.compile``, ``None``: its default
+    :raises CompilationError: if this version of torch cannot trace a backward pass
+    """
+
+    def __init__(self, mode: str | None) -> None:
+        from torch import _dynamo  # takes seconds, and only here
+
+        if not hasattr(_dynamo.config, "trace_autograd_ops"):
+            raise CompilationError(f"torch {th.__version__} cannot compile a backward pass together with the optimiser")
+        self._dynamo = _dynamo
+        # Fewer of the wrapper's own operations between the kernels, which are small
+        options: dict[str, Any] | None = {"cpp_wrapper": True, "size_asserts": False} if mode is None else None
+        self._graphs = th.compile(_gradient_step, fullgraph=True, dynamic=False, mode=mode, options=options)
+        # With CUDA graphs, the next step writes its results where those of the last one are.
+        self._copies = mode in ("reduce-overhead", "max-autotune")
+        self._series: dict[tuple[int, int], StepSeries] = {}
+        # Number of steps made
+        self.n_steps = 0
+
+    @contextlib.contextmanager
+    def training(self) -> Iterator[None]:
+        """Steps are made within this context, in which nothing else changes. It updates step counts when it ends."""
+        try:
+            with self._dynamo.config.patch(trace_autograd_ops=True):
+                yield
+        finally:
+            self._finish()
+
+    def _finish(self) -> None:
+        for series in self._series.values():
+            series.finish()
+        self._series.clear()
+
+    def series(self, optimizer: th.optim.Optimizer, **settings: Any) -> "StepSeries":
+        """
+        :param optimizer: for which :func:`~sb3_ppo_ewma.optimizers.can_be_fused` holds
+        :param settings: see :class:`StepSeries`
+        :return: the steps that this optimiser makes in this training
+        :raises CompilationError: if a graph cannot stand for its ``step()``
+        """
+        key = id(optimizer), id(settings.get("average"))
+        if key not in self._series:
+            self._series[key] = StepSeries(optimizer, **settings)
+        return self._series[key]
+
+    def step(
+        self, series: "StepSeries", loss_terms: Callable[..., LossTerms], arguments: tuple[Any, ...]
+    ) -> dict[str, th.Tensor]:
+        """
+        Make a step. If it cannot be compiled, nothing has changed.
+
+        :param series: of this training
+        :param loss_terms: computes the losses of a minibatch
+        :param arguments: its arguments
+        :return: statistics of the minibatch, of which ``"step"`` is NaN or Inf where gradient or loss are
+        :raises CompilationError: if it cannot be compiled
+        """
+        # That nothing changes need not be checked again at every step, only which of the graphs it is.
+        checks = th.compiler.set_stance("default", skip_guard_eval_unsafe=True) if series.checked(arguments) else None
+        try:
+            with checks or contextlib.nullcontext():
+                statistics, made, has_gradient = self._graphs(loss_terms, arguments, *series.tensors, series.numbers())
+        except self._dynamo.exc.TorchDynamoException as error:
+            self._finish()
+            raise CompilationError(str(error).strip().partition("\n")[0]) from error
+        self.n_steps += 1
+        # Where asking would wait for an accelerator, only a step that ends the training with an error is not made.
+        if made.device.type != "cpu" or bool(made):
+            series.count(has_gradient)
+        return {name: value.clone() for name, value in statistics.items()} if self._copies else statistics
+
+
+class StepSeries:
+    """
+    The steps of an optimiser in one training, all of which move the EWMA or none.
+
+    :param optimizer: with one group of parameters
+    :param max_grad_norm: largest norm of the gradient
+    :param max_kl: largest approximate KL divergence at which a step is made
+    :param average: the EWMA
+    :param source: the averaged module
+    :param decay: of the EWMA
+    :raises CompilationError: if a graph cannot stand for the optimiser's ``step()``
+    """
+
+    def __init__(
+        self,
+        optimizer: th.optim.Optimizer,
+        *,
+        max_grad_norm: float,
+        max_kl: float,
+        average: ParameterEwma | None = None,
+        source: th.nn.Module | None = None,
+        decay: float = 0.0,
+    ) -> None:
+        if not can_be_fused(optimizer) or len(optimizer.param_groups) != 1:
+            raise CompilationError(f"the optimiser is {type(optimizer).__name__} with settings other than plain Adam's")
+        (self._group,) = optimizer.param_groups
+        self._optimizer = optimizer
+        self._parameters = [parameter for parameter in self._group["params"] if parameter.requires_grad]
+        self._states = [adam_state(optimizer, parameter) for parameter in self._parameters]
+        self._counts = [float(state["step"]) for state in self._states]
+        self._has_gradient: list[bool] = []
+        self._limits = [max_grad_norm, max_kl]
+        self._average, self._decay = average, decay
+        self._pairs = None if average is None or source is None else average.pairs(source)
+        # Total weight of the EWMA after each step
+        self._weights = [1.0 if average is None else average.total_weight.item()]
+        self._n_made = 0
+        self._rows: list[th.Tensor] = []
+        self._seen: set[int] = set()
+
+    @property
+    def tensors(self) -> tuple[Adam, list[th.Tensor], list[th.Tensor]]:
+        """
+        :return: arguments of the graph
+        """
+        pairs = self._pairs
+        return (self._adam, [], []) if pairs is None else (self._adam, pairs.averages, pairs.parameters)
+
+    @functools.cached_property
+    def _adam(self) -> Adam:
+        group, states = self._group, self._states
+        exp_avgs, exp_avg_sqs = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq"))
+        return Adam(self._parameters, exp_avgs, exp_avg_sqs, group["betas"], group["eps"], group["weight_decay"])
+
+    def checked(self, arguments: tuple[Any, ...]) -> bool:
+        """
+        :param arguments: of the next step
+        :return: whether there was a step with arguments of this size before
+        """
+        size = next(len(argument) for argument in arguments if isinstance(argument, th.Tensor))
+        if size in self._seen:
+            return True
+        self._seen.add(size)
+        return False
+
+    def numbers(self) -> th.Tensor:
+        """
+        :return: those of the next step, see :class:`StepNumbers`
+        """
+        if self._n_made == len(self._rows):
+            self._rows += self._next_rows().unbind()
+        return self._rows[self._n_made]
+
+    def _next_rows(self) -> th.Tensor:
+        n_made, (beta1, beta2) = self._n_made, self._group["betas"]
+        steps = np.arange(n_made + 1, n_made + 1 + _ROWS)[:, None] + np.array(self._counts)
+        limits = np.tile(self._limits, (_ROWS, 1))
+        for _ in range(_ROWS):
+            self._weights.append(self._decay * self._weights[-1] + 1)
+        interpolations = 1 / np.array(self._weights[-_ROWS:])[:, None]
+        numbers = [limits, interpolations, self._group["lr"] / (1 - beta1**steps), np.sqrt(1 - beta2**steps)]
+        parameter = self._parameters[0]
+        return th.as_tensor(np.hstack(numbers), dtype=parameter.dtype, device=parameter.device)
+
+    def count(self, has_gradient: list[bool]) -> None:
+        """
+        :param has_gradient: for each parameter whether it had a gradient in the step that was made
+        """
+        self._n_made += 1
+        self._has_gradient = has_gradient
+        if self._pairs is not None:
+            self._pairs.copy_buffers()
+
+    def finish(self) -> None:
+        """Write counts of steps to where optimiser and EWMA keep them."""
+        has_gradient = self._has_gradient or [False] * len(self._parameters)
+        for parameter, state, count, stepped in zip(
+            self._parameters, self._states, self._counts, has_gradient, strict=True
+        ):
+            count += self._n_made * stepped
+            state["step"].fill_(count)
+            if count == 0:
+                self._optimizer.state.pop(parameter, None)  # as torch, which has no state without a step
+        if self._average is not None:
+            self._average.total_weight.fill_(self._weights[self._n_made])

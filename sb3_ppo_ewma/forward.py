@@ -1,0 +1,238 @@
+"""
+Forward passes of SB3's own actor-critic policies without its distribution objects, whose construction costs more than
+the arithmetic. The results are those of the policy's methods up to rounding, from the same random numbers.
+
+A policy that overrides one of the methods concerned, has another distribution or was compiled is called as it is.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.distributions import (
+    BernoulliDistribution,
+    CategoricalDistribution,
+    DiagGaussianDistribution,
+    MultiCategoricalDistribution,
+)
+from stable_baselines3.common.policies import ActorCriticPolicy, BaseModel
+from stable_baselines3.common.type_aliases import PyTorchObs
+from torch.nn import functional as F
+
+from sb3_ppo_ewma.distributions import SoftplusDiagGaussianDistribution
+
+_METHODS = ("forward", "evaluate_actions", "extract_features", "get_distribution", "_get_action_dist_from_latent")
+_GAUSSIANS = (DiagGaussianDistribution, SoftplusDiagGaussianDistribution)
+_DISTRIBUTIONS = (*_GAUSSIANS, CategoricalDistribution, MultiCategoricalDistribution, BernoulliDistribution)
+
+_LOG_SQRT_2PI = 0.5 * math.log(2 * math.pi)
+
+
+def is_standard(policy: Any) -> bool:
+    """
+    :param policy: any policy
+    :return: whether the functions of this module may take the place of its methods
+    """
+    return (
+        all(getattr(type(policy), name, None) is getattr(ActorCriticPolicy, name) for name in _METHODS)
+        and not any(name in vars(policy) for name in _METHODS)
+        and type(policy.action_dist) in _DISTRIBUTIONS
+    )
+
+
+def evaluate_actions(policy: Any, obs: PyTorchObs, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+    """
+    ``policy.evaluate_actions``.
+
+    :param policy: for which :func:`is_standard` holds
+    :param obs: observations
+    :param actions: their actions, see :func:`as_distributed`
+    :return: values (batch, 1), log-probabilities and entropies of the actions, both (batch,)
+    """
+    outputs, values = actor_critic_outputs(policy, obs)
+    parameters = distribution(policy, outputs)
+    return values, log_prob(policy, parameters, actions), entropy(policy, parameters)
+
+
+def actor_distribution(policy: Any, obs: PyTorchObs) -> list[th.Tensor]:
+    """
+    ``policy.get_distribution``.
+
+    :param policy: for which :func:`is_standard` holds
+    :param obs: observations
+    :return: parameters of the actions' distribution
+    """
+    features = BaseModel.extract_features(policy, obs, policy.pi_features_extractor)
+    return distribution(policy, policy.action_net(policy.mlp_extractor.forward_actor(features)))
+
+
+def actor_critic_outputs(policy: Any, obs: PyTorchObs) -> tuple[th.Tensor, th.Tensor]:
+    """
+    :param policy: for which :func:`is_standard` holds
+    :param obs: observations
+    :return: outputs of ``policy.action_net`` and of ``policy.value_net``
+    """
+    latent_pi, latent_vf = _latents(policy, obs)
+    return policy.action_net(latent_pi), policy.value_net(latent_vf)
+
+
+def sample(
+    policy: Any, outputs: Callable[[Any], tuple[th.Tensor, th.Tensor]], obs: PyTorchObs, deterministic: bool = False
+) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+    """
+    ``policy.forward``.
+
+    :param policy: for which :func:`is_standard` holds
+    :param outputs: its :func:`actor_critic_outputs`
+    :param obs: observations
+    :param deterministic: take the most likely actions
+    :return: actions (batch, ...), values (batch, 1), log-probabilities (batch,)
+    """
+    action_outputs, values = outputs(obs)
+    parameters = distribution(policy, action_outputs)
+    actions = (_mode if deterministic else _sample)(policy.action_dist, parameters)
+    shaped = actions.reshape((-1, *policy.action_space.shape))
+    return shaped, values, log_prob(policy, parameters, actions)
+
+
+def evaluate_auxiliary(policy: Any, obs: PyTorchObs) -> tuple[list[th.Tensor], th.Tensor, th.Tensor]:
+    """
+    ``policy.evaluate_auxiliary``.
+
+    :param policy: a :class:`~sb3_ppo_ewma.PPGPolicy` for which :func:`is_standard` holds
+    :param obs: observations
+    :return: parameters for :func:`kl_divergence`; values V and auxiliary values V_aux, both (batch,)
+    """
+    latent_pi, latent_vf = _latents(policy, obs)
+    values, aux_values = policy.value_net(latent_vf), policy.aux_value_net(latent_pi)
+    return distribution(policy, policy.action_net(latent_pi)), values.flatten(), aux_values.flatten()
+
+
+def kl_divergence(policy: Any, old: list[th.Tensor], new: list[th.Tensor]) -> th.Tensor:
+    """
+    :param policy: whose distributions they are
+    :param old: parameters of π_old
+    :param new: parameters of π_θ, with gradient
+    :return: (batch,) KL(π_old ‖ π_θ), summed over action dimensions
+    """
+    if isinstance(policy.action_dist, DiagGaussianDistribution):
+        (old_mean, old_std), (mean, std) = old, new
+        ratio = old_std / std
+        return (0.5 * (ratio**2 + ((old_mean - mean) / std) ** 2 - 1) - ratio.log()).sum(dim=1)
+    if isinstance(policy.action_dist, BernoulliDistribution):
+        (p,), (q,) = old, new
+        yes, no = F.logsigmoid(p) - F.logsigmoid(q), F.logsigmoid(-p) - F.logsigmoid(-q)
+        return (th.sigmoid(p) * yes + th.sigmoid(-p) * no).sum(dim=1)
+    terms = [th.where(p > -th.inf, p.exp() * (p - q), 0.0).sum(dim=1) for p, q in zip(old, new, strict=True)]
+    return th.stack(terms).sum(dim=0)
+
+
+def as_distributed(action_space: spaces.Space[Any], actions: th.Tensor) -> th.Tensor:
+    """
+    :param action_space: of the environment
+    :param actions: as the rollout buffer stores them
+    :return: in the form that the policy's distribution expects
+    """
+    return actions.long().flatten() if isinstance(action_space, spaces.Discrete) else actions
+
+
+def _latents(policy: Any, obs: PyTorchObs) -> tuple[th.Tensor, th.Tensor]:
+    features = policy.extract_features(obs)
+    pi_features, vf_features = (features, features) if policy.share_features_extractor else features
+    return policy.mlp_extractor.forward_actor(pi_features), policy.mlp_extractor.forward_critic(vf_features)
+
+
+def distribution(policy: Any, outputs: th.Tensor) -> list[th.Tensor]:
+    """
+    :param policy: for which :func:`is_standard` holds
+    :param outputs: of its ``action_net``
+    :return: parameters of the actions' distribution: mean (batch, n) and standard deviation (n,) of a Gaussian;
+        log-probabilities (batch, n) of one or several categorical distributions; logits (batch, n) of binary actions
+    """
+    kind = type(policy.action_dist)
+    if kind is CategoricalDistribution:
+        return [F.log_softmax(outputs, dim=-1)]
+    if kind is MultiCategoricalDistribution:
+        logits = th.split(outputs, list(policy.action_dist.action_dims), dim=1)
+        return [F.log_softmax(part, dim=-1) for part in logits]
+    if kind is DiagGaussianDistribution:
+        return [outputs, policy.log_std.exp()]
+    if kind is SoftplusDiagGaussianDistribution:
+        return [outputs, F.softplus(policy.log_std)]
+    return [outputs]
+
+
+def log_prob(policy: Any, parameters: list[th.Tensor], actions: th.Tensor) -> th.Tensor:
+    """
+    :param policy: for which :func:`is_standard` holds
+    :param parameters: from :func:`distribution`
+    :param actions: see :func:`as_distributed`
+    :return: (batch,)
+    """
+    kind = policy.action_dist
+    if isinstance(kind, DiagGaussianDistribution):
+        mean, std = parameters
+        return -(0.5 * ((actions - mean) / std) ** 2).sum(dim=1) - (std.log() + _LOG_SQRT_2PI).sum()
+    if isinstance(kind, CategoricalDistribution):
+        return _chosen(parameters[0], actions)
+    if isinstance(kind, MultiCategoricalDistribution):
+        chosen = [_chosen(part, a) for part, a in zip(parameters, actions.unbind(dim=1), strict=True)]
+        return th.stack(chosen).sum(dim=0)
+    return -F.binary_cross_entropy_with_logits(parameters[0], actions, reduction="none").sum(dim=1)
+
+
+def entropy(policy: Any, parameters: list[th.Tensor]) -> th.Tensor:
+    """
+    :param policy: for which :func:`is_standard` holds
+    :param parameters: from :func:`distribution`
+    :return: (batch,)
+    """
+    kind = policy.action_dist
+    if isinstance(kind, DiagGaussianDistribution):
+        mean, std = parameters
+        return (0.5 + _LOG_SQRT_2PI + std.log()).sum().expand(len(mean))
+    if isinstance(kind, CategoricalDistribution):
+        return _categorical_entropy(parameters[0])
+    if isinstance(kind, MultiCategoricalDistribution):
+        return th.stack([_categorical_entropy(part) for part in parameters]).sum(dim=0)
+    (logits,) = parameters
+    return F.binary_cross_entropy_with_logits(logits, th.sigmoid(logits), reduction="none").sum(dim=1)
+
+
+def _chosen(log_probs: th.Tensor, actions: th.Tensor) -> th.Tensor:
+    return log_probs.gather(-1, actions.long().unsqueeze(-1)).squeeze(-1)
+
+
+def _categorical_entropy(log_probs: th.Tensor) -> th.Tensor:
+    # Where a probability is 0, its logarithm may be -Inf.
+    finite = th.clamp(log_probs, min=th.finfo(log_probs.dtype).min)
+    return -(finite * log_probs.exp()).sum(dim=-1)
+
+
+def _sample(action_dist: Any, parameters: list[th.Tensor]) -> th.Tensor:
+    if isinstance(action_dist, DiagGaussianDistribution):
+        mean, std = parameters
+        return mean + th.empty_like(mean).normal_() * std
+    if isinstance(action_dist, CategoricalDistribution):
+        return _drawn(parameters[0])
+    if isinstance(action_dist, MultiCategoricalDistribution):
+        return th.stack([_drawn(part) for part in parameters], dim=1)
+    return th.bernoulli(th.sigmoid(parameters[0]))
+
+
+def _drawn(log_probs: th.Tensor) -> th.Tensor:
+    # What multinomial does, without its checks: a NaN shows in the log-probabilities.
+    probs = log_probs.exp()
+    return (probs / th.empty_like(probs).exponential_()).argmax(dim=-1)
+
+
+def _mode(action_dist: Any, parameters: list[th.Tensor]) -> th.Tensor:
+    if isinstance(action_dist, DiagGaussianDistribution):
+        return parameters[0]
+    if isinstance(action_dist, CategoricalDistribution):
+        return th.argmax(parameters[0], dim=1)
+    if isinstance(action_dist, MultiCategoricalDistribution):
+        return th.stack([th.argmax(part, dim=1) for part in parameters], dim=1)
+    return th.round(th.sigmoid(parameters[0]))

@@ -1,0 +1,148 @@
+"""One step of an optimiser with clipped gradients, without waiting for the device."""
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch as th
+
+
+class ClippedSteps:
+    """
+    Clips gradients by their norm and steps. Where the norm or the loss is NaN or Inf, parameters and optimiser stay as
+    they are.
+
+    :param optimizer: any optimiser
+    :param parameters: whose gradients are clipped
+    :param max_grad_norm: largest norm of all gradients together
+    :param fused: step with :class:`FusedAdam`; the optimiser must be one that :func:`can_be_fused`
+    """
+
+    def __init__(
+        self, optimizer: th.optim.Optimizer, parameters: Sequence[th.Tensor], max_grad_norm: float, fused: bool
+    ) -> None:
+        self._optimizer = optimizer
+        self._parameters = parameters
+        self._max_grad_norm = max_grad_norm
+        self._fused = FusedAdam(optimizer) if fused else None
+
+    def step(self, loss: th.Tensor) -> th.Tensor:
+        """
+        :param loss: shape ()
+        :return: norm of the gradients before clipping plus loss, shape (), NaN or Inf where no step was made
+        """
+        norm = gradient_norm([parameter.grad for parameter in self._parameters if parameter.grad is not None])
+        checked = norm + loss
+        if self._fused is not None:
+            # SB3's factor is max/(norm + 1e-6), at most 1; the kernel divides.
+            divisor = th.clamp((norm + 1e-6) / self._max_grad_norm, min=1.0)
+            self._fused.step(divisor, ~th.isfinite(checked))
+        elif bool(th.isfinite(checked)):
+            th.nn.utils.clip_grads_with_norm_(self._parameters, self._max_grad_norm, norm)
+            self._optimizer.step()
+        return checked
+
+
+def gradient_norm(gradients: list[th.Tensor]) -> th.Tensor:
+    """
+    :param gradients: on one device
+    :return: Euclidean norm of all of them together, shape (); the same operations as in ``clip_grad_norm_``
+    """
+    norm: th.Tensor = th.linalg.vector_norm(th.stack(th._foreach_norm(gradients)))
+    return norm
+
+
+def can_be_fused(optimizer: th.optim.Optimizer) -> bool:
+    """
+    :param optimizer: any optimiser
+    :return: whether :class:`FusedAdam` may take the place of its ``step()``
+    """
+    return (
+        type(optimizer) is th.optim.Adam
+        and hasattr(th, "_fused_adam_")
+        and not (optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks)
+        and all(_is_plain(group) for group in optimizer.param_groups)
+    )
+
+
+def _is_plain(group: dict[str, Any]) -> bool:
+    unusual = ("amsgrad", "maximize", "capturable", "differentiable", "decoupled_weight_decay")
+    return (
+        not any(group.get(name) for name in unusual)
+        and isinstance(group["lr"], float)
+        and all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in group["params"])
+    )
+
+
+class FusedAdam:
+    """
+    ``torch.optim.Adam.step()`` with the kernel and the state of ``fused=True``, but without the overhead of the method,
+    which is several times the kernel's time for a small network. The state is torch's own, so that the optimiser can
+    be saved, loaded and stepped in the ordinary way at any time.
+
+    :param optimizer: for which :func:`can_be_fused` holds
+    """
+
+    def __init__(self, optimizer: th.optim.Optimizer) -> None:
+        self._groups = [_FusedGroup(optimizer, group) for group in optimizer.param_groups]
+
+    @th.no_grad()
+    def step(self, divisor: th.Tensor, skip: th.Tensor) -> None:
+        """
+        :param divisor: of the gradients, shape ()
+        :param skip: bool of shape (), whether to leave parameters and state as they are
+        """
+        divisor, skip = divisor.float(), skip.float()
+        for group in self._groups:
+            group.step(divisor, skip)
+
+
+class _FusedGroup:
+    def __init__(self, optimizer: th.optim.Optimizer, group: dict[str, Any]) -> None:
+        self._optimizer = optimizer
+        self._group = group
+        self._parameters: list[th.Tensor] = []
+        self._tensors: tuple[list[th.Tensor], ...] = ()
+
+    def step(self, divisor: th.Tensor, skip: th.Tensor) -> None:
+        parameters = [parameter for parameter in self._group["params"] if parameter.grad is not None]
+        if len(parameters) != len(self._parameters) or any(map(operator.is_not, parameters, self._parameters)):
+            states = [adam_state(self._optimizer, parameter) for parameter in parameters]
+            self._parameters = parameters
+            self._tensors = tuple([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step"))
+        exp_avgs, exp_avg_sqs, steps = self._tensors
+        beta1, beta2 = self._group["betas"]
+        th._foreach_add_(steps, [1 - skip] * len(steps))
+        th._fused_adam_(
+            parameters,
+            [parameter.grad for parameter in parameters],
+            exp_avgs,
+            exp_avg_sqs,
+            [],
+            steps,
+            lr=self._group["lr"],
+            beta1=beta1,
+            beta2=beta2,
+            weight_decay=self._group["weight_decay"],
+            eps=self._group["eps"],
+            amsgrad=False,
+            maximize=False,
+            grad_scale=divisor,
+            found_inf=skip,
+        )
+
+
+def adam_state(optimizer: th.optim.Optimizer, parameter: th.Tensor) -> dict[str, th.Tensor]:
+    """
+    :param optimizer: an Adam
+    :param parameter: one of its parameters
+    :return: its state, made if there is none
+    """
+    state: dict[str, th.Tensor] = optimizer.state[parameter]
+    if not state:
+        state["step"] = th.zeros((), dtype=th.float32, device=parameter.device)
+        state["exp_avg"] = th.zeros_like(parameter, memory_format=th.preserve_format)
+        state["exp_avg_sq"] = th.zeros_like(parameter, memory_format=th.preserve_format)
+    elif state["step"].device != parameter.device:  # where torch keeps it for Adam that is not fused
+        state["step"] = state["step"].to(parameter.device)
+    return state
