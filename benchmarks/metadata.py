@@ -11,7 +11,20 @@ from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).parents[1]
-_PACKAGES = ["torch", "stable_baselines3", "sb3_contrib", "rl_zoo3", "gymnasium", "minatar", "numpy"]
+_PACKAGES = [
+    "torch",
+    "stable_baselines3",
+    "sb3_contrib",
+    "rl_zoo3",
+    "sbx_rl",
+    "jax",
+    "torchrl",
+    "gymnasium",
+    "minatar",
+    "mujoco",
+    "ale_py",
+    "numpy",
+]
 # What a number depends on; results and documentation may change without it.
 _SOURCES = ["sb3_ppo_ewma", "benchmarks/*.py", "benchmarks/*.yml"]
 
