@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import types
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -72,8 +73,8 @@ def _gradient_step(
         was made; for each parameter whether it had a gradient
     """
     terms = loss_terms(*arguments)
-    roots, parameters = terms.roots, adam.parameters
-    gradients: tuple[th.Tensor | None, ...] = th.autograd.grad(roots, parameters, terms.gradients, allow_unused=True)
+    (roots, root_gradients), parameters = terms.trained(), adam.parameters
+    gradients: tuple[th.Tensor | None, ...] = th.autograd.grad(roots, parameters, root_gradients, allow_unused=True)
     has_gradient = [gradient is not None for gradient in gradients]
     with th.no_grad():
         norm = th.stack([gradient.square().sum() for gradient in gradients if gradient is not None]).sum().sqrt()
@@ -116,7 +117,10 @@ class CompiledSteps:
         self._dynamo = _dynamo
         # Fewer of the wrapper's own operations between the kernels, which are small
         options: dict[str, Any] | None = {"cpp_wrapper": True, "size_asserts": False} if mode is None else None
-        self._graphs = th.compile(_gradient_step, fullgraph=True, dynamic=False, mode=mode, options=options)
+        # A function of its own: torch limits the number of graphs of one.
+        code = _gradient_step.__code__.replace()
+        function = types.FunctionType(code, _gradient_step.__globals__, _gradient_step.__name__)
+        self._graphs = th.compile(function, fullgraph=True, dynamic=False, mode=mode, options=options)
         # With CUDA graphs, the next step writes its results where those of the last one are.
         self._copies = mode in ("reduce-overhead", "max-autotune")
         self._series: dict[tuple[int, int], StepSeries] = {}
@@ -166,7 +170,7 @@ class CompiledSteps:
         try:
             with checks or contextlib.nullcontext():
                 statistics, made, has_gradient = self._graphs(loss_terms, arguments, *series.tensors, series.numbers())
-        except self._dynamo.exc.TorchDynamoException as error:
+        except (self._dynamo.exc.TorchDynamoException, self._dynamo.exc.FailOnRecompileLimitHit) as error:
             self._finish()
             raise CompilationError(str(error).strip().partition("\n")[0]) from error
         self.n_steps += 1
@@ -235,9 +239,9 @@ class StepSeries:
         :param arguments: of the next step
         :return: whether there was a step with arguments of this size before
         """
-        size = next(len(argument) for argument in arguments if isinstance(argument, th.Tensor))
-        if size in self._seen:
-            return True
+        size = next((len(argument) for argument in arguments if isinstance(argument, th.Tensor)), None)
+        if size is None or size in self._seen:
+            return size is not None
         self._seen.add(size)
         return False
 

@@ -6,7 +6,6 @@ A policy that overrides one of the methods concerned, has another distribution o
 """
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch as th
@@ -17,7 +16,8 @@ from stable_baselines3.common.distributions import (
     DiagGaussianDistribution,
     MultiCategoricalDistribution,
 )
-from stable_baselines3.common.policies import ActorCriticPolicy, BaseModel
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.preprocessing import is_image_space, preprocess_obs
 from stable_baselines3.common.type_aliases import PyTorchObs
 from torch.nn import functional as F
 
@@ -33,81 +33,113 @@ _LOG_SQRT_2PI = 0.5 * math.log(2 * math.pi)
 def is_standard(policy: Any) -> bool:
     """
     :param policy: any policy
-    :return: whether the functions of this module may take the place of its methods
+    :return: whether :class:`StandardPolicy` may take the place of its methods
     """
     return (
         all(getattr(type(policy), name, None) is getattr(ActorCriticPolicy, name) for name in _METHODS)
         and not any(name in vars(policy) for name in _METHODS)
         and type(policy.action_dist) in _DISTRIBUTIONS
+        and policy._compiled_call_impl is None
     )
 
 
-def evaluate_actions(policy: Any, obs: PyTorchObs, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+class StandardPolicy:
     """
-    ``policy.evaluate_actions``.
+    The methods of a policy that collection and training call.
 
     :param policy: for which :func:`is_standard` holds
-    :param obs: observations
-    :param actions: their actions, see :func:`as_distributed`
-    :return: values (batch, 1), log-probabilities and entropies of the actions, both (batch,)
     """
-    outputs, values = actor_critic_outputs(policy, obs)
-    parameters = distribution(policy, outputs)
-    return values, log_prob(policy, parameters, actions), entropy(policy, parameters)
 
+    def __init__(self, policy: Any) -> None:
+        self.policy = policy
+        # Found out once: SB3 compares the bounds of all pixels at every call.
+        space = policy.observation_space
+        spaces_by_key = space.spaces if isinstance(space, spaces.Dict) else {"": space}
+        self._images = frozenset(
+            key for key, part in spaces_by_key.items() if policy.normalize_images and is_image_space(part)
+        )
 
-def actor_distribution(policy: Any, obs: PyTorchObs) -> list[th.Tensor]:
-    """
-    ``policy.get_distribution``.
+    def outputs(self, obs: PyTorchObs) -> tuple[th.Tensor, th.Tensor]:
+        """
+        :param obs: observations
+        :return: outputs of ``policy.action_net`` and of ``policy.value_net``
+        """
+        latent_pi, latent_vf = self._latents(obs)
+        return self.policy.action_net(latent_pi), self.policy.value_net(latent_vf)
 
-    :param policy: for which :func:`is_standard` holds
-    :param obs: observations
-    :return: parameters of the actions' distribution
-    """
-    features = BaseModel.extract_features(policy, obs, policy.pi_features_extractor)
-    return distribution(policy, policy.action_net(policy.mlp_extractor.forward_actor(features)))
+    def action_outputs(self, obs: PyTorchObs) -> th.Tensor:
+        """
+        :param obs: observations
+        :return: outputs of ``policy.action_net``, without the critic
+        """
+        policy = self.policy
+        features = policy.pi_features_extractor(self._preprocessed(obs))
+        outputs: th.Tensor = policy.action_net(policy.mlp_extractor.forward_actor(features))
+        return outputs
 
+    def evaluate_actions(self, obs: PyTorchObs, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+        """
+        ``policy.evaluate_actions``.
 
-def actor_critic_outputs(policy: Any, obs: PyTorchObs) -> tuple[th.Tensor, th.Tensor]:
-    """
-    :param policy: for which :func:`is_standard` holds
-    :param obs: observations
-    :return: outputs of ``policy.action_net`` and of ``policy.value_net``
-    """
-    latent_pi, latent_vf = _latents(policy, obs)
-    return policy.action_net(latent_pi), policy.value_net(latent_vf)
+        :param obs: observations
+        :param actions: their actions, see :func:`as_distributed`
+        :return: values (batch, 1), log-probabilities and entropies of the actions, both (batch,)
+        """
+        outputs, values = self.outputs(obs)
+        parameters = distribution(self.policy, outputs)
+        return values, log_prob(self.policy, parameters, actions), entropy(self.policy, parameters)
 
+    def log_prob(self, obs: PyTorchObs, actions: th.Tensor) -> th.Tensor:
+        """
+        :param obs: observations
+        :param actions: their actions, see :func:`as_distributed`
+        :return: (batch,)
+        """
+        return log_prob(self.policy, distribution(self.policy, self.action_outputs(obs)), actions)
 
-def sample(
-    policy: Any, outputs: Callable[[Any], tuple[th.Tensor, th.Tensor]], obs: PyTorchObs, deterministic: bool = False
-) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
-    """
-    ``policy.forward``.
+    def forward(self, obs: PyTorchObs, deterministic: bool = False) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+        """
+        ``policy.forward``.
 
-    :param policy: for which :func:`is_standard` holds
-    :param outputs: its :func:`actor_critic_outputs`
-    :param obs: observations
-    :param deterministic: take the most likely actions
-    :return: actions (batch, ...), values (batch, 1), log-probabilities (batch,)
-    """
-    action_outputs, values = outputs(obs)
-    parameters = distribution(policy, action_outputs)
-    actions = (_mode if deterministic else _sample)(policy.action_dist, parameters)
-    shaped = actions.reshape((-1, *policy.action_space.shape))
-    return shaped, values, log_prob(policy, parameters, actions)
+        :param obs: observations
+        :param deterministic: take the most likely actions
+        :return: actions (batch, ...), values (batch, 1), log-probabilities (batch,)
+        """
+        outputs, values = self.outputs(obs)
+        parameters = distribution(self.policy, outputs)
+        actions = (_mode if deterministic else _sample)(self.policy.action_dist, parameters)
+        shaped = actions.reshape((-1, *self.policy.action_space.shape))
+        return shaped, values, log_prob(self.policy, parameters, actions)
 
+    def evaluate_auxiliary(self, obs: PyTorchObs) -> tuple[list[th.Tensor], th.Tensor, th.Tensor]:
+        """
+        ``policy.evaluate_auxiliary`` of a :class:`~sb3_ppo_ewma.PPGPolicy`.
 
-def evaluate_auxiliary(policy: Any, obs: PyTorchObs) -> tuple[list[th.Tensor], th.Tensor, th.Tensor]:
-    """
-    ``policy.evaluate_auxiliary``.
+        :param obs: observations
+        :return: parameters for :func:`kl_divergence`; values V and auxiliary values V_aux, both (batch,)
+        """
+        policy = self.policy
+        latent_pi, latent_vf = self._latents(obs)
+        values, aux_values = policy.value_net(latent_vf), policy.aux_value_net(latent_pi)
+        return distribution(policy, policy.action_net(latent_pi)), values.flatten(), aux_values.flatten()
 
-    :param policy: a :class:`~sb3_ppo_ewma.PPGPolicy` for which :func:`is_standard` holds
-    :param obs: observations
-    :return: parameters for :func:`kl_divergence`; values V and auxiliary values V_aux, both (batch,)
-    """
-    latent_pi, latent_vf = _latents(policy, obs)
-    values, aux_values = policy.value_net(latent_vf), policy.aux_value_net(latent_pi)
-    return distribution(policy, policy.action_net(latent_pi)), values.flatten(), aux_values.flatten()
+    def _latents(self, obs: PyTorchObs) -> tuple[th.Tensor, th.Tensor]:
+        policy = self.policy
+        preprocessed = self._preprocessed(obs)
+        if policy.share_features_extractor:
+            latent_pi, latent_vf = policy.mlp_extractor(policy.features_extractor(preprocessed))
+            return latent_pi, latent_vf
+        pi_features = policy.pi_features_extractor(preprocessed)
+        vf_features = policy.vf_features_extractor(preprocessed)
+        return policy.mlp_extractor.forward_actor(pi_features), policy.mlp_extractor.forward_critic(vf_features)
+
+    def _preprocessed(self, obs: PyTorchObs) -> PyTorchObs:
+        preprocessed = preprocess_obs(obs, self.policy.observation_space, normalize_images=False)
+        if not self._images:
+            return preprocessed
+        if isinstance(preprocessed, dict):
+            return {key: part / 255.0 if key in self._images else part for key, part in preprocessed.items()}
+        return preprocessed / 255.0
 
 
 def kl_divergence(policy: Any, old: list[th.Tensor], new: list[th.Tensor]) -> th.Tensor:
@@ -136,12 +168,6 @@ def as_distributed(action_space: spaces.Space[Any], actions: th.Tensor) -> th.Te
     :return: in the form that the policy's distribution expects
     """
     return actions.long().flatten() if isinstance(action_space, spaces.Discrete) else actions
-
-
-def _latents(policy: Any, obs: PyTorchObs) -> tuple[th.Tensor, th.Tensor]:
-    features = policy.extract_features(obs)
-    pi_features, vf_features = (features, features) if policy.share_features_extractor else features
-    return policy.mlp_extractor.forward_actor(pi_features), policy.mlp_extractor.forward_critic(vf_features)
 
 
 def distribution(policy: Any, outputs: th.Tensor) -> list[th.Tensor]:

@@ -151,7 +151,7 @@ class GradientSteps:
         if self._exceeds_max_kl(terms.statistics):
             return False
         if terms.roots:
-            th.autograd.backward(terms.roots, terms.gradients)
+            th.autograd.backward(*terms.trained())
         terms.statistics["step"] = step = self._clipped_steps(optimizer).step(terms.loss)
         if not _was_made(step):
             return False

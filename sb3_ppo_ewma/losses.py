@@ -147,6 +147,14 @@ class LossTerms(NamedTuple):
     loss: th.Tensor
     statistics: dict[str, th.Tensor]
 
+    def trained(self) -> tuple[list[th.Tensor], list[th.Tensor]]:
+        """
+        :return: roots and gradients without those of frozen networks, if not all are
+        """
+        trained = [index for index, root in enumerate(self.roots) if root.requires_grad]
+        indices = trained or range(len(self.roots))
+        return [self.roots[index] for index in indices], [self.gradients[index] for index in indices]
+
 
 class AuxiliaryLossStats(NamedTuple):
     """

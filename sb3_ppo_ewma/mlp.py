@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import torch as th
 from stable_baselines3.common.distributions import CategoricalDistribution, DiagGaussianDistribution
-from stable_baselines3.common.policies import BaseModel
 from stable_baselines3.common.torch_layers import CombinedExtractor, FlattenExtractor, MlpExtractor
 from torch import nn
 from torch.nn import functional as F
@@ -84,7 +83,7 @@ class Mlp:
                 gradient = self._activations[index - 1].backward(gradient @ weight, values[index])
 
 
-class MlpPolicy:
+class MlpPolicy(forward.StandardPolicy):
     """
     Actor and critic of a policy whose networks are separate chains of dense layers behind a features extractor without
     parameters.
@@ -93,37 +92,34 @@ class MlpPolicy:
     """
 
     def __init__(self, policy: Any) -> None:
-        self.policy = policy
+        super().__init__(policy)
         actor, critic = _chains(policy)
         self.actor, self.critic = _as_mlp(actor), _as_mlp(critic)
+        # Whether the backward pass computes all that autograd would
+        self.is_trained = all(parameter.requires_grad for parameter in _parameters(policy))
 
     def features(self, obs: Any) -> th.Tensor:
         """
         :param obs: observations
         :return: (batch, features_dim)
         """
-        policy = self.policy
-        features: th.Tensor = BaseModel.extract_features(policy, obs, policy.pi_features_extractor)
+        features: th.Tensor = self.policy.pi_features_extractor(self._preprocessed(obs))
         return features
 
     def outputs(self, obs: Any) -> tuple[th.Tensor, th.Tensor]:
         """
         :param obs: observations
-        :return: outputs of ``policy.action_net`` and of ``policy.value_net``, without a graph
+        :return: outputs of ``policy.action_net`` and of ``policy.value_net``
         """
-        with th.no_grad():
-            features = self.features(obs)
-            return self.actor.forward(features)[-1], self.critic.forward(features)[-1]
+        features = self.features(obs)
+        return self.actor.forward(features)[-1], self.critic.forward(features)[-1]
 
-    def log_prob(self, obs: Any, actions: th.Tensor) -> th.Tensor:
+    def action_outputs(self, obs: Any) -> th.Tensor:
         """
         :param obs: observations
-        :param actions: their actions
-        :return: (batch,) without a graph
+        :return: outputs of ``policy.action_net``
         """
-        with th.no_grad():
-            outputs = self.actor.forward(self.features(obs))[-1]
-            return forward.log_prob(self.policy, forward.distribution(self.policy, outputs), actions)
+        return self.actor.forward(self.features(obs))[-1]
 
     def actor_backward(
         self,
@@ -164,11 +160,10 @@ class MlpPolicy:
         self.actor.backward(values, gradient)
 
 
-def is_mlp_policy(policy: Any, trained: bool = True) -> bool:
+def is_mlp_policy(policy: Any) -> bool:
     """
     :param policy: any policy
-    :param trained: ``False``: derivatives are not needed
-    :return: whether :class:`MlpPolicy` computes what it computes, and all its derivatives
+    :return: whether :class:`MlpPolicy` computes what it computes
     """
     if not forward.is_standard(policy) or type(policy.mlp_extractor) not in _MLP_EXTRACTORS:
         return False
@@ -177,16 +172,20 @@ def is_mlp_policy(policy: Any, trained: bool = True) -> bool:
     if any(True for _ in policy.features_extractor.parameters()):
         return False
     layers = [module for chain in _chains(policy) for module in chain if type(module) not in ACTIVATIONS]
-    parameters = [parameter for layer in layers for parameter in layer.parameters()]
-    parameters += [policy.log_std] if hasattr(policy, "log_std") else []
+    parameters = _parameters(policy)
     return (
         all(type(layer) is nn.Linear and layer.bias is not None for layer in layers)
         and all(len(chain) == 1 or type(chain[0]) is nn.Linear for chain in _chains(policy))
-        and all(parameter.requires_grad for parameter in parameters if trained)
         and len(set(map(id, parameters))) == len(parameters)
         and not any(getattr(module, hooks) for module in policy.modules() for hooks in _HOOKS)
         and not any(getattr(parameter, hooks, None) for parameter in parameters for hooks in _PARAMETER_HOOKS)
     )
+
+
+def _parameters(policy: Any) -> list[th.Tensor]:
+    actor, critic = _chains(policy)
+    log_std = [policy.log_std] if hasattr(policy, "log_std") else []
+    return [*(parameter for module in (*actor, *critic) for parameter in module.parameters()), *log_std]
 
 
 def _chains(policy: Any) -> tuple[list[nn.Module], list[nn.Module]]:

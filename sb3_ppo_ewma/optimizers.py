@@ -106,6 +106,8 @@ class _FusedGroup:
 
     def step(self, divisor: th.Tensor, skip: th.Tensor) -> None:
         parameters = [parameter for parameter in self._group["params"] if parameter.grad is not None]
+        if not parameters:
+            return
         if len(parameters) != len(self._parameters) or any(map(operator.is_not, parameters, self._parameters)):
             states = [adam_state(self._optimizer, parameter) for parameter in parameters]
             self._parameters = parameters

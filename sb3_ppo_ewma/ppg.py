@@ -222,8 +222,9 @@ class AuxiliaryPhaseMixin(EwmaMixin):
         for start in range(0, buffer.n_samples, step):
             rows = slice(start, start + step)
             observations = buffer.observations(rows, self.device)
-            if self._takes_auxiliary_shortcuts():
-                parameters = forward.actor_distribution(self.policy, observations)
+            shortcut = self._auxiliary_shortcut()
+            if shortcut is not None:
+                parameters = forward.distribution(self.policy, shortcut.action_outputs(observations))
                 parts = [part.expand(len(parameters[0]), -1) for part in parameters]
             else:
                 distribution = self.policy.get_distribution(observations)
@@ -253,15 +254,17 @@ class AuxiliaryPhaseMixin(EwmaMixin):
             [parameter[rows] for parameter in old_parameters],
         )
 
-    def _takes_auxiliary_shortcuts(self) -> bool:
-        return self._takes_shortcuts and type(self.policy).evaluate_auxiliary is PPGPolicy.evaluate_auxiliary
+    def _auxiliary_shortcut(self) -> forward.StandardPolicy | None:
+        is_own = type(self.policy).evaluate_auxiliary is PPGPolicy.evaluate_auxiliary
+        return self._shortcuts.get(id(self.policy)) if is_own else None
 
     def _auxiliary_loss_terms(
         self, observations: Any, returns: th.Tensor, old_parameters: list[th.Tensor]
     ) -> LossTerms:
         policy = self.policy
-        if self._takes_auxiliary_shortcuts():
-            current, values, aux_values = forward.evaluate_auxiliary(policy, observations)
+        shortcut = self._auxiliary_shortcut()
+        if shortcut is not None:
+            current, values, aux_values = shortcut.evaluate_auxiliary(observations)
             kl = forward.kl_divergence(policy, old_parameters, current)
         else:
             distribution, values, aux_values = policy.evaluate_auxiliary(observations)

@@ -72,7 +72,7 @@ _ANALYTIC = "kl_estimator='analytic' (there is also 'sample')"
 EVALUATION_BATCH_SIZE = 256
 
 # What belongs to this process
-_PROCESS = ("_compiled_steps", "_gave_up_compiling", "_takes_shortcuts", "_mlps", "_steps")
+_PROCESS = ("_compiled_steps", "_gave_up_compiling", "_shortcuts", "_steps")
 
 # What is to blame for a step that was not made, by what shows it
 _BLAME = {
@@ -283,8 +283,7 @@ class EwmaMixin(SavedStateMixin):
         self.stale_rollouts = StaleRollouts(self.staleness) if self.staleness > 0 else None
         self._compiled_steps: CompiledSteps | None = None
         self._gave_up_compiling = False
-        self._takes_shortcuts = False
-        self._mlps: dict[int, MlpPolicy] = {}
+        self._shortcuts: dict[int, forward.StandardPolicy] = {}
         self._steps: GradientSteps
         # Policy at the start of the iteration, only built when something needs it
         self._recent_policy: ParameterEwma | None = None
@@ -359,8 +358,9 @@ class EwmaMixin(SavedStateMixin):
         :param actions: its actions in the form the distribution expects
         :return: values, log-probabilities and entropies of the actions
         """
-        if self._takes_shortcuts:
-            return forward.evaluate_actions(policy, samples.observations, actions)
+        shortcut = self._shortcuts.get(id(policy))
+        if shortcut is not None:
+            return shortcut.evaluate_actions(samples.observations, actions)
         return policy.evaluate_actions(samples.observations, actions)
 
     def _log_prob(self, policy: ActorCriticPolicy, samples: Any, actions: th.Tensor) -> th.Tensor:
@@ -370,11 +370,9 @@ class EwmaMixin(SavedStateMixin):
         :param actions: its actions in the form the distribution expects
         :return: (batch,) the log-probabilities of :meth:`_evaluate_actions`
         """
-        if id(policy) in self._mlps:
-            return self._mlps[id(policy)].log_prob(samples.observations, actions)
-        if self._takes_shortcuts:
-            parameters = forward.actor_distribution(policy, samples.observations)
-            return forward.log_prob(policy, parameters, actions)
+        shortcut = self._shortcuts.get(id(policy))
+        if shortcut is not None:
+            return shortcut.log_prob(samples.observations, actions)
         return self._evaluate_actions(policy, samples, actions)[1]
 
     def _padding_mask(self, samples: Any) -> th.Tensor | None:
@@ -436,9 +434,7 @@ class EwmaMixin(SavedStateMixin):
         if not (self._is_fast and forward.is_standard(policy)):
             yield
             return
-        mlp = is_mlp_policy(policy, trained=False)
-        outputs = MlpPolicy(policy).outputs if mlp else functools.partial(forward.actor_critic_outputs, policy)
-        policy.forward = functools.partial(forward.sample, policy, outputs)  # called by the policy, with its hooks
+        policy.forward = self._shortcut(policy).forward  # called by the policy itself, with its hooks
         try:
             yield
         finally:
@@ -559,11 +555,10 @@ class EwmaMixin(SavedStateMixin):
             for name in ("_evaluate_actions", "_log_prob", "_padding_mask")
         )
         may_round = (self._is_fast or compiled is not None) and not is_family and not self._is_kl_analytic()
-        self._takes_shortcuts = may_round and forward.is_standard(self.policy)
-        self._mlps = {
-            id(policy): MlpPolicy(policy)
+        self._shortcuts = {
+            id(policy): self._shortcut(policy, compiled)
             for policy in policies
-            if self._takes_shortcuts and compiled is None and is_mlp_policy(policy, trained=policy is self.policy)
+            if may_round and forward.is_standard(policy)
         }
         self._steps = GradientSteps(
             self.policy,
@@ -599,6 +594,11 @@ class EwmaMixin(SavedStateMixin):
             print(f"Early stopping at n_updates={self._n_updates} due to reaching max kl: {steps.exceeded_kl:.2f}")
         return made
 
+    def _shortcut(self, policy: Any, compiled: CompiledSteps | None = None) -> forward.StandardPolicy:
+        if compiled is None and is_mlp_policy(policy):
+            return MlpPolicy(policy)
+        return forward.StandardPolicy(policy)
+
     def _compiler(self) -> CompiledSteps | None:
         if not self.torch_compile or self._gave_up_compiling:
             return None
@@ -621,8 +621,9 @@ class EwmaMixin(SavedStateMixin):
         return not given or bool((self.policy_kwargs.get("optimizer_kwargs") or {}).get("fused"))
 
     def _loss_terms(self, data: TrainingData, minibatch: Any, epoch: Epoch, coefficients: Coefficients) -> LossTerms:
-        if id(self.policy) in self._mlps:
-            return self._mlp_loss_terms(self._mlps[id(self.policy)], data, minibatch, epoch, coefficients)
+        shortcut = self._shortcuts.get(id(self.policy))
+        if isinstance(shortcut, MlpPolicy) and shortcut.is_trained:
+            return self._mlp_loss_terms(shortcut, data, minibatch, epoch, coefficients)
         samples = data.samples(minibatch)
         actions = forward.as_distributed(self.action_space, samples.actions)
         mask = self._padding_mask(samples)
@@ -898,9 +899,9 @@ class PPOEWMA(EwmaMixin, PPO):
     Code of the authors: https://github.com/openai/ppo-ewma
 
     All parameters of ``stable_baselines3.PPO`` in the same order with the same defaults; those of :class:`EwmaMixin` by
-    keyword. With ``prox_decay=None`` it computes what SB3's PPO computes: up to rounding, or to the bit if optimiser
-    settings are given (``policy_kwargs={"optimizer_kwargs": {"eps": 1e-5}}`` are SB3's), as long as no ratio π_θ/π_behav
-    reaches ``max_importance_ratio``.
+    keyword. With ``prox_decay=None`` it computes what SB3's PPO computes, as long as no ratio π_θ/π_behav reaches
+    ``max_importance_ratio``: up to rounding, or to the bit if optimiser settings are given (SB3's are
+    ``policy_kwargs={"optimizer_kwargs": {"eps": 1e-5}}``).
 
     >>> from sb3_ppo_ewma import PPOEWMA
     >>> model = PPOEWMA("MlpPolicy", "CartPole-v1", n_steps=64).learn(64)

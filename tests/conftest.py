@@ -1,6 +1,7 @@
 import os
 
 import pytest
+import torch as th
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -13,3 +14,11 @@ def sb3_logs_in_pytest_folder(tmp_path_factory):
         del os.environ["SB3_LOGDIR"]
     else:
         os.environ["SB3_LOGDIR"] = previous
+
+
+@pytest.fixture
+def default_dtype():
+    """Sets the default dtype, for one test."""
+    previous = th.get_default_dtype()
+    yield th.set_default_dtype
+    th.set_default_dtype(previous)

@@ -179,7 +179,10 @@ class GoldenRun:
         minibatches = iter(self.data["mb_mask"][is_policy_step])
         self.model.rollout_buffer.minibatches = minibatches
         # SB3 casts observations to float32.
-        with patch("stable_baselines3.common.policies.preprocess_obs", lambda obs, *_, **__: obs):
+        with (
+            patch("stable_baselines3.common.policies.preprocess_obs", lambda obs, *_, **__: obs),
+            patch("sb3_ppo_ewma.forward.preprocess_obs", lambda obs, *_, **__: obs),
+        ):
             for segment in range(len(self.data["seg_index"]) + self.hp["staleness"]):
                 self.collect(segment)
                 self.model.train()

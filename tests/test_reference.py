@@ -353,13 +353,6 @@ def recorded_auxiliary_stats(monkeypatch):
     return spy_on("auxiliary_loss", monkeypatch)
 
 
-@pytest.fixture
-def default_dtype():
-    previous = th.get_default_dtype()
-    yield th.set_default_dtype
-    th.set_default_dtype(previous)
-
-
 @pytest.mark.parametrize("fused", [False, True], ids=["exact", "fused"])
 @pytest.mark.parametrize("case_id", case_ids("e2e_ppo"))
 def test_ppo_trajectory(case_id, fused, recorded_stats, default_dtype):
