@@ -6,6 +6,7 @@ A policy that overrides one of the methods concerned, has another distribution o
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch as th
@@ -17,7 +18,7 @@ from stable_baselines3.common.distributions import (
     MultiCategoricalDistribution,
 )
 from stable_baselines3.common.policies import ActorCriticPolicy
-from stable_baselines3.common.preprocessing import is_image_space, preprocess_obs
+from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.type_aliases import PyTorchObs
 from torch.nn import functional as F
 
@@ -52,12 +53,12 @@ class StandardPolicy:
 
     def __init__(self, policy: Any) -> None:
         self.policy = policy
-        # Found out once: SB3 compares the bounds of all pixels at every call.
         space = policy.observation_space
-        spaces_by_key = space.spaces if isinstance(space, spaces.Dict) else {"": space}
-        self._images = frozenset(
-            key for key, part in spaces_by_key.items() if policy.normalize_images and is_image_space(part)
-        )
+        # Made once: SB3 compares the bounds of all pixels at every call.
+        self._preprocess = {
+            key: preprocessing(part, policy.normalize_images)
+            for key, part in (space.spaces if isinstance(space, spaces.Dict) else {"": space}).items()
+        }
 
     def outputs(self, obs: PyTorchObs) -> tuple[th.Tensor, th.Tensor]:
         """
@@ -134,12 +135,31 @@ class StandardPolicy:
         return policy.mlp_extractor.forward_actor(pi_features), policy.mlp_extractor.forward_critic(vf_features)
 
     def _preprocessed(self, obs: PyTorchObs) -> PyTorchObs:
-        preprocessed = preprocess_obs(obs, self.policy.observation_space, normalize_images=False)
-        if not self._images:
-            return preprocessed
-        if isinstance(preprocessed, dict):
-            return {key: part / 255.0 if key in self._images else part for key, part in preprocessed.items()}
-        return preprocessed / 255.0
+        if isinstance(obs, dict):
+            return {key: self._preprocess[key](part) for key, part in obs.items()}
+        return self._preprocess[""](obs)
+
+
+def preprocessing(space: spaces.Space[Any], normalize_images: bool) -> Callable[[th.Tensor], th.Tensor]:
+    """
+    :param space: of observations, not a ``Dict``
+    :param normalize_images: divide images by 255
+    :return: what SB3's ``preprocess_obs`` does with such observations
+    """
+    if isinstance(space, spaces.Discrete):
+        n = int(space.n)
+        return lambda obs: F.one_hot(obs.long(), num_classes=n).float()
+    if isinstance(space, spaces.MultiDiscrete):
+        sizes = [int(size) for size in space.nvec.flatten()]
+
+        def one_hots(obs: th.Tensor) -> th.Tensor:
+            columns = obs.long().flatten(start_dim=1).unbind(dim=1)
+            return th.cat([F.one_hot(column, size) for column, size in zip(columns, sizes, strict=True)], dim=1).float()
+
+        return one_hots
+    if normalize_images and is_image_space(space):
+        return lambda obs: obs.float() / 255.0
+    return lambda obs: obs.float()
 
 
 def kl_divergence(policy: Any, old: list[th.Tensor], new: list[th.Tensor]) -> th.Tensor:

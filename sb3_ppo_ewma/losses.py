@@ -307,12 +307,13 @@ def policy_loss_terms(
         log_prob_behav = th.maximum(log_prob_behav, log_prob - log_cap)
     log_ratio_prox = log_prob - log_prob_prox  # log r = log(π_θ / π_prox)
     exponent = log_prob - log_prob_behav
-    ratio = _bounded_exp(exponent)
+    bound = _MAX_EXPONENT[exponent.dtype]
+    is_bounded = isinstance(log_cap, float) and log_cap <= bound
+    ratio = th.exp(exponent) if is_bounded else _bounded_exp(exponent)
     objective = advantages * ratio
     weights = advantages * (-1 / valid(advantages, mask).numel())  # of the samples in the mean, with the sign
     gradient = weights * ratio
-    bound = _MAX_EXPONENT[exponent.dtype]
-    if not isinstance(log_cap, float) or log_cap > bound:
+    if not is_bounded:
         gradient = th.where(exponent > bound, 0.0, gradient)
     if low is not None and high is not None:
         clipped_ratio = th.clamp(log_ratio_prox, cast(float, low), cast(float, high))  # or both tensors

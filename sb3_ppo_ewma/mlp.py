@@ -103,7 +103,10 @@ class MlpPolicy(forward.StandardPolicy):
         :param obs: observations
         :return: (batch, features_dim)
         """
-        features: th.Tensor = self.policy.pi_features_extractor(self._preprocessed(obs))
+        preprocessed = self._preprocessed(obs)
+        if isinstance(preprocessed, th.Tensor):
+            return preprocessed.flatten(start_dim=1)  # what FlattenExtractor does
+        features: th.Tensor = self.policy.pi_features_extractor(preprocessed)
         return features
 
     def outputs(self, obs: Any) -> tuple[th.Tensor, th.Tensor]:

@@ -36,7 +36,7 @@ class ClippedSteps:
         if self._fused is not None:
             # SB3's factor is max/(norm + 1e-6), at most 1; the kernel divides.
             divisor = th.clamp((norm + 1e-6) / self._max_grad_norm, min=1.0)
-            self._fused.step(divisor, ~th.isfinite(checked))
+            self._fused.step(divisor, th.isfinite(checked))
         elif bool(th.isfinite(checked)):
             th.nn.utils.clip_grads_with_norm_(self._parameters, self._max_grad_norm, norm)
             self._optimizer.step()
@@ -87,14 +87,15 @@ class FusedAdam:
         self._groups = [_FusedGroup(optimizer, group) for group in optimizer.param_groups]
 
     @th.no_grad()
-    def step(self, divisor: th.Tensor, skip: th.Tensor) -> None:
+    def step(self, divisor: th.Tensor, made: th.Tensor) -> None:
         """
         :param divisor: of the gradients, shape ()
-        :param skip: bool of shape (), whether to leave parameters and state as they are
+        :param made: bool of shape (), ``False``: leave parameters and state as they are
         """
-        divisor, skip = divisor.float(), skip.float()
+        divisor, made = divisor.float(), made.float()
+        skip = 1 - made
         for group in self._groups:
-            group.step(divisor, skip)
+            group.step(divisor, made, skip)
 
 
 class _FusedGroup:
@@ -104,7 +105,7 @@ class _FusedGroup:
         self._parameters: list[th.Tensor] = []
         self._tensors: tuple[list[th.Tensor], ...] = ()
 
-    def step(self, divisor: th.Tensor, skip: th.Tensor) -> None:
+    def step(self, divisor: th.Tensor, made: th.Tensor, skip: th.Tensor) -> None:
         parameters = [parameter for parameter in self._group["params"] if parameter.grad is not None]
         if not parameters:
             return
@@ -114,7 +115,7 @@ class _FusedGroup:
             self._tensors = tuple([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step"))
         exp_avgs, exp_avg_sqs, steps = self._tensors
         beta1, beta2 = self._group["betas"]
-        th._foreach_add_(steps, [1 - skip] * len(steps))
+        th._foreach_add_(steps, [made] * len(steps))
         th._fused_adam_(
             parameters,
             [parameter.grad for parameter in parameters],

@@ -56,15 +56,15 @@ def test_gradients(
     architecture: str, activation: type[nn.Module], actions: str, dtype: th.dtype, ent_coef: float | None
 ) -> None:
     policy = build(actions, net_arch=ARCHITECTURES[architecture], activation_fn=activation).to(dtype)
-    mlp = MlpPolicy(policy)
     obs, chosen = th.randn(N, 3, dtype=dtype), chosen_actions(actions, dtype)
     weights, value_weights = th.randn(2, N, dtype=dtype)
 
     # It casts to float32
     with (
         patch("stable_baselines3.common.policies.preprocess_obs", lambda obs, *_, **__: obs),
-        patch("sb3_ppo_ewma.forward.preprocess_obs", lambda obs, *_, **__: obs),
+        patch("sb3_ppo_ewma.forward.preprocessing", lambda *_: lambda obs: obs),
     ):
+        mlp = MlpPolicy(policy)
         values, log_prob, entropy = policy.evaluate_actions(obs, chosen)
         objective = (
             (weights * log_prob).sum() + (value_weights * values.flatten()).sum() + (ent_coef or 0) * entropy.sum()
