@@ -124,8 +124,12 @@ class CompiledSteps:
         # With CUDA graphs, the next step writes its results where those of the last one are.
         self._copies = mode in ("reduce-overhead", "max-autotune")
         self._series: dict[tuple[int, int], StepSeries] = {}
+        self._mode = mode
         # Number of steps made
         self.n_steps = 0
+
+    def __reduce__(self) -> tuple[type["CompiledSteps"], tuple[str | None]]:
+        return type(self), (self._mode,)  # graphs belong to a process; a copy makes its own
 
     @contextlib.contextmanager
     def training(self) -> Iterator[None]:

@@ -255,7 +255,7 @@ class AuxiliaryPhaseMixin(EwmaMixin):
         )
 
     def _auxiliary_shortcut(self) -> forward.StandardPolicy | None:
-        is_own = type(self.policy).evaluate_auxiliary is PPGPolicy.evaluate_auxiliary
+        is_own = getattr(type(self.policy), "evaluate_auxiliary", None) is PPGPolicy.evaluate_auxiliary
         return self._shortcuts.get(id(self.policy)) if is_own else None
 
     def _auxiliary_loss_terms(

@@ -569,8 +569,12 @@ class EwmaMixin(SavedStateMixin):
             may_fuse=self._is_fast,
             compiled=compiled,
         )
-        with self._steps.training():
-            yield
+        try:
+            with self._steps.training():
+                yield
+        finally:
+            self._shortcuts = {}
+            del self._steps
 
     def _gradient_step(
         self,

@@ -3,6 +3,7 @@
 import copy
 import io
 import json
+import pickle
 import warnings
 import zipfile
 from typing import Any
@@ -15,6 +16,7 @@ from stable_baselines3.common.buffers import RolloutBuffer
 from torch import _dynamo
 
 from sb3_ppo_ewma import PPG, PPGEWMA, PPOEWMA, MaskablePPOEWMA, RecurrentPPOEWMA
+from sb3_ppo_ewma.compilation import CompiledSteps
 from tests.battery.envs import OBSERVATION_SPACES, SpaceEnv
 from tests.battery.helpers import assert_same, copy_parameters, record_log
 from tests.golden_data import case_ids, load_case
@@ -206,6 +208,14 @@ def test_training_goes_on_without_a_graph(name: str) -> None:
     reference, _ = train(**kwargs)
     th.testing.assert_close(copy_parameters(model), copy_parameters(reference), rtol=1e-4, atol=1e-5)
     assert_close_states(model.policy.optimizer.state_dict(), reference.policy.optimizer.state_dict())
+
+
+def test_a_copy_makes_its_own_graphs() -> None:
+    steps = CompiledSteps("max-autotune")
+    steps.n_steps = 5
+    for copied in (copy.deepcopy(steps), pickle.loads(pickle.dumps(steps))):
+        assert copied.n_steps == 0
+        assert copied._mode == "max-autotune"
 
 
 @pytest.mark.slow
