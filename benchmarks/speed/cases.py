@@ -76,6 +76,14 @@ CASES = {
         n_iterations=4,
         phase={"n_policy_iterations": 4},
     ),
+    "cartpole_one_epoch": Case(
+        "the same with one policy epoch, as in PPG's paper",
+        "CartPole-v1",
+        n_envs=8,
+        ppo={"n_steps": 256, "batch_size": 64, "n_epochs": 1},
+        n_iterations=8,
+        phase={"n_policy_iterations": 8},
+    ),
     "cartpole_zoo": Case(
         "CartPole-v1, rl-zoo3's settings",
         "CartPole-v1",
@@ -161,7 +169,7 @@ ENTRIES = {
         "PPO of SBX",
         "sbx.PPO",
         packages=("sbx",),
-        only_in=("cartpole", "cartpole_zoo", "halfcheetah", "breakout"),
+        only_in=("cartpole", "cartpole_one_epoch", "cartpole_zoo", "halfcheetah", "breakout"),
         why="SBX does not have the network",
     ),
     "torchrl": Entry(
