@@ -115,8 +115,10 @@ class CompiledSteps:
         if not hasattr(_dynamo.config, "trace_autograd_ops"):
             raise CompilationError(f"torch {th.__version__} cannot compile a backward pass together with the optimiser")
         self._dynamo = _dynamo
-        # Fewer of the wrapper's own operations between the kernels, which are small
-        options: dict[str, Any] | None = {"cpp_wrapper": True, "size_asserts": False} if mode is None else None
+        options: dict[str, Any] | None = None
+        if mode is None:
+            # Fewer of the wrapper's own operations between the kernels, which are small; dropout as without compilation
+            options = {"cpp_wrapper": True, "size_asserts": False, "fallback_random": True}
         # A function of its own: torch limits the number of graphs of one.
         code = _gradient_step.__code__.replace()
         function = types.FunctionType(code, _gradient_step.__globals__, _gradient_step.__name__)

@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch as th
+from gymnasium import spaces
 from sb3_contrib.common.envs import InvalidActionEnvDiscrete
 from stable_baselines3.common.buffers import RolloutBuffer
-from torch import _dynamo
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from torch import _dynamo, nn
 
 from sb3_ppo_ewma import PPG, PPGEWMA, PPOEWMA, MaskablePPOEWMA, RecurrentPPOEWMA
 from sb3_ppo_ewma.compilation import CompiledSteps
@@ -95,6 +97,18 @@ def test_cartpole_with_schedules() -> None:
     assert_equal_training(compiled, train(**kwargs))
 
 
+class DropoutExtractor(BaseFeaturesExtractor):
+    """Draws random numbers in training."""
+
+    def __init__(self, observation_space: spaces.Box) -> None:
+        super().__init__(observation_space, 8)
+        self.layers = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.5))
+
+    def forward(self, observations: th.Tensor) -> th.Tensor:
+        features: th.Tensor = self.layers(observations)
+        return features
+
+
 class OwnBuffer(RolloutBuffer):
     """Minibatches come from its own ``get()``."""
 
@@ -113,6 +127,7 @@ CASES: dict[str, dict[str, Any]] = {
         "policy_kwargs": {"features_extractor_kwargs": {"channels": (4,), "n_blocks": 1, "features_dim": 8}},
     },
     "own buffer": {"rollout_buffer_class": OwnBuffer},
+    "dropout": {"policy_kwargs": {"net_arch": [4], "features_extractor_class": DropoutExtractor}},
     "no EWMA": {"prox_decay": None, "clip_range": 0.01, "advantage_decay": 0.5},
     "penalty": {"kl_coef": 0.5, "clip_range": None, "max_importance_ratio": None},
     "value epochs": {"n_epochs_value": 3, "recompute_advantages": True},
