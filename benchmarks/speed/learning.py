@@ -76,6 +76,7 @@ def train(env_id: str, variant: str, seed: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--envs", nargs="+", choices=SETTINGS, default=list(SETTINGS), metavar="ENV")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(5)))
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each (default: %(default)s)")
     parser.add_argument("--results", type=Path, default=HERE / "results", help="folder (default: %(default)s)")
@@ -83,7 +84,7 @@ def main() -> None:
     args.results.mkdir(parents=True, exist_ok=True)
     path = args.results / "learning.csv"
     done = {(row["env"], row["variant"], int(row["seed"])) for row in read(path)}
-    runs = [run for env in SETTINGS for seed in args.seeds for run in ((env, name, seed) for name in VARIANTS)]
+    runs = [run for env in args.envs for seed in args.seeds for run in ((env, name, seed) for name in VARIANTS)]
     with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
         futures = {pool.submit(train, *run): run for run in runs if run not in done}
         for future in as_completed(futures):
@@ -128,7 +129,7 @@ def report(rows: list[dict[str, str]]) -> str:
             }
             for name in VARIANTS
         }
-        seeds = sorted(set.intersection(*map(set, rewards.values())))
+        seeds = sorted(set.intersection(*map(set, rewards.values())), key=int)
         cells = [cell(rewards[name], rewards["default"], seeds) for name in VARIANTS] if seeds else []
         lines.append(f"| {env} | {', '.join(seeds)} | {' | '.join(cells)} |")
     return "\n".join([*lines, "", "```json", json.dumps(metadata(), indent=1), "```", ""])
