@@ -159,6 +159,30 @@ def test_same_results(name: str) -> None:
 
 
 @pytest.mark.slow
+def test_every_training_of_a_long_run() -> None:
+    """Runs drift apart by rounding; from the same state, a training does not, however long the run."""
+    compiled = make(env="CartPole-v1", torch_compile=True).learn(16)
+    eager = make(env="CartPole-v1").learn(16)
+    train = compiled.train
+
+    def train_both() -> None:
+        state = {**copy.deepcopy(compiled.get_parameters()), "generators": eager.generators.state_dict()}
+        eager.rollout_buffer = copy.deepcopy(compiled.rollout_buffer)
+        generator = np.random.get_state()
+        train()
+        np.random.set_state(generator)
+        eager.set_parameters(state)
+        eager.train()
+        th.testing.assert_close(copy_parameters(compiled), copy_parameters(eager), rtol=1e-5, atol=1e-6)
+        average, reference = (dict(model.policy_ewma.state_dict()) for model in (compiled, eager))
+        th.testing.assert_close(average, reference, rtol=1e-5, atol=1e-6)
+
+    compiled.train = train_both
+    compiled.learn(640)
+    assert compiled._compiled_steps.n_steps == 41 * 2 * 3
+
+
+@pytest.mark.slow
 def test_a_saved_model_goes_on_compiled() -> None:
     model, _ = train(torch_compile=True, batch_size=8)
     file = io.BytesIO()
