@@ -3,7 +3,9 @@
 import copy
 import io
 import json
+import os
 import pickle
+import shutil
 import warnings
 import zipfile
 from typing import Any
@@ -24,8 +26,10 @@ from tests.battery.helpers import assert_same, copy_parameters, record_log
 from tests.golden_data import case_ids, load_case
 from tests.golden_runs import GoldenRun
 
+COMPILERS = (os.environ.get("CXX", "g++"), "clang++")
 pytestmark = pytest.mark.skipif(
-    not hasattr(_dynamo.config, "trace_autograd_ops"), reason="this torch cannot compile a backward pass"
+    not hasattr(_dynamo.config, "trace_autograd_ops") or not any(map(shutil.which, COMPILERS)),
+    reason="needs a C++ compiler and a torch that can compile a backward pass",
 )
 
 
