@@ -22,6 +22,7 @@ from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.type_aliases import PyTorchObs
 from torch.nn import functional as F
 
+from sb3_ppo_ewma import losses
 from sb3_ppo_ewma.distributions import SoftplusDiagGaussianDistribution
 
 _METHODS = ("forward", "evaluate_actions", "extract_features", "get_distribution", "_get_action_dist_from_latent")
@@ -174,11 +175,8 @@ def kl_divergence(policy: Any, old: list[th.Tensor], new: list[th.Tensor]) -> th
         ratio = old_std / std
         return (0.5 * (ratio**2 + ((old_mean - mean) / std) ** 2 - 1) - ratio.log()).sum(dim=1)
     if isinstance(policy.action_dist, BernoulliDistribution):
-        (p,), (q,) = old, new
-        yes, no = F.logsigmoid(p) - F.logsigmoid(q), F.logsigmoid(-p) - F.logsigmoid(-q)
-        return (th.sigmoid(p) * yes + th.sigmoid(-p) * no).sum(dim=1)
-    terms = [th.where(p > -th.inf, p.exp() * (p - q), 0.0).sum(dim=1) for p, q in zip(old, new, strict=True)]
-    return th.stack(terms).sum(dim=0)
+        return losses.bernoulli_kl(old[0], new[0]).sum(dim=1)
+    return th.stack([losses.categorical_kl(p.exp(), p, q) for p, q in zip(old, new, strict=True)]).sum(dim=0)
 
 
 def as_distributed(action_space: spaces.Space[Any], actions: th.Tensor) -> th.Tensor:

@@ -494,14 +494,33 @@ def analytic_kl(
 
 def _kl(p: Distribution, q: Distribution) -> th.Tensor:
     if isinstance(p, Categorical) and isinstance(q, Categorical):
-        # Σ p·(log p − log q); where p is 0, as for a masked action, the difference may be Inf − Inf
-        difference = th.where(p.probs > 0, p.logits - q.logits, th.zeros_like(p.logits))
-        return (p.probs * difference).sum(dim=-1)
+        return categorical_kl(p.probs, p.logits, q.logits)
     if isinstance(p, Bernoulli) and isinstance(q, Bernoulli):
-        yes = F.logsigmoid(p.logits) - F.logsigmoid(q.logits)
-        no = F.logsigmoid(-p.logits) - F.logsigmoid(-q.logits)
-        return th.sigmoid(p.logits) * yes + th.sigmoid(-p.logits) * no
+        return bernoulli_kl(p.logits, q.logits)
     return kl_divergence(p, q)
+
+
+def categorical_kl(probs: th.Tensor, log_probs: th.Tensor, other_log_probs: th.Tensor) -> th.Tensor:
+    """
+    :param probs: (batch, n) p
+    :param log_probs: (batch, n) log p
+    :param other_log_probs: (batch, n) log q
+    :return: (batch,) KL(p ‖ q)
+    """
+    # Σ p·(log p − log q); where p is 0, as for a masked action, the difference may be Inf − Inf
+    difference = th.where(probs > 0, log_probs - other_log_probs, 0.0)
+    return (probs * difference).sum(dim=-1)
+
+
+def bernoulli_kl(logits: th.Tensor, other_logits: th.Tensor) -> th.Tensor:
+    """
+    :param logits: of p, any shape
+    :param other_logits: of q, of the same shape
+    :return: KL(p ‖ q) of each variable
+    """
+    yes = F.logsigmoid(logits) - F.logsigmoid(other_logits)
+    no = F.logsigmoid(-logits) - F.logsigmoid(-other_logits)
+    return th.sigmoid(logits) * yes + th.sigmoid(-logits) * no
 
 
 class _WithGradient(th.autograd.Function):
