@@ -4,7 +4,8 @@ From the root of the repository:
 
     python -m benchmarks.speed.learning --jobs 2
 
-Runs that are in results/learning.csv already are skipped; results/learning.md is written from it at the end.
+Runs that are in results/learning.csv already are skipped. results/learning.md is written from it and from
+results/learning.json, which has every start of the program.
 """
 
 import argparse
@@ -83,6 +84,9 @@ def main() -> None:
     args = parser.parse_args()
     args.results.mkdir(parents=True, exist_ok=True)
     path = args.results / "learning.csv"
+    starts = args.results / "learning.json"
+    known = json.loads(starts.read_text()) if starts.is_file() else []
+    starts.write_text(json.dumps([*known, metadata()], indent=1) + "\n")
     done = {(row["env"], row["variant"], int(row["seed"])) for row in read(path)}
     runs = [run for env in args.envs for seed in args.seeds for run in ((env, name, seed) for name in VARIANTS)]
     with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
@@ -93,7 +97,7 @@ def main() -> None:
             lines = [row] if path.is_file() else [COLUMNS, row]
             with path.open("a") as file:
                 file.write("".join(",".join(line) + "\n" for line in lines))
-    (args.results / "learning.md").write_text(report(read(path)))
+    (args.results / "learning.md").write_text(report(read(path), json.loads(starts.read_text())))
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -107,17 +111,18 @@ def read(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def report(rows: list[dict[str, str]]) -> str:
+def report(rows: list[dict[str, str]], starts: list[dict[str, Any]]) -> str:
     """
     :param rows: of the CSV file
+    :param starts: metadata of every start of the program
     :return: Markdown
     """
     lines = [
         "# What is learned",
         "",
-        f"Written by `python -m benchmarks.speed.learning` from `learning.csv`. Mean reward of {N_EVALUATION_EPISODES} "
-        "episodes with deterministic actions after training, mean over seeds; in brackets, the difference from the "
-        f"default with the 95 % interval of a bootstrap over seeds ({N_RESAMPLES} resamples).",
+        "Written by `python -m benchmarks.speed.learning` from `learning.csv` and `learning.json`. Mean reward of "
+        f"{N_EVALUATION_EPISODES} episodes with deterministic actions after training, mean over seeds; in brackets, "
+        f"the difference from the default with the 95 % interval of a bootstrap over seeds ({N_RESAMPLES} resamples).",
         "",
         f"| environment | seeds | {' | '.join(VARIANTS)} |",
         f"|---|---|{'---|' * len(VARIANTS)}",
@@ -132,7 +137,8 @@ def report(rows: list[dict[str, str]]) -> str:
         seeds = sorted(set.intersection(*map(set, rewards.values())), key=int)
         cells = [cell(rewards[name], rewards["default"], seeds) for name in VARIANTS] if seeds else []
         lines.append(f"| {env} | {', '.join(seeds)} | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", "```json", json.dumps(metadata(), indent=1), "```", ""])
+    lines += ["", "Commands, dates, commits, versions and hardware of every start:", "", "```json"]
+    return "\n".join([*lines, json.dumps(starts, indent=1), "```", ""])
 
 
 def cell(rewards: dict[str, float], reference: dict[str, float], seeds: list[str]) -> str:
