@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -73,12 +73,17 @@ def _gradient_step(
         was made; for each parameter whether it had a gradient
     """
     terms = loss_terms(*arguments)
-    (roots, root_gradients), parameters = terms.trained(), adam.parameters
-    gradients: tuple[th.Tensor | None, ...] = th.autograd.grad(roots, parameters, root_gradients, allow_unused=True)
+    parameters = adam.parameters
+    gradients: Sequence[th.Tensor | None]
+    if terms.parameter_gradients is not None:
+        gradients = terms.parameter_gradients
+    else:
+        roots, root_gradients = terms.trained()
+        gradients = th.autograd.grad(roots, parameters, root_gradients, allow_unused=True)
     has_gradient = [gradient is not None for gradient in gradients]
     with th.no_grad():
         norm = th.stack([gradient.square().sum() for gradient in gradients if gradient is not None]).sum().sqrt()
-        step = norm + terms.loss
+        step = norm if terms.loss is None else norm + terms.loss
         made = th.isfinite(step)
         if "approx_kl" in terms.statistics:
             made = made & (terms.statistics["approx_kl"] <= numbers[StepNumbers.MAX_KL])

@@ -120,12 +120,14 @@ class ParameterEwma(nn.Module):
         """
         if not 0 <= decay <= 1:
             raise ValueError(f"decay must be in [0, 1], got {decay}")
-        weight = decay * self.total_weight.item() + 1
+        total_weight = self.total_weight
+        weight = decay * total_weight.item() + 1
         pairs = self.pairs(source)
         # β·w/w' = 1 − 1/w', so the update is an interpolation by 1/w'.
         th._foreach_lerp_(pairs.averages, pairs.parameters, 1 / weight)
-        pairs.copy_buffers()
-        self.total_weight.fill_(weight)
+        if pairs.copies:
+            pairs.copy_buffers()
+        total_weight.fill_(weight)
 
     def pairs(self, source: nn.Module) -> "Pairs":
         """
@@ -136,13 +138,13 @@ class ParameterEwma(nn.Module):
         return found if found is not None and found.source is source else Pairs(self.module, source)
 
     @contextlib.contextmanager
-    def updates_from(self, source: nn.Module) -> Iterator[None]:
+    def updates_from(self, pairs: "Pairs") -> Iterator[None]:
         """
         Within this context, updates need not look up the tensors of both modules, which takes longer than they do.
 
-        :param source: the averaged module, whose parameters and buffers stay the same objects
+        :param pairs: of the averaged module, whose parameters and buffers stay the same objects
         """
-        self._pairs = Pairs(self.module, source)
+        self._pairs = pairs
         try:
             yield
         finally:

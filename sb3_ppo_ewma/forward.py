@@ -188,10 +188,11 @@ def as_distributed(action_space: spaces.Space[Any], actions: th.Tensor) -> th.Te
     return actions.long().flatten() if isinstance(action_space, spaces.Discrete) else actions
 
 
-def distribution(policy: Any, outputs: th.Tensor) -> list[th.Tensor]:
+def distribution(policy: Any, outputs: th.Tensor, log_std: th.Tensor | None = None) -> list[th.Tensor]:
     """
     :param policy: for which :func:`is_standard` holds
     :param outputs: of its ``action_net``
+    :param log_std: in place of its own
     :return: parameters of the actions' distribution: mean (batch, n) and standard deviation (n,) of a Gaussian;
         log-probabilities (batch, n) of one or several categorical distributions; logits (batch, n) of binary actions
     """
@@ -202,9 +203,9 @@ def distribution(policy: Any, outputs: th.Tensor) -> list[th.Tensor]:
         logits = th.split(outputs, list(policy.action_dist.action_dims), dim=1)
         return [F.log_softmax(part, dim=-1) for part in logits]
     if kind is DiagGaussianDistribution:
-        return [outputs, policy.log_std.exp()]
+        return [outputs, (policy.log_std if log_std is None else log_std).exp()]
     if kind is SoftplusDiagGaussianDistribution:
-        return [outputs, F.softplus(policy.log_std)]
+        return [outputs, F.softplus(policy.log_std if log_std is None else log_std)]
     return [outputs]
 
 
@@ -230,13 +231,13 @@ def log_prob(policy: Any, parameters: list[th.Tensor], actions: th.Tensor) -> th
 def entropy(policy: Any, parameters: list[th.Tensor]) -> th.Tensor:
     """
     :param policy: for which :func:`is_standard` holds
-    :param parameters: from :func:`distribution`
-    :return: (batch,)
+    :param parameters: from :func:`distribution`, also of several minibatches of one size, (n, ...) each
+    :return: (batch,), or (n, batch)
     """
     kind = policy.action_dist
     if isinstance(kind, DiagGaussianDistribution):
         mean, std = parameters
-        return (0.5 + _LOG_SQRT_2PI + std.log()).sum().expand(len(mean))
+        return (0.5 + _LOG_SQRT_2PI + std.log()).sum(-1).expand(mean.shape[:-1])
     if isinstance(kind, CategoricalDistribution):
         return _categorical_entropy(parameters[0])
     if isinstance(kind, MultiCategoricalDistribution):

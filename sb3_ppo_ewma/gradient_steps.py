@@ -3,7 +3,7 @@
 import contextlib
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from torch import nn
 
 from sb3_ppo_ewma.compilation import CompiledSteps
 from sb3_ppo_ewma.ewma import ParameterEwma
+from sb3_ppo_ewma.flat_mlp import FlatMlp
 from sb3_ppo_ewma.losses import LossTerms
 from sb3_ppo_ewma.optimizers import ClippedSteps, can_be_fused
 
@@ -48,13 +49,23 @@ class TrainStatistics:
         :param last_epoch: leave out the epochs before the last
         :return: (..., minibatches)
         """
-        groups: dict[int, list[tuple[th.Tensor, ...]]] = defaultdict(list)  # the last minibatch may be smaller
-        for minibatch in self._minibatches[self._epoch_start if last_epoch else 0 :]:
-            if names[0] in minibatch:
-                rows = tuple(minibatch[name] for name in names)
-                groups[len(rows[0])].append(rows)
-        results = [reduction(*map(th.stack, zip(*group, strict=True))) for group in groups.values()]
+        groups = _groups(self._minibatches[self._epoch_start if last_epoch else 0 :], names[0])
+        results = [reduction(*(th.stack([each[name] for each in group]) for name in names)) for group in groups]
         return th.cat(results, dim=-1).cpu().double().numpy()
+
+    def condense(self, function: Callable[[dict[str, th.Tensor]], dict[str, th.Tensor]], names: Sequence[str]) -> None:
+        """
+        Replace rows of this epoch by terms.
+
+        :param function: from rows of n minibatches of one size, (n, ...) each, to terms, (n,) each
+        :param names: of the rows
+        """
+        minibatches = self._minibatches[self._epoch_start :]
+        for group in _groups(minibatches, names[0]):
+            rows = {name: th.stack([each.pop(name) for each in group]) for name in names if name in group[0]}
+            for name, terms in function(rows).items():
+                for minibatch, term in zip(group, terms.unbind(), strict=True):
+                    minibatch[name] = term
 
     def check_finite(self, names: dict[str, str], when: str) -> None:
         """
@@ -76,6 +87,17 @@ class TrainStatistics:
         )
 
 
+def _groups(minibatches: list[dict[str, th.Tensor]], name: str) -> list[list[dict[str, th.Tensor]]]:
+    """
+    :return: those that have rows of this name, by their number of rows: the last minibatch may be smaller
+    """
+    groups: dict[int, list[dict[str, th.Tensor]]] = defaultdict(list)
+    for minibatch in minibatches:
+        if name in minibatch:
+            groups[len(minibatch[name])].append(minibatch)
+    return list(groups.values())
+
+
 class GradientSteps:
     """
     Makes the steps of one training, in which nothing but parameters, optimisers and average changes.
@@ -87,6 +109,7 @@ class GradientSteps:
     :param decay: of the EWMA
     :param may_fuse: whether steps of Adam may round differently from those of its ``step()``
     :param compiled: makes the steps as compiled graphs
+    :param flat: the policy where it is trained as one long vector, to be given the optimiser ``flat.optimizer``
     """
 
     def __init__(
@@ -99,13 +122,15 @@ class GradientSteps:
         decay: float | None,
         may_fuse: bool,
         compiled: CompiledSteps | None,
+        flat: FlatMlp | None = None,
     ) -> None:
         self._policy, self._average = policy, average
         self._max_grad_norm, self._max_kl = max_grad_norm, math.inf if max_kl is None else max_kl
         self._decay = decay
         self._may_fuse = may_fuse
         self.compiled = compiled
-        self._parameters = list(policy.parameters())
+        self.flat = flat
+        self._parameters = list(policy.parameters()) if flat is None else [flat.trained]
         self._optimizers: dict[int, ClippedSteps] = {}
         # The KL divergence that ended the training
         self.exceeded_kl: float | None = None
@@ -114,8 +139,14 @@ class GradientSteps:
     def training(self) -> Iterator[None]:
         """Steps are made within this context."""
         with contextlib.ExitStack() as stack:
+            stack.callback(self.write_back)
+            if self.flat is not None:
+                stack.enter_context(th.no_grad())
             if self._average is not None:
-                stack.enter_context(self._average.updates_from(self._policy))
+                pairs = self._average.pairs(self._policy)
+                stack.enter_context(
+                    self._average.updates_from(pairs if self.flat is None else self.flat.replaced(pairs))
+                )
             if self.compiled is not None:
                 stack.enter_context(self.compiled.training())
             yield
@@ -150,7 +181,10 @@ class GradientSteps:
         statistics.add(terms.statistics)
         if self._exceeds_max_kl(terms.statistics):
             return False
-        if terms.roots:
+        if terms.parameter_gradients is not None:
+            for parameter, gradient in zip(self._parameters, terms.parameter_gradients, strict=True):
+                parameter.grad = gradient
+        elif terms.roots:
             th.autograd.backward(*terms.trained())
         terms.statistics["step"] = step = self._clipped_steps(optimizer).step(terms.loss)
         if not _was_made(step):
@@ -158,6 +192,11 @@ class GradientSteps:
         if average is not None and self._decay is not None:
             average.update(self._policy, self._decay)
         return True
+
+    def write_back(self) -> None:
+        """Let the policy have its present parameters, also in the middle of a training."""
+        if self.flat is not None:
+            self.flat.write_back()
 
     def _compiled_step(
         self,

@@ -107,20 +107,36 @@ class Coefficients(NamedTuple):
 
 class PolicyLossTerms(NamedTuple):
     """
-    A policy loss with its derivative, without a graph.
+    A policy loss with its derivative, without a graph. The losses are means of rows, so that they can be left for later,
+    when the rows of many minibatches are there.
 
-    :param policy_gradient_loss: shape (), the surrogate objective without the KL penalty
-    :param kl_loss: shape (), the weighted sample estimate of the KL penalty
-    :param gradient: (batch,) derivative of their sum with respect to log π_θ
+    :param objective: (batch,) terms of the surrogate objective, to be maximised; without padding
+    :param penalty: (batch,) terms of the weighted sample estimate of the KL penalty, ``None``: no penalty; without
+        padding
+    :param gradient: (batch,) derivative of the loss with respect to log π_θ
     :param log_ratio_prox: (batch,) log(π_θ/π_prox)
     :param log_ratio_behav: (batch,) log(π_θ/π_behav), before the cap
     """
 
-    policy_gradient_loss: th.Tensor
-    kl_loss: th.Tensor
+    objective: th.Tensor
+    penalty: th.Tensor | None
     gradient: th.Tensor
     log_ratio_prox: th.Tensor
     log_ratio_behav: th.Tensor
+
+    @property
+    def policy_gradient_loss(self) -> th.Tensor:
+        """
+        :return: shape (), the surrogate objective without the KL penalty
+        """
+        return -self.objective.mean()
+
+    @property
+    def kl_loss(self) -> th.Tensor:
+        """
+        :return: shape (), the KL penalty
+        """
+        return self.objective.new_zeros(()) if self.penalty is None else self.penalty.mean()
 
 
 class RatioStatistics(NamedTuple):
@@ -138,14 +154,16 @@ class LossTerms(NamedTuple):
 
     :param roots: tensors with a graph
     :param gradients: of the loss with respect to each of them
-    :param loss: shape (), without a graph
-    :param statistics: by name, detached; terms of shape () and log-ratios without padding, (batch,)
+    :param loss: shape (), without a graph; ``None`` if it is left for later
+    :param statistics: by name, detached; terms of shape () and rows without padding, (batch,)
+    :param parameter_gradients: of the loss with respect to all parameters, where there is no graph
     """
 
     roots: list[th.Tensor]
     gradients: list[th.Tensor]
-    loss: th.Tensor
+    loss: th.Tensor | None
     statistics: dict[str, th.Tensor]
+    parameter_gradients: list[th.Tensor] | None = None
 
     def trained(self) -> tuple[list[th.Tensor], list[th.Tensor]]:
         """
@@ -195,10 +213,14 @@ def normalize_advantages(advantages: th.Tensor, mask: th.Tensor | None = None) -
     Per-minibatch normalisation, as in SB3: subtract the mean, divide by the unbiased standard deviation + 1e-8.
     A single sample is returned as it is, since its standard deviation is undefined.
 
-    :param advantages: (batch,)
+    :param advantages: (batch,), or (n, batch) for n minibatches
     :param mask: (batch,) bool, False for padding, which does not enter the moments
-    :return: (batch,)
+    :return: the same shape
     """
+    if advantages.dim() > 1:
+        if advantages.shape[-1] == 1:
+            return advantages
+        return (advantages - advantages.mean(-1, keepdim=True)) / (advantages.std(-1, keepdim=True) + 1e-8)
     counted = valid(advantages, mask)
     if counted.numel() <= 1:
         return advantages
@@ -250,10 +272,10 @@ def decoupled_policy_loss(
     _check_coefficients(clip_range, kl_coef, max_importance_ratio)
     limits = RatioLimits.of(clip_range, max_importance_ratio)
     terms = policy_loss_terms(
-        log_prob,
-        log_prob_prox,
-        log_prob_behav,
-        advantages,
+        log_prob.detach(),
+        log_prob_prox.detach(),
+        log_prob_behav.detach(),
+        advantages.detach(),
         limits,
         kl_coef=kl_coef if kl_coef > 0 and kl is None else None,
         mask=mask,
@@ -277,7 +299,6 @@ def decoupled_policy_loss(
     return loss, stats
 
 
-@th.no_grad()
 def policy_loss_terms(
     log_prob: th.Tensor,
     log_prob_prox: th.Tensor,
@@ -292,7 +313,7 @@ def policy_loss_terms(
     The objective of :func:`decoupled_policy_loss`, with the sample estimate of the KL, and its derivative, which is
     short: that of Â·exp(log π_θ − log π_behav) is the product itself, that of a clipped sample is 0.
 
-    :param log_prob: (batch,) log π_θ(a|s)
+    :param log_prob: (batch,) log π_θ(a|s), all of them without a graph
     :param log_prob_prox: (batch,) log π_prox(a|s)
     :param log_prob_behav: (batch,) log π_behav(a|s)
     :param advantages: (batch,)
@@ -320,16 +341,15 @@ def policy_loss_terms(
         clipped = advantages * _bounded_exp(clipped_ratio + (log_prob_prox - log_prob_behav))
         # Where the minimum takes the clipped branch; a NaN is not such a place.
         gradient = th.where((clipped < objective) & (clipped_ratio != log_ratio_prox), 0.0, gradient)
-        objective = th.min(objective, clipped)
-    policy_gradient_loss = -masked_mean(objective, mask)
-    kl_loss = th.zeros_like(policy_gradient_loss)
+        objective = th.minimum(objective, clipped)
+    penalty = None
     if kl_coef is not None:
         bounded = _bounded(log_ratio_prox)
-        kl_loss = kl_coef * masked_mean(0.5 * bounded**2, mask)
-        gradient = gradient + kl_coef * bounded / valid(bounded, mask).numel()
+        penalty = valid(kl_coef * 0.5 * bounded**2, mask)
+        gradient = gradient + kl_coef * bounded / len(penalty)
     if mask is not None:
         gradient = th.where(mask, gradient, 0.0)
-    return PolicyLossTerms(policy_gradient_loss, kl_loss, gradient, log_ratio_prox, log_ratio_behav)
+    return PolicyLossTerms(valid(objective, mask), penalty, gradient, log_ratio_prox, log_ratio_behav)
 
 
 @th.no_grad()
@@ -393,27 +413,30 @@ def value_loss(
     return th.mean(((returns - values) ** 2)[mask])
 
 
-def value_loss_gradient(
+def value_errors(
     values: th.Tensor,
     returns: th.Tensor,
     *,
     old_values: th.Tensor | None = None,
     clip_range_vf: Coefficient | None = None,
-) -> th.Tensor:
+) -> tuple[th.Tensor, th.Tensor]:
     """
-    :param values: see :func:`value_loss`
+    :func:`value_loss` as the mean of the squares of errors.
+
+    :param values: see there
     :param returns: see there
     :param old_values: see there
     :param clip_range_vf: see there
-    :return: (batch,) derivative of :func:`value_loss` with respect to the values
+    :return: both (batch,): errors; half the derivative of their squares with respect to the values
     """
     if clip_range_vf is None or old_values is None:
-        return (values - returns) * (2 / values.numel())
+        errors = values - returns
+        return errors, errors
     bound = cast(float, clip_range_vf)  # or a tensor
     difference = values - old_values
     clipped = th.clamp(difference, -bound, bound)
-    gradient = (old_values + clipped - returns) * (2 / values.numel())
-    return th.where(clipped != difference, 0.0, gradient)
+    errors = old_values + clipped - returns
+    return errors, th.where(clipped != difference, 0.0, errors)
 
 
 def entropy_loss(entropy: th.Tensor | None, log_prob: th.Tensor, mask: th.Tensor | None = None) -> th.Tensor:

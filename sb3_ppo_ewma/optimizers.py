@@ -1,5 +1,6 @@
 """One step of an optimiser with clipped gradients, without waiting for the device."""
 
+import math
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -25,21 +26,28 @@ class ClippedSteps:
         self._parameters = parameters
         self._max_grad_norm = max_grad_norm
         self._fused = FusedAdam(optimizer) if fused else None
+        self._divisor = th.ones(())
 
-    def step(self, loss: th.Tensor) -> th.Tensor:
+    @th.no_grad()
+    def step(self, loss: th.Tensor | None) -> th.Tensor:
         """
-        :param loss: shape ()
+        :param loss: shape (); ``None``: only the gradients show whether the step can be made
         :return: norm of the gradients before clipping plus loss, shape (), NaN or Inf where no step was made
         """
         norm = gradient_norm([parameter.grad for parameter in self._parameters if parameter.grad is not None])
-        checked = norm + loss
-        if self._fused is not None:
-            # SB3's factor is max/(norm + 1e-6), at most 1; the kernel divides.
-            divisor = th.clamp((norm + 1e-6) / self._max_grad_norm, min=1.0)
-            self._fused.step(divisor, th.isfinite(checked))
-        elif bool(th.isfinite(checked)):
-            th.nn.utils.clip_grads_with_norm_(self._parameters, self._max_grad_norm, norm)
-            self._optimizer.step()
+        checked = norm if loss is None else norm + loss
+        # SB3's factor is max/(norm + 1e-6), at most 1; the kernel divides.
+        if self._fused is not None and checked.device.type != "cpu":
+            self._fused.step(th.clamp((norm + 1e-6) / self._max_grad_norm, min=1.0), th.isfinite(checked))
+        elif not math.isfinite(checked):
+            pass
+        elif self._fused is not None:
+            divisor = (norm.item() + 1e-6) / self._max_grad_norm
+            self._fused.step(self._divisor.fill_(divisor) if divisor > 1 else None)
+        else:
+            with th.enable_grad():
+                th.nn.utils.clip_grads_with_norm_(self._parameters, self._max_grad_norm, norm)
+                self._optimizer.step()
         return checked
 
 
@@ -48,7 +56,8 @@ def gradient_norm(gradients: list[th.Tensor]) -> th.Tensor:
     :param gradients: on one device
     :return: Euclidean norm of all of them together, shape (); the same operations as in ``clip_grad_norm_``
     """
-    norm: th.Tensor = th.linalg.vector_norm(th.stack(th._foreach_norm(gradients)))
+    norms = gradients if len(gradients) == 1 else [th.stack(th._foreach_norm(gradients))]
+    norm: th.Tensor = th.linalg.vector_norm(norms[0])
     return norm
 
 
@@ -86,16 +95,17 @@ class FusedAdam:
     def __init__(self, optimizer: th.optim.Optimizer) -> None:
         self._groups = [_FusedGroup(optimizer, group) for group in optimizer.param_groups]
 
-    @th.no_grad()
-    def step(self, divisor: th.Tensor, made: th.Tensor) -> None:
+    def step(self, divisor: th.Tensor | None, made: th.Tensor | None = None) -> None:
         """
-        :param divisor: of the gradients, shape ()
-        :param made: bool of shape (), ``False``: leave parameters and state as they are
+        To be called without gradients.
+
+        :param divisor: of the gradients, shape (); ``None``: 1
+        :param made: bool of shape (), ``False``: leave parameters and state as they are; ``None``: ``True``
         """
-        divisor, made = divisor.float(), made.float()
-        skip = 1 - made
+        divisor = None if divisor is None else divisor.float()
+        made = None if made is None else made.float()
         for group in self._groups:
-            group.step(divisor, made, skip)
+            group.step(divisor, made)
 
 
 class _FusedGroup:
@@ -105,7 +115,7 @@ class _FusedGroup:
         self._parameters: list[th.Tensor] = []
         self._tensors: tuple[list[th.Tensor], ...] = ()
 
-    def step(self, divisor: th.Tensor, made: th.Tensor, skip: th.Tensor) -> None:
+    def step(self, divisor: th.Tensor | None, made: th.Tensor | None) -> None:
         parameters = [parameter for parameter in self._group["params"] if parameter.grad is not None]
         if not parameters:
             return
@@ -115,7 +125,7 @@ class _FusedGroup:
             self._tensors = tuple([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step"))
         exp_avgs, exp_avg_sqs, steps = self._tensors
         beta1, beta2 = self._group["betas"]
-        th._foreach_add_(steps, [made] * len(steps))
+        th._foreach_add_(steps, 1 if made is None else [made] * len(steps))
         th._fused_adam_(
             parameters,
             [parameter.grad for parameter in parameters],
@@ -131,7 +141,7 @@ class _FusedGroup:
             amsgrad=False,
             maximize=False,
             grad_scale=divisor,
-            found_inf=skip,
+            found_inf=None if made is None else 1 - made,
         )
 
 

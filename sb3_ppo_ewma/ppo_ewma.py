@@ -44,6 +44,7 @@ from sb3_ppo_ewma.ewma import (
     decay_from_center_of_mass,
     standardize,
 )
+from sb3_ppo_ewma.flat_mlp import ROWS, FlatMlp, Samples, can_be_flat
 from sb3_ppo_ewma.gradient_steps import GradientSteps, TrainStatistics
 from sb3_ppo_ewma.losses import Coefficient, Coefficients, LossTerms
 from sb3_ppo_ewma.mlp import MlpPolicy, is_mlp_policy
@@ -434,7 +435,8 @@ class EwmaMixin(SavedStateMixin):
         if not (self._is_fast and forward.is_standard(policy)):
             yield
             return
-        policy.forward = self._shortcut(policy).forward  # called by the policy itself, with its hooks
+        shortcut = MlpPolicy(policy) if is_mlp_policy(policy) else forward.StandardPolicy(policy)
+        policy.forward = shortcut.forward  # called by the policy itself, with its hooks
         try:
             yield
         finally:
@@ -472,7 +474,7 @@ class EwmaMixin(SavedStateMixin):
         advantage_std = self._update_advantage_moments(rollout)
 
         statistics = TrainStatistics()
-        with self._gradient_steps():
+        with self._gradient_steps(flattens=self.value_optimizer is None):
             self._train_epochs(rollout, statistics)
         statistics.check_finite(_BLAME, f"after {self._n_updates} epochs and {self.num_timesteps} steps")
         self._log_training(rollout, advantage_std, statistics)
@@ -482,6 +484,7 @@ class EwmaMixin(SavedStateMixin):
         data = self._training_data(rollout)
         for index, epoch in enumerate(self._epochs()):
             if index > 0 and self.recompute_advantages:
+                self._steps.write_back()
                 self._recompute_advantages(rollout)
                 data.update_targets()
             finished = self._train_epoch(data, epoch, statistics)
@@ -528,25 +531,60 @@ class EwmaMixin(SavedStateMixin):
         :return: False if training ends with this epoch
         """
         statistics.begin_epoch()
-        optimizer = self.policy.optimizer if epoch.policy else cast(th.optim.Optimizer, self.value_optimizer)
         coefficients = self._current_coefficients()
-        if self._compiled_steps is not None:
-            coefficients = coefficients.as_tensors(self.device)
-        return all(
-            self._gradient_step(
-                self._loss_terms,
-                (data, minibatch, epoch, coefficients),
-                optimizer,
-                statistics,
-                updates_average=epoch.policy,
-            )
-            for minibatch in data.minibatches(self.batch_size)
+        optimizer = self.policy.optimizer if epoch.policy else cast(th.optim.Optimizer, self.value_optimizer)
+        loss_terms: Callable[..., LossTerms] = self._loss_terms
+        flat = self._steps.flat
+        if flat is None:
+            given = self._given(coefficients)
+            minibatches = ((data, each, epoch, given) for each in data.minibatches(self.batch_size))
+        else:
+            optimizer, loss_terms = flat.optimizer, flat.loss_terms
+            minibatches = self._flat_minibatches(flat, data, coefficients)
+        finished = all(
+            self._gradient_step(loss_terms, arguments, optimizer, statistics, updates_average=epoch.policy)
+            for arguments in minibatches
         )
+        if flat is not None:
+            statistics.condense(lambda rows: flat.statistics(rows, coefficients), ROWS)
+        return finished
+
+    def _given(self, coefficients: Coefficients) -> Coefficients:
+        """
+        :return: as losses are given them; no compiled graph is to depend on their values
+        """
+        return coefficients if self._compiled_steps is None else coefficients.as_tensors(self.device)
+
+    def _flat_minibatches(
+        self, flat: FlatMlp, data: TrainingData, coefficients: Coefficients
+    ) -> Iterator[tuple[Any, ...]]:
+        """
+        :return: arguments of ``flat.loss_terms``
+        """
+        given = self._given(coefficients)
+        for samples, n_minibatches in data.blocks(self.batch_size, flat.features_dim):
+            actions = forward.as_distributed(self.action_space, samples.actions)
+            advantages = samples.advantages.view(n_minibatches, -1)
+            is_stale = self.staleness > 0 and self.staleness_mode == "proximal"
+            columns = Samples(
+                actions,
+                self._normalized_advantages(advantages, None, coefficients).flatten(),
+                samples.returns,
+                samples.old_values,
+                samples.old_log_prob,
+                self._log_prob_behav(samples, actions) if is_stale else None,
+                self._log_prob_prox(samples, actions) if self.policy_ewma is None else None,
+            )
+            features = flat.features(samples.observations).chunk(n_minibatches)
+            for part, columns_part in zip(features, columns.chunk(n_minibatches), strict=True):
+                yield part, columns_part, given, self.target_kl is not None
 
     @contextlib.contextmanager
-    def _gradient_steps(self) -> Iterator[None]:
+    def _gradient_steps(self, flattens: bool = False) -> Iterator[None]:
         """
         Within this context :meth:`_gradient_step` makes steps, and what it needs stays what it is.
+
+        :param flattens: whether the policy can be trained as a :class:`~sb3_ppo_ewma.flat_mlp.FlatMlp`
         """
         compiled = self._compiler()
         policies = [self.policy, *(a.module for a in (self.policy_ewma, self._recent_policy) if a is not None)]
@@ -556,10 +594,11 @@ class EwmaMixin(SavedStateMixin):
         )
         may_round = (self._is_fast or compiled is not None) and not is_family and not self._is_kl_analytic()
         self._shortcuts = {
-            id(policy): self._shortcut(policy, compiled)
+            id(policy): forward.StandardPolicy(policy)
             for policy in policies
             if may_round and forward.is_standard(policy)
         }
+        is_flat = flattens and may_round and all(map(is_mlp_policy, policies)) and can_be_flat(MlpPolicy(self.policy))
         self._steps = GradientSteps(
             self.policy,
             self.policy_ewma,
@@ -568,6 +607,7 @@ class EwmaMixin(SavedStateMixin):
             decay=self.current_prox_decay,
             may_fuse=self._is_fast,
             compiled=compiled,
+            flat=FlatMlp(MlpPolicy(self.policy), self.policy_ewma) if is_flat else None,
         )
         try:
             with self._steps.training():
@@ -598,11 +638,6 @@ class EwmaMixin(SavedStateMixin):
             print(f"Early stopping at n_updates={self._n_updates} due to reaching max kl: {steps.exceeded_kl:.2f}")
         return made
 
-    def _shortcut(self, policy: Any, compiled: CompiledSteps | None = None) -> forward.StandardPolicy:
-        if compiled is None and is_mlp_policy(policy):
-            return MlpPolicy(policy)
-        return forward.StandardPolicy(policy)
-
     def _compiler(self) -> CompiledSteps | None:
         if not self.torch_compile or self._gave_up_compiling:
             return None
@@ -625,9 +660,6 @@ class EwmaMixin(SavedStateMixin):
         return not given or bool((self.policy_kwargs.get("optimizer_kwargs") or {}).get("fused"))
 
     def _loss_terms(self, data: TrainingData, minibatch: Any, epoch: Epoch, coefficients: Coefficients) -> LossTerms:
-        shortcut = self._shortcuts.get(id(self.policy))
-        if isinstance(shortcut, MlpPolicy) and shortcut.is_trained:
-            return self._mlp_loss_terms(shortcut, data, minibatch, epoch, coefficients)
         samples = data.samples(minibatch)
         actions = forward.as_distributed(self.action_space, samples.actions)
         mask = self._padding_mask(samples)
@@ -667,42 +699,6 @@ class EwmaMixin(SavedStateMixin):
             add("value_loss", value_loss, coefficients.vf_coef)
         statistics["loss"] = loss = th.stack(weighted).sum()
         return LossTerms(roots, gradients, loss, statistics)
-
-    @th.no_grad()
-    def _mlp_loss_terms(
-        self, mlp: MlpPolicy, data: TrainingData, minibatch: Any, epoch: Epoch, coefficients: Coefficients
-    ) -> LossTerms:
-        """
-        :return: what :meth:`_loss_terms` does, without roots: the gradients are in the parameters already
-        """
-        samples = data.samples(minibatch)
-        actions = forward.as_distributed(self.action_space, samples.actions)
-        features = mlp.features(samples.observations)
-        statistics: dict[str, th.Tensor] = {}
-        weighted: list[th.Tensor] = []
-        if epoch.policy:
-            layers = mlp.actor.forward(features)
-            parameters = forward.distribution(self.policy, layers[-1])
-            log_prob = forward.log_prob(self.policy, parameters, actions)
-            entropy = forward.entropy(self.policy, parameters)
-            policy = self._policy_loss_terms(samples, actions, log_prob, None, coefficients)
-            ent_coef = cast(float | None, coefficients.ent_coef)
-            entropy_gradient = None if ent_coef is None else -ent_coef / len(entropy)
-            mlp.actor_backward(layers, parameters, actions, policy.gradient, entropy_gradient, entropy)
-            statistics = self._policy_statistics(policy, log_prob - samples.old_log_prob, None)
-            statistics["entropy_loss"] = entropy_loss = losses.entropy_loss(entropy, log_prob)
-            weighted = [policy.policy_gradient_loss, policy.kl_loss]
-            weighted += [] if ent_coef is None else [ent_coef * entropy_loss]
-        if epoch.value:
-            layers = mlp.critic.forward(features)
-            values = layers[-1].flatten()
-            bounds: dict[str, Any] = {"old_values": samples.old_values, "clip_range_vf": coefficients.clip_range_vf}
-            statistics["value_loss"] = value_loss = losses.value_loss(values, samples.returns, **bounds)
-            gradient = coefficients.vf_coef * losses.value_loss_gradient(values, samples.returns, **bounds)
-            mlp.critic.backward(layers, gradient.unsqueeze(1))
-            weighted.append(coefficients.vf_coef * value_loss)
-        statistics["loss"] = loss = functools.reduce(th.add, weighted)
-        return LossTerms([], [], loss, statistics)
 
     def _policy_statistics(
         self, policy: losses.PolicyLossTerms, log_ratio_old: th.Tensor, mask: th.Tensor | None

@@ -20,6 +20,9 @@ from sb3_ppo_ewma.memory import available_memory
 # SB3's minibatches, whose actions its buffers cast to float32; sb3-contrib does not
 _CASTING_SAMPLES = (RolloutBufferSamples, DictRolloutBufferSamples)
 
+# Number of features that are gathered at once, if there are several minibatches of them
+_BLOCK = 2**22
+
 # Names of what a phase buffer stores. Keys of dictionary observations stand behind a slash.
 _RETURNS, _OBSERVATIONS = "returns", "observations"
 
@@ -121,6 +124,14 @@ class TrainingData(Protocol):
         """
         ...
 
+    def blocks(self, batch_size: int | None, features_dim: int) -> Iterator[tuple[Any, int]]:
+        """
+        :param batch_size: see :meth:`minibatches`
+        :param features_dim: number of features of a sample, which limits how many samples come together
+        :return: one epoch of samples, each with the number of minibatches of one size that they are
+        """
+        ...
+
     def update_targets(self) -> None:
         """Advantages and returns in the buffer have changed."""
 
@@ -148,6 +159,14 @@ class BufferData:
         :return: the same
         """
         return minibatch
+
+    def blocks(self, batch_size: int | None, features_dim: int) -> Iterator[tuple[Any, int]]:
+        """
+        :param batch_size: see :class:`TrainingData`
+        :param features_dim: see there
+        :return: one epoch, minibatch by minibatch
+        """
+        return ((samples, 1) for samples in self.minibatches(batch_size))
 
     def update_targets(self) -> None:
         """Nothing to do."""
@@ -197,9 +216,28 @@ class DeviceData:
         :param batch_size: see :class:`TrainingData`
         :return: one epoch
         """
-        n_samples = self._targets.shape[1]
-        permutation = self._tensor(np.random.permutation(n_samples))  # SB3's generator
-        return iter(th.split(permutation, batch_size or n_samples))
+        return iter(th.split(self._permutation(), batch_size or self._n_samples))
+
+    def blocks(self, batch_size: int | None, features_dim: int) -> Iterator[tuple[Any, int]]:
+        """
+        :param batch_size: see :class:`TrainingData`
+        :param features_dim: see there
+        :return: one epoch
+        """
+        permutation, size = self._permutation(), batch_size or self._n_samples
+        block_size = size * max(1, _BLOCK // (size * features_dim))
+        whole = self._n_samples // size * size
+        for indices in permutation[:whole].split(block_size):
+            yield self.samples(indices), len(indices) // size
+        if whole < self._n_samples:
+            yield self.samples(permutation[whole:]), 1
+
+    @property
+    def _n_samples(self) -> int:
+        return self._targets.shape[1]
+
+    def _permutation(self) -> th.Tensor:
+        return self._tensor(np.random.permutation(self._n_samples))  # SB3's generator
 
     def samples(self, minibatch: th.Tensor) -> Any:
         """

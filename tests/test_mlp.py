@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, weight_norm
 
 from sb3_ppo_ewma import PPGEWMA, PPOEWMA, forward, losses
+from sb3_ppo_ewma.flat_mlp import FlatMlp, can_be_flat
 from sb3_ppo_ewma.mlp import MlpPolicy, is_mlp_policy
 from tests.battery.envs import ACTION_SPACES, OBSERVATION_SPACES, VECTOR, SpaceEnv
 from tests.battery.helpers import copy_parameters, record_log, unchanged
@@ -72,16 +73,21 @@ def test_gradients(
         reference = th.autograd.grad(objective, list(policy.parameters()))
 
         with th.no_grad():
-            actor, critic = (net.forward(mlp.features(obs)) for net in (mlp.actor, mlp.critic))
-            parameters = forward.distribution(policy, actor[-1])
+            actor, critic, _ = mlp.networks(mlp.parameters)
+            flat = FlatMlp(mlp, None)
+            outputs, state_values = actor.forward(mlp.features(obs)), critic.forward(mlp.features(obs))
+            parameters = forward.distribution(policy, outputs[-1])
             own_entropy = forward.entropy(policy, parameters)
-            mlp.actor_backward(actor, parameters, chosen, weights, ent_coef, own_entropy)
-            mlp.critic.backward(critic, value_weights.unsqueeze(1))
+            # It takes the derivative of a loss
+            action_gradients = flat._action_gradients(parameters, chosen, weights, ent_coef and -ent_coef * N)
+            gradient = flat._backward((actor, outputs, *action_gradients), (critic, state_values, value_weights[:, None]))
             assert mlp.outputs(obs)[0].dtype == dtype
             own_log_prob = mlp.log_prob(obs, chosen)
     tolerance = {"rtol": 1e-12, "atol": 1e-12} if dtype == th.float64 else {"rtol": 1e-4, "atol": 2e-5}
-    th.testing.assert_close((own_log_prob, own_entropy, critic[-1]), (log_prob, entropy, values), **tolerance)
-    th.testing.assert_close([parameter.grad for parameter in policy.parameters()], list(reference), **tolerance)
+    th.testing.assert_close((own_log_prob, own_entropy, state_values[-1]), (log_prob, entropy, values), **tolerance)
+    by_parameter = dict(zip(map(id, mlp.parameters), flat._views(gradient), strict=True))
+    own = [by_parameter[id(parameter)] for parameter in policy.parameters()]
+    th.testing.assert_close(own, list(reference), **tolerance)
 
 
 @pytest.mark.parametrize("clip_range_vf", [None, 0.5])
@@ -91,9 +97,10 @@ def test_gradient_of_the_value_loss(clip_range_vf: float | None) -> None:
     values.requires_grad_()
     bounds: dict[str, Any] = {"old_values": old_values, "clip_range_vf": clip_range_vf}
     losses.value_loss(values, returns, **bounds).backward()
-    own = losses.value_loss_gradient(values.detach(), returns, **bounds)
-    th.testing.assert_close(own, values.grad, rtol=1e-12, atol=1e-12)
-    assert (own == 0).any() == (clip_range_vf is not None)
+    errors, half_gradient = losses.value_errors(values.detach(), returns, **bounds)
+    th.testing.assert_close(2 * half_gradient / 50, values.grad, rtol=1e-12, atol=1e-12)
+    th.testing.assert_close((errors**2).mean(), losses.value_loss(values.detach(), returns, **bounds))
+    assert (half_gradient == 0).any() == (clip_range_vf is not None)
 
 
 # ---------------------------------------------------------------------- whole runs
@@ -144,13 +151,13 @@ RUNS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", RUNS)
 def test_training_as_with_autograd(name: str) -> None:
-    with patch.object(MlpPolicy, "actor_backward", autospec=True, side_effect=MlpPolicy.actor_backward) as backward:
+    with patch.object(FlatMlp, "loss_terms", autospec=True, side_effect=FlatMlp.loss_terms) as loss_terms:
         own, own_rows = train(**RUNS[name])
-        n_calls = backward.call_count
+        n_calls = loss_terms.call_count
         with patch("sb3_ppo_ewma.ppo_ewma.is_mlp_policy", lambda *_, **__: False):
             reference, rows = train(**RUNS[name])
-        assert n_calls > 0
-        assert backward.call_count == n_calls
+        assert (n_calls > 0) == (name != "value epochs")
+        assert loss_terms.call_count == n_calls
     th.testing.assert_close(copy_parameters(own), copy_parameters(reference), rtol=1e-4, atol=1e-5)
     assert [row.keys() for row in logged(own_rows)] == [row.keys() for row in logged(rows)]
     for own_row, row in zip(logged(own_rows), logged(rows), strict=True):

@@ -18,8 +18,9 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.utils import ConstantSchedule, LinearSchedule
 
-from sb3_ppo_ewma import PPOEWMA, EwmaMixin
+from sb3_ppo_ewma import PPOEWMA, EwmaMixin, losses
 from sb3_ppo_ewma._arguments import SB3ArgumentError
+from sb3_ppo_ewma.flat_mlp import FlatMlp
 
 QUICK = {"n_steps": 32, "batch_size": 16, "n_epochs": 2, "seed": 0, "device": "cpu", "policy_kwargs": {"net_arch": [8]}}
 
@@ -368,17 +369,23 @@ def test_first_rollouts_only_fill_the_queue():
 
 @pytest.mark.parametrize("mode", ["decoupled", "behavior", "proximal"])
 @pytest.mark.parametrize("prox_decay", [None, 0.9])
-def test_policies_of_a_stale_rollout(mode, prox_decay):
+def test_policies_of_a_stale_rollout(mode, prox_decay, monkeypatch):
     model = make(staleness=1, staleness_mode=mode, prox_decay=prox_decay, n_epochs=1, batch_size=32, learning_rate=0.05)
     pairs = []
-    policy_loss_terms = model._policy_loss_terms
+    policy_loss_terms = losses.policy_loss_terms
 
-    def record(samples, actions, log_prob, *args):
-        prox, behav = model._log_prob_prox(samples, actions), model._log_prob_behav(samples, actions)
-        pairs.append([tensor.detach().clone() for tensor in (log_prob, prox, behav, samples.old_log_prob)])
-        return policy_loss_terms(samples, actions, log_prob, *args)
+    def record(log_prob, prox, behav, *args, **kwargs):
+        pairs.append([tensor.clone() for tensor in (log_prob, prox, behav)])
+        return policy_loss_terms(log_prob, prox, behav, *args, **kwargs)
 
-    model._policy_loss_terms = record
+    def record_collected(flat, features, samples, *args):
+        terms = loss_terms(flat, features, samples, *args)
+        pairs[-1].append(samples.old_log_prob.clone())
+        return terms
+
+    loss_terms = FlatMlp.loss_terms
+    monkeypatch.setattr(FlatMlp, "loss_terms", record_collected)
+    monkeypatch.setattr(losses, "policy_loss_terms", record)
     model.learn(96)
     # Second training: its rollout was collected before the first one's update.
     current, prox, behav, collected = pairs[1]
