@@ -4,7 +4,7 @@ import contextlib
 import functools
 import types
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch as th
@@ -12,6 +12,9 @@ import torch as th
 from sb3_ppo_ewma.ewma import ParameterEwma
 from sb3_ppo_ewma.losses import LossTerms
 from sb3_ppo_ewma.optimizers import adam_state, can_be_fused
+
+# Number of steps in one graph where they are so small that calling it takes longer
+UNROLLED = 4
 
 # For how many steps the numbers are prepared at once
 _ROWS = 64
@@ -54,6 +57,36 @@ class StepNumbers:
     N = 3
 
 
+def _gradient_steps(
+    loss_terms: Callable[..., LossTerms],
+    minibatches: list[tuple[Any, ...]],
+    adam: Adam,
+    averages: list[th.Tensor],
+    averaged: list[th.Tensor],
+    numbers: list[th.Tensor],
+) -> tuple[list[dict[str, th.Tensor]], th.Tensor, list[bool]]:
+    """
+    :param loss_terms: computes the losses of a minibatch
+    :param minibatches: its arguments, for each minibatch
+    :param adam: the optimiser
+    :param averages: tensors of an EWMA, none without one
+    :param averaged: the parameters that they average
+    :param numbers: of each step, see :class:`StepNumbers`
+    :return: statistics of the minibatches, of which ``"step"`` is NaN or Inf where gradient or loss are; how many steps
+        were made, until the first that was not; for each parameter whether it had a gradient
+    """
+    statistics: list[dict[str, th.Tensor]] = []
+    all_made: list[th.Tensor] = []
+    has_gradient: list[bool] = []
+    for arguments, row in zip(minibatches, numbers, strict=True):
+        last_made = all_made[-1] if all_made else None
+        result = _gradient_step(loss_terms, arguments, adam, averages, averaged, row, last_made)
+        statistics.append(result[0])
+        all_made.append(result[1])
+        has_gradient = result[2]
+    return statistics, th.stack(all_made).sum(), has_gradient
+
+
 def _gradient_step(
     loss_terms: Callable[..., LossTerms],
     arguments: tuple[Any, ...],
@@ -61,25 +94,15 @@ def _gradient_step(
     averages: list[th.Tensor],
     averaged: list[th.Tensor],
     numbers: th.Tensor,
+    last_made: th.Tensor | None,
 ) -> tuple[dict[str, th.Tensor], th.Tensor, list[bool]]:
     """
-    :param loss_terms: computes the losses of a minibatch
-    :param arguments: its arguments
-    :param adam: the optimiser
-    :param averages: tensors of an EWMA, none without one
-    :param averaged: the parameters that they average
-    :param numbers: of this step, see :class:`StepNumbers`
-    :return: statistics of the minibatch, of which ``"step"`` is NaN or Inf where gradient or loss are; whether the step
-        was made; for each parameter whether it had a gradient
+    :param last_made: whether the step before it was made; if not, this one is not either
+    :return: as :func:`_gradient_steps`, of one step
     """
     terms = loss_terms(*arguments)
     parameters = adam.parameters
-    gradients: Sequence[th.Tensor | None]
-    if terms.parameter_gradients is not None:
-        gradients = terms.parameter_gradients
-    else:
-        roots, root_gradients = terms.trained()
-        gradients = th.autograd.grad(roots, parameters, root_gradients, allow_unused=True)
+    gradients = _gradients(terms, parameters)
     has_gradient = [gradient is not None for gradient in gradients]
     with th.no_grad():
         norm = th.stack([gradient.square().sum() for gradient in gradients if gradient is not None]).sum().sqrt()
@@ -87,6 +110,8 @@ def _gradient_step(
         made = th.isfinite(step)
         if "approx_kl" in terms.statistics:
             made = made & (terms.statistics["approx_kl"] <= numbers[StepNumbers.MAX_KL])
+        if last_made is not None:
+            made = made & last_made
         factor = th.clamp(numbers[StepNumbers.MAX_GRAD_NORM] / (norm + 1e-6), max=1.0)
         one = made.to(norm.dtype)  # or 0, which leaves everything as it is
         step_sizes, divisors = numbers[StepNumbers.N :].chunk(2)
@@ -103,6 +128,13 @@ def _gradient_step(
         for average, parameter in zip(averages, averaged, strict=True):
             average.lerp_(parameter, (one * numbers[StepNumbers.INTERPOLATION]).to(average.dtype))
     return {**terms.statistics, "step": step}, made, has_gradient
+
+
+def _gradients(terms: LossTerms, parameters: list[th.Tensor]) -> Sequence[th.Tensor | None]:
+    if terms.parameter_gradients is not None:
+        return terms.parameter_gradients
+    roots, root_gradients = terms.trained()
+    return th.autograd.grad(roots, parameters, root_gradients, allow_unused=True)
 
 
 class CompiledSteps:
@@ -125,8 +157,8 @@ class CompiledSteps:
             # Fewer of the wrapper's own operations between the kernels, which are small; dropout as without compilation
             options = {"cpp_wrapper": True, "size_asserts": False, "fallback_random": True}
         # A function of its own: torch limits the number of graphs of one.
-        code = _gradient_step.__code__.replace()
-        function = types.FunctionType(code, _gradient_step.__globals__, _gradient_step.__name__)
+        code = _gradient_steps.__code__.replace()
+        function = types.FunctionType(code, _gradient_steps.__globals__, _gradient_steps.__name__)
         self._graphs = th.compile(function, fullgraph=True, dynamic=False, mode=mode, options=options)
         # With CUDA graphs, the next step writes its results where those of the last one are.
         self._copies = mode in ("reduce-overhead", "max-autotune")
@@ -165,30 +197,32 @@ class CompiledSteps:
         return self._series[key]
 
     def step(
-        self, series: "StepSeries", loss_terms: Callable[..., LossTerms], arguments: tuple[Any, ...]
-    ) -> dict[str, th.Tensor]:
+        self, series: "StepSeries", loss_terms: Callable[..., LossTerms], minibatches: list[tuple[Any, ...]]
+    ) -> list[dict[str, th.Tensor]]:
         """
-        Make a step. If it cannot be compiled, nothing has changed.
+        Make some steps as one graph. If they cannot be compiled, nothing has changed.
 
         :param series: of this training
         :param loss_terms: computes the losses of a minibatch
-        :param arguments: its arguments
-        :return: statistics of the minibatch, of which ``"step"`` is NaN or Inf where gradient or loss are
+        :param minibatches: its arguments, for each minibatch; all of one size
+        :return: statistics of the minibatches, of which ``"step"`` is NaN or Inf where gradient or loss are
         :raises CompilationError: if it cannot be compiled
         """
         # That nothing changes need not be checked again at every step, only which of the graphs it is.
-        checks = th.compiler.set_stance("default", skip_guard_eval_unsafe=True) if series.checked(arguments) else None
+        checks = th.compiler.set_stance("default", skip_guard_eval_unsafe=True) if series.checked(minibatches) else None
         try:
             with checks or contextlib.nullcontext():
-                statistics, made, has_gradient = self._graphs(loss_terms, arguments, *series.tensors, series.numbers())
+                numbers = series.numbers(len(minibatches))
+                statistics, n_made, has_gradient = self._graphs(loss_terms, minibatches, *series.tensors, numbers)
         except (self._dynamo.exc.TorchDynamoException, self._dynamo.exc.FailOnRecompileLimitHit) as error:
             self._finish()
             raise CompilationError(str(error).strip().partition("\n")[0]) from error
-        self.n_steps += 1
+        self.n_steps += len(minibatches)
         # Where asking would wait for an accelerator, only a step that ends the training with an error is not made.
-        if made.device.type != "cpu" or bool(made):
-            series.count(has_gradient)
-        return {name: value.clone() for name, value in statistics.items()} if self._copies else statistics
+        series.count(int(n_made) if n_made.device.type == "cpu" else len(minibatches), has_gradient)
+        if self._copies:
+            statistics = [{name: value.clone() for name, value in each.items()} for each in statistics]
+        return cast(list[dict[str, th.Tensor]], statistics)
 
 
 class StepSeries:
@@ -229,7 +263,7 @@ class StepSeries:
         self._weights = [1.0 if average is None else average.total_weight.item()]
         self._n_made = 0
         self._rows: list[th.Tensor] = []
-        self._seen: set[int] = set()
+        self._seen: set[tuple[int, int | None]] = set()
 
     @property
     def tensors(self) -> tuple[Adam, list[th.Tensor], list[th.Tensor]]:
@@ -245,27 +279,29 @@ class StepSeries:
         exp_avgs, exp_avg_sqs = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq"))
         return Adam(self._parameters, exp_avgs, exp_avg_sqs, group["betas"], group["eps"], group["weight_decay"])
 
-    def checked(self, arguments: tuple[Any, ...]) -> bool:
+    def checked(self, minibatches: list[tuple[Any, ...]]) -> bool:
         """
-        :param arguments: of the next step
-        :return: whether there was a step with arguments of this size before
+        :param minibatches: arguments of the next steps
+        :return: whether there were steps with arguments of this size before
         """
-        size = next((len(argument) for argument in arguments if isinstance(argument, th.Tensor)), None)
-        if size is None or size in self._seen:
+        size = next((len(argument) for argument in minibatches[0] if isinstance(argument, th.Tensor)), None)
+        key = len(minibatches), size
+        if size is None or key in self._seen:
             return size is not None
-        self._seen.add(size)
+        self._seen.add(key)
         return False
 
-    def numbers(self) -> th.Tensor:
+    def numbers(self, n: int) -> list[th.Tensor]:
         """
-        :return: those of the next step, see :class:`StepNumbers`
+        :param n: number of steps
+        :return: those of the next steps, see :class:`StepNumbers`
         """
-        if self._n_made == len(self._rows):
+        while len(self._rows) < self._n_made + n:
             self._rows += self._next_rows().unbind()
-        return self._rows[self._n_made]
+        return self._rows[self._n_made : self._n_made + n]
 
     def _next_rows(self) -> th.Tensor:
-        n_made, (beta1, beta2) = self._n_made, self._group["betas"]
+        n_made, (beta1, beta2) = len(self._rows), self._group["betas"]
         steps = np.arange(n_made + 1, n_made + 1 + _ROWS)[:, None] + np.array(self._counts)
         limits = np.tile(self._limits, (_ROWS, 1))
         for _ in range(_ROWS):
@@ -275,11 +311,14 @@ class StepSeries:
         parameter = self._parameters[0]
         return th.as_tensor(np.hstack(numbers), dtype=parameter.dtype, device=parameter.device)
 
-    def count(self, has_gradient: list[bool]) -> None:
+    def count(self, n_made: int, has_gradient: list[bool]) -> None:
         """
-        :param has_gradient: for each parameter whether it had a gradient in the step that was made
+        :param n_made: number of steps that were made
+        :param has_gradient: for each parameter whether it had a gradient in them
         """
-        self._n_made += 1
+        if n_made == 0:
+            return
+        self._n_made += n_made
         self._has_gradient = has_gradient
         if self._pairs is not None:
             self._pairs.copy_buffers()

@@ -1,6 +1,6 @@
 """
-Training of SB3's ``MlpPolicy`` on one tensor for all parameters, one for each of Adam's moments and one for the EWMA: for
-networks this small, most of the time of a gradient step is that of many small operations.
+Training of SB3's ``MlpPolicy`` with one tensor for all parameters, one for each of Adam's moments and one for the EWMA:
+for networks this small, most of the time of a gradient step is that of many small operations.
 """
 
 from collections.abc import Iterator, Sequence
@@ -99,7 +99,7 @@ class FlatMlp:
         return pairs
 
     def _views(self, vector: th.Tensor) -> list[th.Tensor]:
-        parts = vector.split(self._sizes)
+        parts = th.split_with_sizes(vector, self._sizes)
         return [part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)]
 
     @th.no_grad()
@@ -111,12 +111,13 @@ class FlatMlp:
         state = self.optimizer.state.get(self.trained)
         if not state or state["step"] == 0:
             return
-        views = [self._views(state[name]) for name in ("exp_avg", "exp_avg_sq")]
-        for parameter, exp_avg, exp_avg_sq in zip(self._policy.parameters, *views, strict=True):
-            own = adam_state(self._own_optimizer, parameter)
-            own["step"].copy_(state["step"])
-            own["exp_avg"].copy_(exp_avg)
-            own["exp_avg_sq"].copy_(exp_avg_sq)
+        views = zip(self._views(state["exp_avg"]), self._views(state["exp_avg_sq"]), strict=True)
+        moments = dict(zip(map(id, self._policy.parameters), views, strict=True))
+        for parameter in self._own_optimizer.param_groups[0]["params"]:  # the order in which torch makes them
+            if id(parameter) in moments:
+                own = adam_state(self._own_optimizer, parameter)
+                own["step"].copy_(state["step"])
+                th._foreach_copy_([own["exp_avg"], own["exp_avg_sq"]], moments[id(parameter)])
 
     @property
     def features_dim(self) -> int:
@@ -164,9 +165,9 @@ class FlatMlp:
             clip_range_vf=coefficients.clip_range_vf,
         )
         value_gradient = half_gradient * (2 * coefficients.vf_coef / len(errors))
+        action_gradients = self._action_gradients(parameters, actions, policy.gradient, coefficients.ent_coef)
         gradient = self._backward(
-            (actor, action_values, *self._action_gradients(parameters, actions, policy.gradient, coefficients.ent_coef)),
-            (critic, state_values, value_gradient.unsqueeze(1)),
+            (actor, action_values, *action_gradients), (critic, state_values, value_gradient.unsqueeze(1))
         )
         rows = {
             "objective": policy.objective,

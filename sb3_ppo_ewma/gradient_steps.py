@@ -154,7 +154,7 @@ class GradientSteps:
     def step(
         self,
         loss_terms: Callable[..., LossTerms],
-        arguments: tuple[Any, ...],
+        minibatches: list[tuple[Any, ...]],
         optimizer: th.optim.Optimizer,
         statistics: TrainStatistics,
         updates_average: bool,
@@ -163,18 +163,29 @@ class GradientSteps:
         The loss uses the EWMA before the step's own update.
 
         :param loss_terms: computes the losses of a minibatch
-        :param arguments: its arguments
+        :param minibatches: its arguments, for one minibatch or for several of one size, which become one graph
         :param optimizer: of the parameters
-        :param statistics: to which those of the minibatch are added
-        :param updates_average: whether the step moves the EWMA
-        :return: False if the training ends here: the KL divergence is too large, or the step could not be made
+        :param statistics: to which those of the minibatches are added
+        :param updates_average: whether each step moves the EWMA
+        :return: False if the training ends here: the KL divergence is too large, or a step could not be made
         :raises CompilationError: if it cannot be compiled; then nothing has changed
         """
         average = self._average if updates_average else None
         if self.compiled is not None:
-            values = self._compiled_step(self.compiled, loss_terms, arguments, optimizer, average)
-            statistics.add(values)
-            return not self._exceeds_max_kl(values) and _was_made(values["step"])
+            results = self._compiled_steps(self.compiled, loss_terms, minibatches, optimizer, average)
+            for values in results:
+                statistics.add(values)
+            return all(not self._exceeds_max_kl(values) and _was_made(values["step"]) for values in results)
+        return all(self._step(loss_terms, each, optimizer, statistics, average) for each in minibatches)
+
+    def _step(
+        self,
+        loss_terms: Callable[..., LossTerms],
+        arguments: tuple[Any, ...],
+        optimizer: th.optim.Optimizer,
+        statistics: TrainStatistics,
+        average: ParameterEwma | None,
+    ) -> bool:
         for parameter in self._parameters:
             parameter.grad = None
         terms = loss_terms(*arguments)
@@ -198,14 +209,14 @@ class GradientSteps:
         if self.flat is not None:
             self.flat.write_back()
 
-    def _compiled_step(
+    def _compiled_steps(
         self,
         compiled: CompiledSteps,
         loss_terms: Callable[..., LossTerms],
-        arguments: tuple[Any, ...],
+        minibatches: list[tuple[Any, ...]],
         optimizer: th.optim.Optimizer,
         average: ParameterEwma | None,
-    ) -> dict[str, th.Tensor]:
+    ) -> list[dict[str, th.Tensor]]:
         series = compiled.series(
             optimizer,
             max_grad_norm=self._max_grad_norm,
@@ -214,7 +225,7 @@ class GradientSteps:
             source=self._policy,
             decay=self._decay or 0.0,
         )
-        return compiled.step(series, loss_terms, arguments)
+        return compiled.step(series, loss_terms, minibatches)
 
     def _clipped_steps(self, optimizer: th.optim.Optimizer) -> ClippedSteps:
         if id(optimizer) not in self._optimizers:

@@ -107,8 +107,8 @@ class Coefficients(NamedTuple):
 
 class PolicyLossTerms(NamedTuple):
     """
-    A policy loss with its derivative, without a graph. The losses are means of rows, so that they can be left for later,
-    when the rows of many minibatches are there.
+    A policy loss with its derivative, without a graph. The losses are means of rows, and can be left for later, when
+    the rows of many minibatches are there.
 
     :param objective: (batch,) terms of the surrogate objective, to be maximised; without padding
     :param penalty: (batch,) terms of the weighted sample estimate of the KL penalty, ``None``: no penalty; without

@@ -125,8 +125,9 @@ class MlpPolicy(forward.StandardPolicy):
         :param parameters: in the order of ``self.parameters``
         :return: actor and critic with these, logarithm of the standard deviation of Gaussian actions
         """
-        actor, critic, log_std = self.parts(parameters)
-        return Mlp(actor, self._activations[0]), Mlp(critic, self._activations[1]), *(log_std or [None])
+        actor, critic, others = self.parts(parameters)
+        log_std = others[0] if others else None
+        return Mlp(actor, self._activations[0]), Mlp(critic, self._activations[1]), log_std
 
     def parts(self, parameters: Sequence[th.Tensor]) -> tuple[Sequence[th.Tensor], ...]:
         """

@@ -187,7 +187,7 @@ class AuxiliaryPhaseMixin(EwmaMixin):
             all(
                 self._gradient_step(
                     self._auxiliary_loss_terms,
-                    self._auxiliary_samples(buffer, indices, old_parameters),
+                    [self._auxiliary_samples(buffer, indices, old_parameters)],
                     self.aux_optimizer,
                     statistics,
                 )

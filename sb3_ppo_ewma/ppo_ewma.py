@@ -35,7 +35,7 @@ from sb3_ppo_ewma._arguments import (
     merged_signature,
     warn_caller,
 )
-from sb3_ppo_ewma.compilation import CompilationError, CompiledSteps
+from sb3_ppo_ewma.compilation import UNROLLED, CompilationError, CompiledSteps
 from sb3_ppo_ewma.distributions import standard_deviation, torch_distributions
 from sb3_ppo_ewma.ewma import (
     MomentsEwma,
@@ -535,15 +535,16 @@ class EwmaMixin(SavedStateMixin):
         optimizer = self.policy.optimizer if epoch.policy else cast(th.optim.Optimizer, self.value_optimizer)
         loss_terms: Callable[..., LossTerms] = self._loss_terms
         flat = self._steps.flat
+        groups: Iterator[list[tuple[Any, ...]]]
         if flat is None:
             given = self._given(coefficients)
-            minibatches = ((data, each, epoch, given) for each in data.minibatches(self.batch_size))
+            groups = ([(data, each, epoch, given)] for each in data.minibatches(self.batch_size))
         else:
             optimizer, loss_terms = flat.optimizer, flat.loss_terms
-            minibatches = self._flat_minibatches(flat, data, coefficients)
+            groups = self._flat_minibatches(flat, data, coefficients)
         finished = all(
-            self._gradient_step(loss_terms, arguments, optimizer, statistics, updates_average=epoch.policy)
-            for arguments in minibatches
+            self._gradient_step(loss_terms, minibatches, optimizer, statistics, updates_average=epoch.policy)
+            for minibatches in groups
         )
         if flat is not None:
             statistics.condense(lambda rows: flat.statistics(rows, coefficients), ROWS)
@@ -557,11 +558,12 @@ class EwmaMixin(SavedStateMixin):
 
     def _flat_minibatches(
         self, flat: FlatMlp, data: TrainingData, coefficients: Coefficients
-    ) -> Iterator[tuple[Any, ...]]:
+    ) -> Iterator[list[tuple[Any, ...]]]:
         """
-        :return: arguments of ``flat.loss_terms``
+        :return: arguments of ``flat.loss_terms`` for each minibatch, alone or with those that are one graph with it
         """
-        given = self._given(coefficients)
+        given, with_approx_kl = self._given(coefficients), self.target_kl is not None
+        n_unrolled = 1 if self._steps.compiled is None or with_approx_kl else UNROLLED
         for samples, n_minibatches in data.blocks(self.batch_size, flat.features_dim):
             actions = forward.as_distributed(self.action_space, samples.actions)
             advantages = samples.advantages.view(n_minibatches, -1)
@@ -575,9 +577,13 @@ class EwmaMixin(SavedStateMixin):
                 self._log_prob_behav(samples, actions) if is_stale else None,
                 self._log_prob_prox(samples, actions) if self.policy_ewma is None else None,
             )
-            features = flat.features(samples.observations).chunk(n_minibatches)
-            for part, columns_part in zip(features, columns.chunk(n_minibatches), strict=True):
-                yield part, columns_part, given, self.target_kl is not None
+            parts = zip(
+                flat.features(samples.observations).chunk(n_minibatches), columns.chunk(n_minibatches), strict=True
+            )
+            arguments = [(*part, given, with_approx_kl) for part in parts]
+            n_grouped = n_minibatches // n_unrolled * n_unrolled
+            yield from (arguments[i : i + n_unrolled] for i in range(0, n_grouped, n_unrolled))
+            yield from ([each] for each in arguments[n_grouped:])
 
     @contextlib.contextmanager
     def _gradient_steps(self, flattens: bool = False) -> Iterator[None]:
@@ -619,7 +625,7 @@ class EwmaMixin(SavedStateMixin):
     def _gradient_step(
         self,
         loss_terms: Callable[..., LossTerms],
-        arguments: tuple[Any, ...],
+        minibatches: list[tuple[Any, ...]],
         optimizer: th.optim.Optimizer,
         statistics: TrainStatistics,
         updates_average: bool = False,
@@ -629,11 +635,11 @@ class EwmaMixin(SavedStateMixin):
         """
         steps = self._steps
         try:
-            made = steps.step(loss_terms, arguments, optimizer, statistics, updates_average)
+            made = steps.step(loss_terms, minibatches, optimizer, statistics, updates_average)
         except CompilationError as reason:
             self._give_up_compiling(reason)
             steps.compiled = None
-            made = steps.step(loss_terms, arguments, optimizer, statistics, updates_average)
+            made = steps.step(loss_terms, minibatches, optimizer, statistics, updates_average)
         if steps.exceeded_kl is not None and self.verbose >= 1:
             print(f"Early stopping at n_updates={self._n_updates} due to reaching max kl: {steps.exceeded_kl:.2f}")
         return made

@@ -227,7 +227,8 @@ class DeviceData:
         permutation, size = self._permutation(), batch_size or self._n_samples
         block_size = size * max(1, _BLOCK // (size * features_dim))
         whole = self._n_samples // size * size
-        for indices in permutation[:whole].split(block_size):
+        for start in range(0, whole, block_size):
+            indices = permutation[start : min(start + block_size, whole)]
             yield self.samples(indices), len(indices) // size
         if whole < self._n_samples:
             yield self.samples(permutation[whole:]), 1

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, weight_norm
 
 from sb3_ppo_ewma import PPGEWMA, PPOEWMA, forward, losses
-from sb3_ppo_ewma.flat_mlp import FlatMlp, can_be_flat
+from sb3_ppo_ewma.flat_mlp import FlatMlp
 from sb3_ppo_ewma.mlp import MlpPolicy, is_mlp_policy
 from tests.battery.envs import ACTION_SPACES, OBSERVATION_SPACES, VECTOR, SpaceEnv
 from tests.battery.helpers import copy_parameters, record_log, unchanged
@@ -80,7 +80,8 @@ def test_gradients(
             own_entropy = forward.entropy(policy, parameters)
             # It takes the derivative of a loss
             action_gradients = flat._action_gradients(parameters, chosen, weights, ent_coef and -ent_coef * N)
-            gradient = flat._backward((actor, outputs, *action_gradients), (critic, state_values, value_weights[:, None]))
+            value_gradients = value_weights.unsqueeze(1)
+            gradient = flat._backward((actor, outputs, *action_gradients), (critic, state_values, value_gradients))
             assert mlp.outputs(obs)[0].dtype == dtype
             own_log_prob = mlp.log_prob(obs, chosen)
     tolerance = {"rtol": 1e-12, "atol": 1e-12} if dtype == th.float64 else {"rtol": 1e-4, "atol": 2e-5}
