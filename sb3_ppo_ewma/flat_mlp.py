@@ -66,14 +66,14 @@ class FlatMlp:
         self._shapes = [parameter.shape for parameter in policy.parameters]
         self.trained = nn.Parameter(_flat(policy.parameters))
         self.optimizer = self._make_optimizer()
-        self._networks = policy.networks(self._views(self.trained.data))
+        self._networks = policy.networks(self._views(self.trained.data), quick=True)
         self._gradient = th.empty_like(self.trained.data)
         self._gradient_views = self._views(self._gradient)
         self.average: th.Tensor | None = None
         if average is not None:
             self._averages = MlpPolicy(average.module).parameters
             self.average = _flat(self._averages)
-            self._average_networks = policy.networks(self._views(self.average))
+            self._average_networks = policy.networks(self._views(self.average), quick=True)
 
     def _make_optimizer(self) -> th.optim.Optimizer:
         (group,) = self._own_optimizer.param_groups
@@ -187,7 +187,7 @@ class FlatMlp:
         # In a graph, views are made there: one that is given a tensor and its views has to handle both.
         if not th.compiler.is_compiling():
             return self._networks if vector is self.trained else self._average_networks
-        return self._policy.networks(self._views(vector))
+        return self._policy.networks(self._views(vector), quick=True)
 
     def _log_prob_of_average(self, features: th.Tensor, actions: th.Tensor) -> th.Tensor:
         actor, _, log_std = self._networks_of(cast(th.Tensor, self.average))

@@ -4,15 +4,14 @@ import contextlib
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch as th
 from torch import nn
 
 from sb3_ppo_ewma.compilation import CompiledSteps
-from sb3_ppo_ewma.ewma import ParameterEwma
-from sb3_ppo_ewma.flat_mlp import FlatMlp
+from sb3_ppo_ewma.ewma import Pairs, ParameterEwma
 from sb3_ppo_ewma.losses import LossTerms
 from sb3_ppo_ewma.optimizers import ClippedSteps, can_be_fused
 
@@ -98,6 +97,27 @@ def _groups(minibatches: list[dict[str, th.Tensor]], name: str) -> list[list[dic
     return list(groups.values())
 
 
+class Flat(Protocol):
+    """
+    A policy whose parameters are trained as one long vector.
+
+    :param trained: the vector
+    """
+
+    trained: nn.Parameter
+
+    def replaced(self, pairs: Pairs) -> Pairs:
+        """
+        :param pairs: of the policy and its EWMA
+        :return: the same with the long vectors in place of what they stand for
+        """
+        ...
+
+    def write_back(self) -> None:
+        """Put parameters, average and the optimiser's state to where they belong."""
+        ...
+
+
 class GradientSteps:
     """
     Makes the steps of one training, in which nothing but parameters, optimisers and average changes.
@@ -109,7 +129,7 @@ class GradientSteps:
     :param decay: of the EWMA
     :param may_fuse: whether steps of Adam may round differently from those of its ``step()``
     :param compiled: makes the steps as compiled graphs
-    :param flat: the policy where it is trained as one long vector, to be given the optimiser ``flat.optimizer``
+    :param flat: the policy as one long vector, whose optimiser :meth:`step` is then to be given
     """
 
     def __init__(
@@ -122,14 +142,14 @@ class GradientSteps:
         decay: float | None,
         may_fuse: bool,
         compiled: CompiledSteps | None,
-        flat: FlatMlp | None = None,
+        flat: Flat | None = None,
     ) -> None:
         self._policy, self._average = policy, average
         self._max_grad_norm, self._max_kl = max_grad_norm, math.inf if max_kl is None else max_kl
         self._decay = decay
         self._may_fuse = may_fuse
         self.compiled = compiled
-        self.flat = flat
+        self._flat = flat
         self._parameters = list(policy.parameters()) if flat is None else [flat.trained]
         self._optimizers: dict[int, ClippedSteps] = {}
         # The KL divergence that ended the training
@@ -139,14 +159,13 @@ class GradientSteps:
     def training(self) -> Iterator[None]:
         """Steps are made within this context."""
         with contextlib.ExitStack() as stack:
-            stack.callback(self.write_back)
-            if self.flat is not None:
+            if self._flat is not None:
+                stack.callback(self._flat.write_back)
                 stack.enter_context(th.no_grad())
             if self._average is not None:
                 pairs = self._average.pairs(self._policy)
-                stack.enter_context(
-                    self._average.updates_from(pairs if self.flat is None else self.flat.replaced(pairs))
-                )
+                pairs = pairs if self._flat is None else self._flat.replaced(pairs)
+                stack.enter_context(self._average.updates_from(pairs))
             if self.compiled is not None:
                 stack.enter_context(self.compiled.training())
             yield
@@ -203,11 +222,6 @@ class GradientSteps:
         if average is not None and self._decay is not None:
             average.update(self._policy, self._decay)
         return True
-
-    def write_back(self) -> None:
-        """Let the policy have its present parameters, also in the middle of a training."""
-        if self.flat is not None:
-            self.flat.write_back()
 
     def _compiled_steps(
         self,

@@ -35,8 +35,12 @@ class Activation(NamedTuple):
 
 
 def _tanh_layer(bias: th.Tensor, inputs: th.Tensor, transposed: th.Tensor) -> th.Tensor:
+    return th.tanh(th.addmm(bias, inputs, transposed))
+
+
+def _quick_tanh_layer(bias: th.Tensor, inputs: th.Tensor, transposed: th.Tensor) -> th.Tensor:
     if inputs.device.type != "cpu":
-        return th.tanh(th.addmm(bias, inputs, transposed))
+        return _tanh_layer(bias, inputs, transposed)
     # tanh(x) = 1 − 2σ(−2x), within rounding of 1: on a CPU, torch's tanh takes three times as long as its sigmoid.
     return th.add(_ONE, th.addmm(bias, inputs, transposed, beta=-2, alpha=-2).sigmoid_(), alpha=-2)
 
@@ -53,6 +57,10 @@ def _relu_backward(gradient: th.Tensor, outputs: th.Tensor) -> th.Tensor:
 ACTIVATIONS: dict[type[nn.Module], Activation] = {
     nn.Tanh: Activation(_tanh_layer, th.ops.aten.tanh_backward.default),
     nn.ReLU: Activation(_relu_layer, _relu_backward),
+}
+_QUICK: dict[type[nn.Module], Activation] = {
+    **ACTIVATIONS,
+    nn.Tanh: Activation(_quick_tanh_layer, th.ops.aten.tanh_backward.default),
 }
 
 
@@ -115,19 +123,21 @@ class MlpPolicy(forward.StandardPolicy):
         # Of the actor, of both networks
         actor, critic = (sum(len(list(module.parameters())) for module in chain) for chain in _chains(policy))
         self._n_parameters = actor, actor + critic
-        self._activations = tuple(
-            [ACTIVATIONS[type(module)] for module in chain if type(module) in ACTIVATIONS] for chain in _chains(policy)
+        self._activations, self._quick_activations = (
+            [[kinds[type(module)] for module in chain if type(module) in kinds] for chain in _chains(policy)]
+            for kinds in (ACTIVATIONS, _QUICK)
         )
         self._actor, self._critic, _ = self.networks(self.parameters)
 
-    def networks(self, parameters: Sequence[th.Tensor]) -> tuple[Mlp, Mlp, th.Tensor | None]:
+    def networks(self, parameters: Sequence[th.Tensor], quick: bool = False) -> tuple[Mlp, Mlp, th.Tensor | None]:
         """
         :param parameters: in the order of ``self.parameters``
+        :param quick: whether last digits may differ from those of the policy
         :return: actor and critic with these, logarithm of the standard deviation of Gaussian actions
         """
         actor, critic, others = self.parts(parameters)
-        log_std = others[0] if others else None
-        return Mlp(actor, self._activations[0]), Mlp(critic, self._activations[1]), log_std
+        of_actor, of_critic = self._quick_activations if quick else self._activations
+        return Mlp(actor, of_actor), Mlp(critic, of_critic), others[0] if others else None
 
     def parts(self, parameters: Sequence[th.Tensor]) -> tuple[Sequence[th.Tensor], ...]:
         """

@@ -73,7 +73,7 @@ _ANALYTIC = "kl_estimator='analytic' (there is also 'sample')"
 EVALUATION_BATCH_SIZE = 256
 
 # What belongs to this process
-_PROCESS = ("_compiled_steps", "_gave_up_compiling", "_shortcuts", "_steps")
+_PROCESS = ("_compiled_steps", "_gave_up_compiling", "_shortcuts", "_flat", "_steps")
 
 # What is to blame for a step that was not made, by what shows it
 _BLAME = {
@@ -285,6 +285,7 @@ class EwmaMixin(SavedStateMixin):
         self._compiled_steps: CompiledSteps | None = None
         self._gave_up_compiling = False
         self._shortcuts: dict[int, forward.StandardPolicy] = {}
+        self._flat: FlatMlp | None = None
         self._steps: GradientSteps
         # Policy at the start of the iteration, only built when something needs it
         self._recent_policy: ParameterEwma | None = None
@@ -484,7 +485,8 @@ class EwmaMixin(SavedStateMixin):
         data = self._training_data(rollout)
         for index, epoch in enumerate(self._epochs()):
             if index > 0 and self.recompute_advantages:
-                self._steps.write_back()
+                if self._flat is not None:
+                    self._flat.write_back()
                 self._recompute_advantages(rollout)
                 data.update_targets()
             finished = self._train_epoch(data, epoch, statistics)
@@ -534,7 +536,7 @@ class EwmaMixin(SavedStateMixin):
         coefficients = self._current_coefficients()
         optimizer = self.policy.optimizer if epoch.policy else cast(th.optim.Optimizer, self.value_optimizer)
         loss_terms: Callable[..., LossTerms] = self._loss_terms
-        flat = self._steps.flat
+        flat = self._flat
         groups: Iterator[list[tuple[Any, ...]]]
         if flat is None:
             given = self._given(coefficients)
@@ -604,7 +606,8 @@ class EwmaMixin(SavedStateMixin):
             for policy in policies
             if may_round and forward.is_standard(policy)
         }
-        is_flat = flattens and may_round and all(map(is_mlp_policy, policies)) and can_be_flat(MlpPolicy(self.policy))
+        if flattens and may_round and all(map(is_mlp_policy, policies)) and can_be_flat(MlpPolicy(self.policy)):
+            self._flat = FlatMlp(MlpPolicy(self.policy), self.policy_ewma)
         self._steps = GradientSteps(
             self.policy,
             self.policy_ewma,
@@ -613,13 +616,13 @@ class EwmaMixin(SavedStateMixin):
             decay=self.current_prox_decay,
             may_fuse=self._is_fast,
             compiled=compiled,
-            flat=FlatMlp(MlpPolicy(self.policy), self.policy_ewma) if is_flat else None,
+            flat=self._flat,
         )
         try:
             with self._steps.training():
                 yield
         finally:
-            self._shortcuts = {}
+            self._shortcuts, self._flat = {}, None
             del self._steps
 
     def _gradient_step(

@@ -73,7 +73,7 @@ def test_gradients(
         reference = th.autograd.grad(objective, list(policy.parameters()))
 
         with th.no_grad():
-            actor, critic, _ = mlp.networks(mlp.parameters)
+            actor, critic, _ = mlp.networks(mlp.parameters, quick=True)
             flat = FlatMlp(mlp, None)
             outputs, state_values = actor.forward(mlp.features(obs)), critic.forward(mlp.features(obs))
             parameters = forward.distribution(policy, outputs[-1])

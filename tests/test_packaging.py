@@ -41,6 +41,7 @@ LAYERS: list[tuple[set[str], set[str]]] = [
     ({"torch_layers", "rollouts", "forward"}, {"gymnasium"}),
     ({"saving", "policies"}, set()),
     ({"mlp"}, set()),
+    ({"flat_mlp"}, set()),
     ({"ppo_ewma"}, set()),
     ({"ppg"}, set()),
     ({"contrib"}, {"sb3_contrib"}),
