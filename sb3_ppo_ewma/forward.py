@@ -29,6 +29,9 @@ _METHODS = ("forward", "evaluate_actions", "extract_features", "get_distribution
 _GAUSSIANS = (DiagGaussianDistribution, SoftplusDiagGaussianDistribution)
 _DISTRIBUTIONS = (*_GAUSSIANS, CategoricalDistribution, MultiCategoricalDistribution, BernoulliDistribution)
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_PARAMETER_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
+
 _LOG_SQRT_2PI = 0.5 * math.log(2 * math.pi)
 
 
@@ -42,6 +45,16 @@ def is_standard(policy: Any) -> bool:
         and not any(name in vars(policy) for name in _METHODS)
         and type(policy.action_dist) in _DISTRIBUTIONS
         and policy._compiled_call_impl is None
+    )
+
+
+def has_hooks(policy: Any) -> bool:
+    """
+    :param policy: any policy
+    :return: whether a module or a parameter has a hook, which sees what passes through it
+    """
+    return any(getattr(module, hooks) for module in policy.modules() for hooks in _HOOKS) or any(
+        getattr(parameter, hooks, None) for parameter in policy.parameters() for hooks in _PARAMETER_HOOKS
     )
 
 

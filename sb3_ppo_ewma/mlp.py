@@ -17,9 +17,7 @@ from sb3_ppo_ewma.policies import DetachedCriticMlpExtractor
 _MLP_EXTRACTORS = (MlpExtractor, DetachedCriticMlpExtractor)
 _EXTRACTORS = (FlattenExtractor, CombinedExtractor)
 _DISTRIBUTIONS = (CategoricalDistribution, DiagGaussianDistribution)
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _ONE = th.ones(())
-_PARAMETER_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 
 
 class Activation(NamedTuple):
@@ -191,8 +189,7 @@ def is_mlp_policy(policy: Any) -> bool:
         all(type(layer) is nn.Linear and layer.bias is not None for layer in layers)
         and all(len(chain) == 1 or type(chain[0]) is nn.Linear for chain in _chains(policy))
         and len(set(map(id, parameters))) == len(parameters)
-        and not any(getattr(module, hooks) for module in policy.modules() for hooks in _HOOKS)
-        and not any(getattr(parameter, hooks, None) for parameter in parameters for hooks in _PARAMETER_HOOKS)
+        and not forward.has_hooks(policy)
     )
 
 

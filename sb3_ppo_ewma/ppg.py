@@ -18,6 +18,7 @@ from sb3_ppo_ewma.distributions import distribution_parameters, torch_distributi
 from sb3_ppo_ewma.gradient_steps import TrainStatistics
 from sb3_ppo_ewma.losses import LossTerms
 from sb3_ppo_ewma.memory import MemoryReturn
+from sb3_ppo_ewma.parts import accumulated
 from sb3_ppo_ewma.policies import PPGCnnPolicy, PPGImpalaPolicy, PPGMultiInputPolicy, PPGPolicy
 from sb3_ppo_ewma.ppo_ewma import EVALUATION_BATCH_SIZE, EwmaMixin
 from sb3_ppo_ewma.rollouts import PhaseBuffer, Rollout
@@ -258,7 +259,10 @@ class AuxiliaryPhaseMixin(EwmaMixin):
         is_own = getattr(type(self.policy), "evaluate_auxiliary", None) is PPGPolicy.evaluate_auxiliary
         return self._shortcuts.get(id(self.policy)) if is_own else None
 
-    def _auxiliary_loss_terms(
+    def _auxiliary_loss_terms(self, *columns: Any) -> LossTerms:
+        return accumulated((share, self._auxiliary_loss_terms_of_part(*part)) for share, part in self._parts(columns))
+
+    def _auxiliary_loss_terms_of_part(
         self, observations: Any, returns: th.Tensor, old_parameters: list[th.Tensor]
     ) -> LossTerms:
         policy = self.policy

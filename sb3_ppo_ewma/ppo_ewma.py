@@ -48,6 +48,7 @@ from sb3_ppo_ewma.flat_mlp import ROWS, FlatMlp, Samples, can_be_flat
 from sb3_ppo_ewma.gradient_steps import GradientSteps, TrainStatistics
 from sb3_ppo_ewma.losses import Coefficient, Coefficients, LossTerms
 from sb3_ppo_ewma.mlp import MlpPolicy, is_mlp_policy
+from sb3_ppo_ewma.parts import accumulated, can_be_parted, part_size, split
 from sb3_ppo_ewma.policies import ImpalaPolicy
 from sb3_ppo_ewma.random_state import preserved_generators
 from sb3_ppo_ewma.rollouts import (
@@ -73,7 +74,7 @@ _ANALYTIC = "kl_estimator='analytic' (there is also 'sample')"
 EVALUATION_BATCH_SIZE = 256
 
 # What belongs to this process
-_PROCESS = ("_compiled_steps", "_gave_up_compiling", "_shortcuts", "_flat", "_steps")
+_PROCESS = ("_compiled_steps", "_gave_up_compiling", "_shortcuts", "_flat", "_is_parted", "_part_size", "_steps")
 
 # What is to blame for a step that was not made, by what shows it
 _BLAME = {
@@ -286,6 +287,8 @@ class EwmaMixin(SavedStateMixin):
         self._gave_up_compiling = False
         self._shortcuts: dict[int, forward.StandardPolicy] = {}
         self._flat: FlatMlp | None = None
+        self._is_parted = False
+        self._part_size: int | None = None
         self._steps: GradientSteps
         # Policy at the start of the iteration, only built when something needs it
         self._recent_policy: ParameterEwma | None = None
@@ -606,6 +609,7 @@ class EwmaMixin(SavedStateMixin):
             for policy in policies
             if may_round and forward.is_standard(policy)
         }
+        self._is_parted = compiled is None and id(self.policy) in self._shortcuts and can_be_parted(self.policy)
         if flattens and may_round and all(map(is_mlp_policy, policies)) and can_be_flat(MlpPolicy(self.policy)):
             self._flat = FlatMlp(MlpPolicy(self.policy), self.policy_ewma)
         self._steps = GradientSteps(
@@ -622,7 +626,7 @@ class EwmaMixin(SavedStateMixin):
             with self._steps.training():
                 yield
         finally:
-            self._shortcuts, self._flat = {}, None
+            self._shortcuts, self._flat, self._is_parted, self._part_size = {}, None, False, None
             del self._steps
 
     def _gradient_step(
@@ -670,8 +674,31 @@ class EwmaMixin(SavedStateMixin):
 
     def _loss_terms(self, data: TrainingData, minibatch: Any, epoch: Epoch, coefficients: Coefficients) -> LossTerms:
         samples = data.samples(minibatch)
-        actions = forward.as_distributed(self.action_space, samples.actions)
         mask = self._padding_mask(samples)
+        samples = samples._replace(advantages=self._normalized_advantages(samples.advantages, mask, coefficients))
+        return accumulated(
+            (share, self._loss_terms_of_part(part, mask, epoch, coefficients)) for share, part in self._parts(samples)
+        )
+
+    def _parts(self, columns: Any) -> Iterator[tuple[float, Any]]:
+        """
+        :param columns: of a minibatch, observations first
+        :return: see :func:`~sb3_ppo_ewma.parts.split`
+        """
+        observations = columns[0]
+        if self._is_parted and self._part_size is None:
+            self._part_size = part_size(self._shortcuts[id(self.policy)], observations)
+        some = next(iter(observations.values())) if isinstance(observations, dict) else observations
+        return split(columns, len(some), self._part_size)
+
+    def _loss_terms_of_part(
+        self, samples: Any, mask: th.Tensor | None, epoch: Epoch, coefficients: Coefficients
+    ) -> LossTerms:
+        """
+        :param samples: of the minibatch or a part of it, with normalised advantages
+        :param mask: see :meth:`_padding_mask`
+        """
+        actions = forward.as_distributed(self.action_space, samples.actions)
         values, log_prob, entropy = self._evaluate_actions(self.policy, samples, actions)
         roots: list[th.Tensor] = []
         gradients: list[th.Tensor] = []
@@ -737,7 +764,7 @@ class EwmaMixin(SavedStateMixin):
             log_prob,
             log_prob_prox,
             log_prob_prox if is_prox_behav else self._log_prob_behav(samples, actions),
-            self._normalized_advantages(samples.advantages, mask, coefficients),
+            samples.advantages,
             coefficients.ratio_limits,
             kl_coef=None if self._is_kl_analytic() else coefficients.kl_coef,
             mask=mask,

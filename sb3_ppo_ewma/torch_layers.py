@@ -108,7 +108,7 @@ class _ConvolutionalExtractor(BaseFeaturesExtractor):
         return features
 
 
-class _ResidualBlock(nn.Module):
+class ResidualBlock(nn.Module):
     """
     Adds to its input what two convolutions make of it.
 
@@ -184,7 +184,7 @@ class ImpalaCNN(_ConvolutionalExtractor):
         for out_channels in channels:
             layers.append(normalize_fan_in(nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1)))
             layers.append(nn.MaxPool2d(kernel_size=3, stride=2, padding=1))
-            layers.extend(_ResidualBlock(out_channels, block_scale) for _ in range(n_blocks))
+            layers.extend(ResidualBlock(out_channels, block_scale) for _ in range(n_blocks))
             in_channels, height, width = out_channels, (height + 1) // 2, (width + 1) // 2
         self.cnn = nn.Sequential(*layers, nn.ReLU(), nn.Flatten())
         dense = nn.Linear(in_channels * height * width, features_dim)

@@ -40,7 +40,7 @@ LAYERS: list[tuple[set[str], set[str]]] = [
     ({"_arguments", "distributions", "rollout_files"}, {"stable_baselines3"}),
     ({"torch_layers", "rollouts", "forward"}, {"gymnasium"}),
     ({"saving", "policies"}, set()),
-    ({"mlp"}, set()),
+    ({"mlp", "parts"}, set()),
     ({"flat_mlp"}, set()),
     ({"ppo_ewma"}, set()),
     ({"ppg"}, set()),
