@@ -57,23 +57,29 @@ class FlatMlp:
 
     :param policy: whose optimiser :func:`can_be_flat` says can be flat
     :param average: EWMA of the policy
+    :param is_stacked: whether policy and average are one tensor, for networks that are evaluated together; a compiled
+        graph would have to be told which parts of it change
     """
 
-    def __init__(self, policy: MlpPolicy, average: ParameterEwma | None) -> None:
+    def __init__(self, policy: MlpPolicy, average: ParameterEwma | None, is_stacked: bool = True) -> None:
         self._policy = policy
         self._own_optimizer: th.optim.Optimizer = policy.policy.optimizer
         self._sizes = [parameter.numel() for parameter in policy.parameters]
         self._shapes = [parameter.shape for parameter in policy.parameters]
-        self.trained = nn.Parameter(_flat(policy.parameters))
+        self._averages = [] if average is None else MlpPolicy(average.module).parameters
+        vectors = [_flat(parameters) for parameters in (policy.parameters, self._averages) if parameters]
+        self._stack: th.Tensor | None = None
+        if len(vectors) == 2 and is_stacked:
+            self._stack = th.stack(vectors)
+            vectors = list(self._stack.unbind())
+        self.trained = nn.Parameter(vectors[0])
+        self.average = vectors[1] if len(vectors) == 2 else None
         self.optimizer = self._make_optimizer()
-        self._networks = policy.networks(self._views(self.trained.data), quick=True)
-        self._gradient = th.empty_like(self.trained.data)
+        self._networks = [policy.networks(self._views(vector), quick=True) for vector in vectors]
+        if self._stack is not None:
+            self._stacked_actors, _, self._stacked_log_std = policy.networks(self._views(self._stack), quick=True)
+        self._gradient = th.empty_like(vectors[0])
         self._gradient_views = self._views(self._gradient)
-        self.average: th.Tensor | None = None
-        if average is not None:
-            self._averages = MlpPolicy(average.module).parameters
-            self.average = _flat(self._averages)
-            self._average_networks = policy.networks(self._views(self.average), quick=True)
 
     def _make_optimizer(self) -> th.optim.Optimizer:
         (group,) = self._own_optimizer.param_groups
@@ -99,8 +105,12 @@ class FlatMlp:
         return pairs
 
     def _views(self, vector: th.Tensor) -> list[th.Tensor]:
-        parts = th.split_with_sizes(vector, self._sizes)
-        return [part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)]
+        """
+        :param vector: of all parameters, or several of them, (n, parameters)
+        :return: views in the shapes of the parameters, (n, ...) of several
+        """
+        parts = th.split_with_sizes(vector, self._sizes, dim=-1)
+        return [part.view(*part.shape[:-1], *shape) for part, shape in zip(parts, self._shapes, strict=True)]
 
     @th.no_grad()
     def write_back(self) -> None:
@@ -143,15 +153,12 @@ class FlatMlp:
         :param with_approx_kl: whether the statistics need ``approx_kl`` at once
         :return: gradient of the joint loss; rows for :meth:`statistics`
         """
-        own, actions = self._policy.policy, samples.actions
-        actor, critic, log_std = self._networks_of(self.trained)
-        action_values = actor.forward(features)
-        parameters = forward.distribution(own, action_values[-1], log_std)
-        log_prob = forward.log_prob(own, parameters, actions)
-        log_prob_prox, log_prob_behav = samples.log_prob_prox, samples.log_prob_behav
+        actions, log_prob_behav = samples.actions, samples.log_prob_behav
+        actor, critic, _ = self._networks_of(self.trained)
+        action_values, parameters, log_prob, log_prob_of_average = self._evaluate(features, actions)
         policy = losses.policy_loss_terms(
             log_prob,
-            self._log_prob_of_average(features, actions) if log_prob_prox is None else log_prob_prox,
+            cast(th.Tensor, samples.log_prob_prox) if log_prob_of_average is None else log_prob_of_average,
             samples.old_log_prob if log_prob_behav is None else log_prob_behav,
             samples.advantages,
             coefficients.ratio_limits,
@@ -186,14 +193,32 @@ class FlatMlp:
     def _networks_of(self, vector: th.Tensor) -> tuple[Mlp, Mlp, th.Tensor | None]:
         # In a graph, views are made there: one that is given a tensor and its views has to handle both.
         if not th.compiler.is_compiling():
-            return self._networks if vector is self.trained else self._average_networks
+            return self._networks[vector is self.average]
         return self._policy.networks(self._views(vector), quick=True)
 
-    def _log_prob_of_average(self, features: th.Tensor, actions: th.Tensor) -> th.Tensor:
-        actor, _, log_std = self._networks_of(cast(th.Tensor, self.average))
-        policy = self._policy.policy
-        parameters = forward.distribution(policy, actor.forward(features)[-1], log_std)
-        return forward.log_prob(policy, parameters, actions)
+    def _evaluate(
+        self, features: th.Tensor, actions: th.Tensor
+    ) -> tuple[list[th.Tensor], list[th.Tensor], th.Tensor, th.Tensor | None]:
+        """
+        :return: values of the actor's layers, parameters of its distribution, log-probabilities of the actions, also
+            under the average, if there is one
+        """
+        own = self._policy.policy
+        if self._stack is not None:
+            values = self._stacked_actors.forward(features.expand(2, *features.shape))
+            log_std = self._stacked_log_std
+            both = forward.distribution(own, values[-1], None if log_std is None else log_std.unsqueeze(1))
+            log_prob, log_prob_of_average = forward.log_prob(own, both, actions).unbind()
+            parameters = [both[0][0], *(std[0, 0] for std in both[1:])]
+            return [value[0] for value in values], parameters, log_prob, log_prob_of_average
+        log_probs: list[th.Tensor | None] = [None, None]
+        for i, vector in ((1, self.average), (0, self.trained)):
+            if vector is not None:
+                actor, _, log_std = self._networks_of(vector)
+                values = actor.forward(features)
+                parameters = forward.distribution(own, values[-1], log_std)
+                log_probs[i] = forward.log_prob(own, parameters, actions)
+        return values, parameters, cast(th.Tensor, log_probs[0]), log_probs[1]
 
     def _backward(
         self,

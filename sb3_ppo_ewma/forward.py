@@ -225,14 +225,14 @@ def distribution(policy: Any, outputs: th.Tensor, log_std: th.Tensor | None = No
 def log_prob(policy: Any, parameters: list[th.Tensor], actions: th.Tensor) -> th.Tensor:
     """
     :param policy: for which :func:`is_standard` holds
-    :param parameters: from :func:`distribution`
+    :param parameters: from :func:`distribution`, of Gaussian and categorical actions also (n, batch, ...)
     :param actions: see :func:`as_distributed`
-    :return: (batch,)
+    :return: (batch,), or (n, batch)
     """
     kind = policy.action_dist
     if isinstance(kind, DiagGaussianDistribution):
         mean, std = parameters
-        return -(0.5 * ((actions - mean) / std) ** 2).sum(dim=1) - (std.log() + _LOG_SQRT_2PI).sum()
+        return -(0.5 * ((actions - mean) / std) ** 2).sum(-1) - (std.log() + _LOG_SQRT_2PI).sum(-1)
     if isinstance(kind, CategoricalDistribution):
         return _chosen(parameters[0], actions)
     if isinstance(kind, MultiCategoricalDistribution):
@@ -260,7 +260,7 @@ def entropy(policy: Any, parameters: list[th.Tensor]) -> th.Tensor:
 
 
 def _chosen(log_probs: th.Tensor, actions: th.Tensor) -> th.Tensor:
-    return log_probs.gather(-1, actions.long().unsqueeze(-1)).squeeze(-1)
+    return log_probs.gather(-1, actions.long().expand(log_probs.shape[:-1]).unsqueeze(-1)).squeeze(-1)
 
 
 def _categorical_entropy(log_probs: th.Tensor) -> th.Tensor:

@@ -24,27 +24,33 @@ class Activation(NamedTuple):
     """
     An activation function after a linear layer, and its derivative.
 
-    :param layer: from bias, inputs and transposed weight of the layer to its outputs
+    :param layer: from matrix product, bias, inputs and transposed weight of the layer to its outputs
     :param backward: from the derivative with respect to the outputs, and these, to that before the activation
     """
 
-    layer: Callable[[th.Tensor, th.Tensor, th.Tensor], th.Tensor]
+    layer: Callable[[Callable[..., th.Tensor], th.Tensor, th.Tensor, th.Tensor], th.Tensor]
     backward: Callable[[th.Tensor, th.Tensor], th.Tensor]
 
 
-def _tanh_layer(bias: th.Tensor, inputs: th.Tensor, transposed: th.Tensor) -> th.Tensor:
-    return th.tanh(th.addmm(bias, inputs, transposed))
+def _tanh_layer(
+    product: Callable[..., th.Tensor], bias: th.Tensor, inputs: th.Tensor, transposed: th.Tensor
+) -> th.Tensor:
+    return th.tanh(product(bias, inputs, transposed))
 
 
-def _quick_tanh_layer(bias: th.Tensor, inputs: th.Tensor, transposed: th.Tensor) -> th.Tensor:
+def _quick_tanh_layer(
+    product: Callable[..., th.Tensor], bias: th.Tensor, inputs: th.Tensor, transposed: th.Tensor
+) -> th.Tensor:
     if inputs.device.type != "cpu":
-        return _tanh_layer(bias, inputs, transposed)
+        return _tanh_layer(product, bias, inputs, transposed)
     # tanh(x) = 1 − 2σ(−2x), within rounding of 1: on a CPU, torch's tanh takes three times as long as its sigmoid.
-    return th.add(_ONE, th.addmm(bias, inputs, transposed, beta=-2, alpha=-2).sigmoid_(), alpha=-2)
+    return th.add(_ONE, product(bias, inputs, transposed, beta=-2, alpha=-2).sigmoid_(), alpha=-2)
 
 
-def _relu_layer(bias: th.Tensor, inputs: th.Tensor, transposed: th.Tensor) -> th.Tensor:
-    return th.relu(th.addmm(bias, inputs, transposed))
+def _relu_layer(
+    product: Callable[..., th.Tensor], bias: th.Tensor, inputs: th.Tensor, transposed: th.Tensor
+) -> th.Tensor:
+    return th.relu(product(bias, inputs, transposed))
 
 
 def _relu_backward(gradient: th.Tensor, outputs: th.Tensor) -> th.Tensor:
@@ -64,33 +70,40 @@ _QUICK: dict[type[nn.Module], Activation] = {
 
 class Mlp:
     """
-    A chain of fully-connected layers.
+    A chain of fully-connected layers, or n of them that are evaluated together.
 
-    :param parameters: weight and bias of each layer in turn
+    :param parameters: weight and bias of each layer in turn, with n as their first dimension if there are several
     :param activations: between the layers, one fewer
     """
 
     def __init__(self, parameters: Sequence[th.Tensor], activations: Sequence[Activation]) -> None:
         weights, biases = parameters[::2], parameters[1::2]
-        self._layers = [(weight, weight.t(), bias) for weight, bias in zip(weights, biases, strict=True)]
+        is_one = weights[0].dim() == 2
+        self._product: Callable[..., th.Tensor] = th.addmm if is_one else th.baddbmm
+        self._layers = [
+            (weight, weight.mT, bias if is_one else bias.unsqueeze(1))
+            for weight, bias in zip(weights, biases, strict=True)
+        ]
         self._activations = activations
 
     def forward(self, inputs: th.Tensor) -> list[th.Tensor]:
         """
-        :param inputs: (batch, n)
+        :param inputs: (batch, inputs), or (n, batch, inputs)
         :return: inputs of all layers and, last, the outputs
         """
-        values = [inputs]
+        values, product = [inputs], self._product
         for (_, transposed, bias), activation in zip(self._layers, self._activations, strict=False):
-            values.append(activation.layer(bias, values[-1], transposed))
+            values.append(activation.layer(product, bias, values[-1], transposed))
         _, transposed, bias = self._layers[-1]
-        values.append(th.addmm(bias, values[-1], transposed))
+        values.append(product(bias, values[-1], transposed))
         return values
 
     def backward(
         self, values: list[th.Tensor], gradient: th.Tensor, out: Sequence[th.Tensor] | None = None
     ) -> list[th.Tensor]:
         """
+        Of one chain.
+
         :param values: from :meth:`forward`
         :param gradient: derivative with respect to the outputs
         :param out: where to put the results

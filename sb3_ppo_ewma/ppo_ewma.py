@@ -611,7 +611,7 @@ class EwmaMixin(SavedStateMixin):
         }
         self._is_parted = compiled is None and id(self.policy) in self._shortcuts and can_be_parted(self.policy)
         if flattens and may_round and all(map(is_mlp_policy, policies)) and can_be_flat(MlpPolicy(self.policy)):
-            self._flat = FlatMlp(MlpPolicy(self.policy), self.policy_ewma)
+            self._flat = FlatMlp(MlpPolicy(self.policy), self.policy_ewma, is_stacked=compiled is None)
         self._steps = GradientSteps(
             self.policy,
             self.policy_ewma,
