@@ -109,7 +109,6 @@ class ParameterEwma(nn.Module):
         self.total_weight = weight
         return self
 
-    @th.no_grad()
     def update(self, source: nn.Module, decay: float) -> None:
         """
         Include the present parameters of ``source``.
@@ -124,9 +123,7 @@ class ParameterEwma(nn.Module):
         weight = decay * total_weight.item() + 1
         pairs = self.pairs(source)
         # β·w/w' = 1 − 1/w', so the update is an interpolation by 1/w'.
-        th._foreach_lerp_(pairs.averages, pairs.parameters, 1 / weight)
-        if pairs.copies:
-            pairs.copy_buffers()
+        pairs.interpolate(1 / weight)
         total_weight.fill_(weight)
 
     def pairs(self, source: nn.Module) -> "Pairs":
@@ -177,6 +174,20 @@ class Pairs:
         self.source = source
         self.averages, self.copies = _averaged_and_copied(average)
         self.parameters, self.originals = _averaged_and_copied(source)
+
+    def interpolate(self, weight: float) -> None:
+        """
+        :param weight: of the parameters in the new average; what is not averaged is copied
+        """
+        averages, parameters = self.averages, self.parameters
+        if th.is_grad_enabled():  # asking takes less time than entering a context without gradients
+            with th.no_grad():
+                self.interpolate(weight)
+        elif len(averages) == 1 and not self.copies:
+            averages[0].lerp_(parameters[0], weight)
+        else:
+            th._foreach_lerp_(averages, parameters, weight)
+            self.copy_buffers()
 
     @th.no_grad()
     def copy_buffers(self) -> None:

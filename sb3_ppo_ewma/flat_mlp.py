@@ -205,12 +205,12 @@ class FlatMlp:
         """
         own = self._policy.policy
         if self._stack is not None:
-            values = self._stacked_actors.forward(features.expand(2, *features.shape))
+            values = self._stacked_actors.forward(features.expand(2, -1, -1))
             log_std = self._stacked_log_std
             both = forward.distribution(own, values[-1], None if log_std is None else log_std.unsqueeze(1))
             log_prob, log_prob_of_average = forward.log_prob(own, both, actions).unbind()
             parameters = [both[0][0], *(std[0, 0] for std in both[1:])]
-            return [value[0] for value in values], parameters, log_prob, log_prob_of_average
+            return [features, *(value[0] for value in values[1:-1])], parameters, log_prob, log_prob_of_average
         log_probs: list[th.Tensor | None] = [None, None]
         for i, vector in ((1, self.average), (0, self.trained)):
             if vector is not None:

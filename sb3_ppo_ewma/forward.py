@@ -260,7 +260,10 @@ def entropy(policy: Any, parameters: list[th.Tensor]) -> th.Tensor:
 
 
 def _chosen(log_probs: th.Tensor, actions: th.Tensor) -> th.Tensor:
-    return log_probs.gather(-1, actions.long().expand(log_probs.shape[:-1]).unsqueeze(-1)).squeeze(-1)
+    actions = actions.long()
+    if actions.dim() < log_probs.dim() - 1:
+        actions = actions.expand(log_probs.shape[:-1])
+    return log_probs.gather(-1, actions.unsqueeze(-1)).squeeze(-1)
 
 
 def _categorical_entropy(log_probs: th.Tensor) -> th.Tensor:
