@@ -218,8 +218,10 @@ class CompiledSteps:
             self._finish()
             raise CompilationError(str(error).strip().partition("\n")[0]) from error
         self.n_steps += len(minibatches)
-        # Where asking would wait for an accelerator, only a step that ends the training with an error is not made.
-        series.count(int(n_made) if n_made.device.type == "cpu" else len(minibatches), has_gradient)
+        # Without a limit of the KL divergence, only a step that ends the training with an error is not made: to ask an
+        # accelerator would be to wait for it.
+        asks = n_made.device.type == "cpu" or "approx_kl" in statistics[0]
+        series.count(int(n_made) if asks else len(minibatches), has_gradient)
         if self._copies:
             statistics = [{name: value.clone() for name, value in each.items()} for each in statistics]
         return cast(list[dict[str, th.Tensor]], statistics)

@@ -57,8 +57,8 @@ class FlatMlp:
 
     :param policy: whose optimiser :func:`can_be_flat` says can be flat
     :param average: EWMA of the policy
-    :param is_stacked: whether policy and average are one tensor, for networks that are evaluated together; a compiled
-        graph would have to be told which parts of it change
+    :param is_stacked: whether policy and average are parts of one tensor, so that their actors are evaluated together;
+        not for a compiled graph, which is slower where parts of one tensor change
     """
 
     def __init__(self, policy: MlpPolicy, average: ParameterEwma | None, is_stacked: bool = True) -> None:
@@ -118,6 +118,10 @@ class FlatMlp:
         th._foreach_copy_(self._policy.parameters, self._views(self.trained))
         if self.average is not None:
             th._foreach_copy_(self._averages, self._views(self.average))
+        # As an ordinary training leaves them behind; a compiled one has none
+        gradients = [None] * len(self._sizes) if self.trained.grad is None else self._gradient_views
+        for parameter, gradient in zip(self._policy.parameters, gradients, strict=True):
+            parameter.grad = gradient
         state = self.optimizer.state.get(self.trained)
         if not state or state["step"] == 0:
             return
@@ -132,9 +136,9 @@ class FlatMlp:
     @property
     def features_dim(self) -> int:
         """
-        :return: number of inputs of the networks
+        :return: number of inputs of the networks, at least 1
         """
-        return int(self._shapes[0][1])
+        return max(1, int(self._shapes[0][1]))
 
     def features(self, observations: Any) -> th.Tensor:
         """
@@ -188,10 +192,12 @@ class FlatMlp:
             rows["penalty"] = policy.penalty
         if with_approx_kl:
             rows["approx_kl"] = losses.approximate_kl(rows["log_ratio_old"])
-        return LossTerms([], [], None, rows, [gradient])
+        # Not the loss, but as finite, and quickly computed
+        finite = errors.dot(errors) - policy.objective.sum()
+        return LossTerms([], [], finite, rows, [gradient])
 
     def _networks_of(self, vector: th.Tensor) -> tuple[Mlp, Mlp, th.Tensor | None]:
-        # In a graph, views are made there: one that is given a tensor and its views has to handle both.
+        # A graph makes views of its own: it is slower if it is given views of a tensor that changes.
         if not th.compiler.is_compiling():
             return self._networks[vector is self.average]
         return self._policy.networks(self._views(vector), quick=True)
@@ -212,7 +218,7 @@ class FlatMlp:
             parameters = [both[0][0], *(std[0, 0] for std in both[1:])]
             return [features, *(value[0] for value in values[1:-1])], parameters, log_prob, log_prob_of_average
         log_probs: list[th.Tensor | None] = [None, None]
-        for i, vector in ((1, self.average), (0, self.trained)):
+        for i, vector in ((1, self.average), (0, self.trained)):  # in this order: values and parameters are the last's
             if vector is not None:
                 actor, _, log_std = self._networks_of(vector)
                 values = actor.forward(features)

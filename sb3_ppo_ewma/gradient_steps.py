@@ -4,20 +4,21 @@ import contextlib
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch as th
 from torch import nn
 
 from sb3_ppo_ewma.compilation import CompiledSteps
-from sb3_ppo_ewma.ewma import Pairs, ParameterEwma
+from sb3_ppo_ewma.ewma import ParameterEwma
+from sb3_ppo_ewma.flat_mlp import FlatMlp
 from sb3_ppo_ewma.losses import LossTerms
 from sb3_ppo_ewma.optimizers import ClippedSteps, can_be_fused
 
 
 class TrainStatistics:
-    """Collects detached tensors of the minibatches of one training, which are read together when it is over."""
+    """Collects detached tensors of the minibatches of one training, which are read together."""
 
     def __init__(self) -> None:
         self._minibatches: list[dict[str, th.Tensor]] = []
@@ -97,27 +98,6 @@ def _groups(minibatches: list[dict[str, th.Tensor]], name: str) -> list[list[dic
     return list(groups.values())
 
 
-class Flat(Protocol):
-    """
-    A policy whose parameters are trained as one long vector.
-
-    :param trained: the vector
-    """
-
-    trained: nn.Parameter
-
-    def replaced(self, pairs: Pairs) -> Pairs:
-        """
-        :param pairs: of the policy and its EWMA
-        :return: the same with the long vectors in place of what they stand for
-        """
-        ...
-
-    def write_back(self) -> None:
-        """Put parameters, average and the optimiser's state to where they belong."""
-        ...
-
-
 class GradientSteps:
     """
     Makes the steps of one training, in which nothing but parameters, optimisers and average changes.
@@ -142,7 +122,7 @@ class GradientSteps:
         decay: float | None,
         may_fuse: bool,
         compiled: CompiledSteps | None,
-        flat: Flat | None = None,
+        flat: FlatMlp | None = None,
     ) -> None:
         self._policy, self._average = policy, average
         self._max_grad_norm, self._max_kl = max_grad_norm, math.inf if max_kl is None else max_kl

@@ -217,14 +217,10 @@ def normalize_advantages(advantages: th.Tensor, mask: th.Tensor | None = None) -
     :param mask: (batch,) bool, False for padding, which does not enter the moments
     :return: the same shape
     """
-    if advantages.dim() > 1:
-        if advantages.shape[-1] == 1:
-            return advantages
-        return (advantages - advantages.mean(-1, keepdim=True)) / (advantages.std(-1, keepdim=True) + 1e-8)
     counted = valid(advantages, mask)
-    if counted.numel() <= 1:
+    if counted.shape[-1] <= 1:
         return advantages
-    return (advantages - counted.mean()) / (counted.std() + 1e-8)
+    return (advantages - counted.mean(-1, keepdim=True)) / (counted.std(-1, keepdim=True) + 1e-8)
 
 
 def decoupled_policy_loss(

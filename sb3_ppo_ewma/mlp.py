@@ -17,7 +17,7 @@ from sb3_ppo_ewma.policies import DetachedCriticMlpExtractor
 _MLP_EXTRACTORS = (MlpExtractor, DetachedCriticMlpExtractor)
 _EXTRACTORS = (FlattenExtractor, CombinedExtractor)
 _DISTRIBUTIONS = (CategoricalDistribution, DiagGaussianDistribution)
-_ONE = th.ones(())
+_ONE = th.ones((), device="cpu")
 
 
 class Activation(NamedTuple):

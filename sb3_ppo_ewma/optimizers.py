@@ -26,7 +26,7 @@ class ClippedSteps:
         self._parameters = parameters
         self._max_grad_norm = max_grad_norm
         self._fused = FusedAdam(optimizer) if fused else None
-        self._divisor = th.ones(())
+        self._divisor = th.ones((), device="cpu")
 
     @th.no_grad()
     def step(self, loss: th.Tensor | None) -> th.Tensor:
@@ -42,8 +42,8 @@ class ClippedSteps:
         elif not math.isfinite(checked):
             pass
         elif self._fused is not None:
-            divisor = (norm.item() + 1e-6) / self._max_grad_norm
-            self._fused.step(self._divisor.fill_(divisor) if divisor > 1 else None)
+            limit, value = self._max_grad_norm, norm.item() + 1e-6
+            self._fused.step(None if value <= limit else self._divisor.fill_(value / limit if limit > 0 else math.inf))
         else:
             with th.enable_grad():
                 th.nn.utils.clip_grads_with_norm_(self._parameters, self._max_grad_norm, norm)
@@ -54,7 +54,7 @@ class ClippedSteps:
 def gradient_norm(gradients: list[th.Tensor]) -> th.Tensor:
     """
     :param gradients: on one device
-    :return: Euclidean norm of all of them together, shape (); the same operations as in ``clip_grad_norm_``
+    :return: Euclidean norm of all of them together, shape (); of several by the operations of ``clip_grad_norm_``
     """
     norms = gradients if len(gradients) == 1 else [th.stack(th._foreach_norm(gradients))]
     norm: th.Tensor = th.linalg.vector_norm(norms[0])

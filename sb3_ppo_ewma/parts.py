@@ -32,11 +32,13 @@ _LAYERS = (nn.Linear, nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d, nn.Flatten, nn.Iden
 def can_be_parted(policy: Any) -> bool:
     """
     :param policy: for which :func:`~sb3_ppo_ewma.forward.is_standard` holds
-    :return: whether its results for a sample depend on this sample only, and nothing looks on
+    :return: whether parts are faster: it has convolutions; and whether they change nothing: its results for a sample
+        depend on this sample only, and nothing looks on
     """
     modules = [module for module in policy.modules() if module is not policy]
     return (
         policy.device.type == "cpu"
+        and any(type(module) is nn.Conv2d for module in modules)
         and all(type(module) in (*_CONTAINERS, *_LAYERS) for module in modules)
         and not forward.has_hooks(policy)
     )
@@ -73,7 +75,7 @@ def split(columns: Any, n_samples: int, size: int | None) -> Iterator[tuple[floa
     """
     :param columns: tensors, dictionaries, lists and named or other tuples of them, (n_samples, ...) each
     :param n_samples: in all
-    :param size: of a part, at most; ``None``: any
+    :param size: of a part, at most; ``None``: one part
     :return: parts of about one size, each with its share of the samples
     """
     if size is None or n_samples <= size:

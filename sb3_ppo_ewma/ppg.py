@@ -260,7 +260,9 @@ class AuxiliaryPhaseMixin(EwmaMixin):
         return self._shortcuts.get(id(self.policy)) if is_own else None
 
     def _auxiliary_loss_terms(self, *columns: Any) -> LossTerms:
-        return accumulated((share, self._auxiliary_loss_terms_of_part(*part)) for share, part in self._parts(columns))
+        is_own = self._auxiliary_shortcut() is None
+        parts = iter([(1.0, columns)]) if is_own else self._parts(columns[0], columns)
+        return accumulated((share, self._auxiliary_loss_terms_of_part(*part)) for share, part in parts)
 
     def _auxiliary_loss_terms_of_part(
         self, observations: Any, returns: th.Tensor, old_parameters: list[th.Tensor]

@@ -73,6 +73,11 @@ _ANALYTIC = "kl_estimator='analytic' (there is also 'sample')"
 # Smallest batch for evaluating a whole rollout without gradients
 EVALUATION_BATCH_SIZE = 256
 
+# Methods by which families of algorithms evaluate policies, and those that compute the losses
+_EVALUATION = ("_evaluate_actions", "_log_prob", "_padding_mask")
+_LOSSES = ("_loss_terms", "_loss_terms_of_part", "_policy_loss_terms", "_policy_statistics", "_log_prob_prox",
+           "_log_prob_behav", "_normalized_advantages")  # fmt: skip
+
 # What belongs to this process
 _PROCESS = ("_compiled_steps", "_gave_up_compiling", "_shortcuts", "_flat", "_is_parted", "_part_size", "_steps")
 
@@ -488,8 +493,6 @@ class EwmaMixin(SavedStateMixin):
         data = self._training_data(rollout)
         for index, epoch in enumerate(self._epochs()):
             if index > 0 and self.recompute_advantages:
-                if self._flat is not None:
-                    self._flat.write_back()
                 self._recompute_advantages(rollout)
                 data.update_targets()
             finished = self._train_epoch(data, epoch, statistics)
@@ -546,33 +549,34 @@ class EwmaMixin(SavedStateMixin):
             groups = ([(data, each, epoch, given)] for each in data.minibatches(self.batch_size))
         else:
             optimizer, loss_terms = flat.optimizer, flat.loss_terms
-            groups = self._flat_minibatches(flat, data, coefficients)
+            groups = self._flat_minibatches(flat, data, coefficients, statistics)
         finished = all(
             self._gradient_step(loss_terms, minibatches, optimizer, statistics, updates_average=epoch.policy)
             for minibatches in groups
         )
         if flat is not None:
             statistics.condense(lambda rows: flat.statistics(rows, coefficients), ROWS)
+            flat.write_back()
         return finished
 
     def _given(self, coefficients: Coefficients) -> Coefficients:
         """
         :return: as losses are given them; no compiled graph is to depend on their values
         """
-        return coefficients if self._compiled_steps is None else coefficients.as_tensors(self.device)
+        return coefficients if self._steps.compiled is None else coefficients.as_tensors(self.device)
 
     def _flat_minibatches(
-        self, flat: FlatMlp, data: TrainingData, coefficients: Coefficients
+        self, flat: FlatMlp, data: TrainingData, coefficients: Coefficients, statistics: TrainStatistics
     ) -> Iterator[list[tuple[Any, ...]]]:
         """
         :return: arguments of ``flat.loss_terms`` for each minibatch, alone or with those that are one graph with it
         """
         given, with_approx_kl = self._given(coefficients), self.target_kl is not None
         n_unrolled = 1 if self._steps.compiled is None or with_approx_kl else UNROLLED
+        is_stale = self.staleness > 0 and self.staleness_mode == "proximal"
         for samples, n_minibatches in data.blocks(self.batch_size, flat.features_dim):
             actions = forward.as_distributed(self.action_space, samples.actions)
             advantages = samples.advantages.view(n_minibatches, -1)
-            is_stale = self.staleness > 0 and self.staleness_mode == "proximal"
             columns = Samples(
                 actions,
                 self._normalized_advantages(advantages, None, coefficients).flatten(),
@@ -589,6 +593,8 @@ class EwmaMixin(SavedStateMixin):
             n_grouped = n_minibatches // n_unrolled * n_unrolled
             yield from (arguments[i : i + n_unrolled] for i in range(0, n_grouped, n_unrolled))
             yield from ([each] for each in arguments[n_grouped:])
+            # Rows of a block, not of an epoch, are there at the same time
+            statistics.condense(lambda rows: flat.statistics(rows, coefficients), ROWS)
 
     @contextlib.contextmanager
     def _gradient_steps(self, flattens: bool = False) -> Iterator[None]:
@@ -599,35 +605,40 @@ class EwmaMixin(SavedStateMixin):
         """
         compiled = self._compiler()
         policies = [self.policy, *(a.module for a in (self.policy_ewma, self._recent_policy) if a is not None)]
-        is_family = any(
-            getattr(getattr(self, name), "__func__", None) is not getattr(EwmaMixin, name)
-            for name in ("_evaluate_actions", "_log_prob", "_padding_mask")
-        )
-        may_round = (self._is_fast or compiled is not None) and not is_family and not self._is_kl_analytic()
-        self._shortcuts = {
-            id(policy): forward.StandardPolicy(policy)
-            for policy in policies
-            if may_round and forward.is_standard(policy)
-        }
-        self._is_parted = compiled is None and id(self.policy) in self._shortcuts and can_be_parted(self.policy)
-        if flattens and may_round and all(map(is_mlp_policy, policies)) and can_be_flat(MlpPolicy(self.policy)):
-            self._flat = FlatMlp(MlpPolicy(self.policy), self.policy_ewma, is_stacked=compiled is None)
-        self._steps = GradientSteps(
-            self.policy,
-            self.policy_ewma,
-            max_grad_norm=self.max_grad_norm,
-            max_kl=None if self.target_kl is None else 1.5 * self.target_kl,
-            decay=self.current_prox_decay,
-            may_fuse=self._is_fast,
-            compiled=compiled,
-            flat=self._flat,
-        )
+        may_round = self._is_fast or compiled is not None
+        may_round = may_round and not self._is_kl_analytic() and not self._overrides(_EVALUATION)
         try:
+            self._shortcuts = {
+                id(policy): forward.StandardPolicy(policy)
+                for policy in policies
+                if may_round and forward.is_standard(policy)
+            }
+            self._is_parted = compiled is None and id(self.policy) in self._shortcuts and can_be_parted(self.policy)
+            if flattens and may_round and all(map(is_mlp_policy, policies)) and not self._overrides(_LOSSES):
+                mlp = MlpPolicy(self.policy)
+                self._flat = FlatMlp(mlp, self.policy_ewma, compiled is None) if can_be_flat(mlp) else None
+            self._steps = GradientSteps(
+                self.policy,
+                self.policy_ewma,
+                max_grad_norm=self.max_grad_norm,
+                max_kl=None if self.target_kl is None else 1.5 * self.target_kl,
+                decay=self.current_prox_decay,
+                may_fuse=self._is_fast,
+                compiled=compiled,
+                flat=self._flat,
+            )
             with self._steps.training():
                 yield
         finally:
             self._shortcuts, self._flat, self._is_parted, self._part_size = {}, None, False, None
-            del self._steps
+            vars(self).pop("_steps", None)
+
+    def _overrides(self, names: Sequence[str]) -> bool:
+        """
+        :return: whether one of these methods is not the mixin's
+        """
+        own = (getattr(getattr(self, name), "__func__", None) for name in names)
+        return any(method is not getattr(EwmaMixin, name) for name, method in zip(names, own, strict=True))
 
     def _gradient_step(
         self,
@@ -675,27 +686,38 @@ class EwmaMixin(SavedStateMixin):
     def _loss_terms(self, data: TrainingData, minibatch: Any, epoch: Epoch, coefficients: Coefficients) -> LossTerms:
         samples = data.samples(minibatch)
         mask = self._padding_mask(samples)
-        samples = samples._replace(advantages=self._normalized_advantages(samples.advantages, mask, coefficients))
+        advantages = self._normalized_advantages(samples.advantages, mask, coefficients)
+        # Where there are several parts, there is no mask: a family that has one is evaluated by methods of its own.
+        parts = self._parts(samples.observations, (samples, advantages))
         return accumulated(
-            (share, self._loss_terms_of_part(part, mask, epoch, coefficients)) for share, part in self._parts(samples)
+            (share, self._loss_terms_of_part(part, part_advantages, mask, epoch, coefficients))
+            for share, (part, part_advantages) in parts
         )
 
-    def _parts(self, columns: Any) -> Iterator[tuple[float, Any]]:
+    def _parts(self, observations: Any, columns: tuple[Any, ...]) -> Iterator[tuple[float, Any]]:
         """
-        :param columns: of a minibatch, observations first
+        :param observations: of a minibatch
+        :param columns: of the minibatch, all that is to be split
         :return: see :func:`~sb3_ppo_ewma.parts.split`
         """
-        observations = columns[0]
-        if self._is_parted and self._part_size is None:
+        if not (self._is_parted and type(self.rollout_buffer) in self._samples_classes):
+            return iter([(1.0, columns)])
+        if self._part_size is None:
             self._part_size = part_size(self._shortcuts[id(self.policy)], observations)
         some = next(iter(observations.values())) if isinstance(observations, dict) else observations
         return split(columns, len(some), self._part_size)
 
     def _loss_terms_of_part(
-        self, samples: Any, mask: th.Tensor | None, epoch: Epoch, coefficients: Coefficients
+        self,
+        samples: Any,
+        advantages: th.Tensor,
+        mask: th.Tensor | None,
+        epoch: Epoch,
+        coefficients: Coefficients,
     ) -> LossTerms:
         """
-        :param samples: of the minibatch or a part of it, with normalised advantages
+        :param samples: of the minibatch or a part of it
+        :param advantages: (batch,) normalised
         :param mask: see :meth:`_padding_mask`
         """
         actions = forward.as_distributed(self.action_space, samples.actions)
@@ -715,7 +737,7 @@ class EwmaMixin(SavedStateMixin):
         if epoch.policy:
             # Before the proximal policy is evaluated: SB3's policies keep their last distribution only.
             current = torch_distributions(self.policy.action_dist, _ANALYTIC) if self._is_kl_analytic() else []
-            policy = self._policy_loss_terms(samples, actions, log_prob.detach(), mask, coefficients)
+            policy = self._policy_loss_terms(samples, actions, advantages, log_prob.detach(), mask, coefficients)
             roots.append(log_prob)
             gradients.append(policy.gradient)
             weighted.append(policy.policy_gradient_loss + policy.kl_loss)
@@ -754,6 +776,7 @@ class EwmaMixin(SavedStateMixin):
         self,
         samples: Any,
         actions: th.Tensor,
+        advantages: th.Tensor,
         log_prob: th.Tensor,
         mask: th.Tensor | None,
         coefficients: Coefficients,
@@ -764,7 +787,7 @@ class EwmaMixin(SavedStateMixin):
             log_prob,
             log_prob_prox,
             log_prob_prox if is_prox_behav else self._log_prob_behav(samples, actions),
-            samples.advantages,
+            advantages,
             coefficients.ratio_limits,
             kl_coef=None if self._is_kl_analytic() else coefficients.kl_coef,
             mask=mask,

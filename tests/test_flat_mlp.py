@@ -35,7 +35,7 @@ def test_optimizer_and_policy_hold_the_result() -> None:
     for parameter, entry in zip(model.policy.parameters(), state.values(), strict=True):
         assert entry["exp_avg"].shape == entry["exp_avg_sq"].shape == parameter.shape
         assert entry["exp_avg"].abs().sum() > 0
-        assert parameter.grad is None
+        assert parameter.grad.shape == parameter.shape
     # The parameters never changed, so neither did their average, of 1 + 8 steps
     th.testing.assert_close(
         dict(model.policy_ewma.module.named_parameters()), dict(model.policy.named_parameters()), rtol=1e-5, atol=1e-6
@@ -88,6 +88,32 @@ def test_what_a_policy_has_beside_its_networks_is_averaged_too() -> None:
     assert model.policy_ewma.module.aux_value_net.bias.item() == pytest.approx(expected)
 
 
+def test_a_broken_average_is_found() -> None:
+    # Without the clip's branch, which is NaN, gradients are finite.
+    model = make().learn(16)
+    with th.no_grad():
+        model.policy_ewma.module.action_net.bias.fill_(float("nan"))
+    before = copy_parameters(model)
+    with pytest.raises(ValueError, match=r"NaN or Inf in policy loss .* the update was not made"):
+        model.learn(16, reset_num_timesteps=False)
+    th.testing.assert_close(copy_parameters(model), before, rtol=0, atol=0, equal_nan=True)
+
+
+def test_parameters_are_the_policys_between_epochs() -> None:
+    class Watching(PPOEWMA):
+        def _train_epoch(self, *args: Any) -> bool:
+            made = super()._train_epoch(*args)
+            seen.append(copy_parameters(self))
+            return made
+
+    seen: list[dict[str, th.Tensor]] = []
+    one, two = make(Watching, n_epochs=1).learn(16), make(Watching).learn(16)
+    th.testing.assert_close(seen[0], copy_parameters(one), rtol=0, atol=0)
+    th.testing.assert_close(seen[1], seen[0], rtol=0, atol=0)
+    th.testing.assert_close(seen[2], copy_parameters(two), rtol=0, atol=0)
+    assert not th.equal(seen[1]["action_net.weight"], seen[2]["action_net.weight"])
+
+
 # ---------------------------------------------------------------------- where it applies
 
 
@@ -137,6 +163,19 @@ def test_others_are_trained_all_the_same(change: str) -> None:
         model.learn(16)
     unchanged = [name for name, value in copy_parameters(model).items() if th.equal(value, before[name])]
     assert len(unchanged) == (change == "not in the optimizer")
+
+
+@pytest.mark.parametrize(
+    "name", ["_policy_loss_terms", "_log_prob_prox", "_normalized_advantages", "_evaluate_actions"]
+)
+def test_overridden_methods_are_called(name: str) -> None:
+    def method(self: Any, *args: Any) -> Any:
+        calls.append(name)
+        return getattr(PPOEWMA, name)(self, *args)
+
+    calls: list[str] = []
+    make(type("Own", (PPOEWMA,), {name: method})).learn(16)
+    assert len(calls) >= 4
 
 
 # ---------------------------------------------------------------------- minibatches

@@ -164,6 +164,16 @@ def test_steps_go_on_from_a_loaded_state() -> None:
     assert_same_layout(optimizer.state_dict(), torchs.state_dict())
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_largest_norm_of_zero(fused: bool) -> None:
+    parameters = make_parameters()
+    before = copy.deepcopy(parameters)
+    steps = ClippedSteps(th.optim.Adam(parameters), parameters, 0.0, fused)
+    set_gradients(parameters, 0)
+    assert steps.step(ZERO) > 0
+    assert_same(list(parameters), before)
+
+
 # ---------------------------------------------------------------------- steps that are not made
 
 

@@ -7,6 +7,7 @@ from unittest.mock import patch
 import pytest
 import torch as th
 from gymnasium import spaces
+from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.policies import ActorCriticCnnPolicy, ActorCriticPolicy, MultiInputActorCriticPolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import nn
@@ -22,7 +23,7 @@ IMPALA = {"policy_kwargs": {"features_extractor_kwargs": {"channels": (4,), "n_b
 PHASES = {"n_policy_iterations": 2, "n_aux_epochs": 2, "aux_batch_size": 14, "aux_learning_rate": 1e-4}
 
 
-def train(cls: Any = PPOEWMA, policy: str = "CnnPolicy", actions: str = "discrete", image: str = "", **kw: Any) -> Any:
+def train(cls: Any = PPOEWMA, policy: Any = "CnnPolicy", actions: str = "discrete", image: str = "", **kw: Any) -> Any:
     """:return: a model after some iterations with ragged minibatches, its log"""
     defaults: dict[str, Any] = {"n_steps": 16, "batch_size": 7, "n_epochs": 2, "learning_rate": 1e-4, "seed": 0}
     model = cls(
@@ -70,6 +71,27 @@ def test_given_optimizer_settings_are_trained_as_a_whole() -> None:
         train(policy_kwargs={"optimizer_kwargs": {"eps": 1e-5}})
 
 
+class OwnBuffer(RolloutBuffer):
+    """May give anything beside the samples."""
+
+
+def test_own_buffers_are_trained_on_as_a_whole() -> None:
+    with patch.object(parts, "_LARGEST", 1), patch.object(parts, "_rows", side_effect=AssertionError):
+        train(rollout_buffer_class=OwnBuffer)
+
+
+def test_own_auxiliary_evaluation_is_called_with_whole_minibatches() -> None:
+    class Own(PPGCnnPolicy):
+        def evaluate_auxiliary(self, obs: Any) -> Any:
+            sizes.append(len(obs))
+            return super().evaluate_auxiliary(obs)
+
+    sizes: list[int] = []
+    with patch.object(parts, "_LARGEST", 1):
+        train(PPG, Own, **{**PHASES, "aux_batch_size": 16})
+    assert set(sizes) == {16}
+
+
 # ---------------------------------------------------------------------- where it applies
 
 
@@ -98,7 +120,6 @@ def build(cls: Any = ActorCriticCnnPolicy, space: spaces.Space[Any] = IMAGE, **k
         lambda: build(PPGCnnPolicy),
         lambda: build(PPGCnnPolicy, critic_arch="detach", activation_fn=nn.ELU),
         lambda: build(MultiInputActorCriticPolicy, spaces.Dict({"image": IMAGE, "vector": VECTOR})),
-        lambda: build(ActorCriticPolicy, VECTOR),
     ],
 )
 def test_policies_that_can_be_parted(policy: Callable[[], Any]) -> None:
@@ -123,6 +144,10 @@ def test_policies_that_cannot_be_parted(change: str) -> None:
     policy = build()
     CHANGES[change](policy)
     assert not parts.can_be_parted(policy)
+
+
+def test_policies_without_images_are_not() -> None:
+    assert not parts.can_be_parted(build(ActorCriticPolicy, VECTOR))
 
 
 def test_own_extractors_cannot_be_parted() -> None:
