@@ -17,7 +17,7 @@ from sb3_ppo_ewma.losses import LossTerms
 from sb3_ppo_ewma.policies import DetachedCriticMlpExtractor, Trunk
 from sb3_ppo_ewma.torch_layers import ImpalaCNN, ResidualBlock, SmallGridCNN
 
-# Bytes of the largest output of a layer. Measured: parts of a half to two times this size are about as fast.
+# Bytes of the largest output of a layer. Of 4, 8, 16 and 32 MiB, 8 was best for both Nature CNN and IMPALA's network.
 _LARGEST = 2**23
 
 # Modules that compute each sample by itself
