@@ -10,6 +10,7 @@ import warnings
 import zipfile
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
@@ -224,6 +225,45 @@ def test_steps_that_are_not_made() -> None:
     after = [dict(part.state_dict()) for part in (model.policy, model.policy.optimizer, model.policy_ewma)]
     after[1]["param_groups"] = before[1]["param_groups"]
     assert_same(after, before)
+
+
+class Spike(gym.Wrapper[Any, Any, Any, Any]):
+    """The reward of one step is so large that the square of its error overflows."""
+
+    n_calls = 0
+
+    def step(self, action: Any) -> Any:
+        self.n_calls += 1
+        observation, reward, *rest = self.env.step(action)
+        return observation, 1e25 if self.n_calls == 6 else reward, *rest
+
+
+# Four minibatches are one graph, a smaller one follows
+GROUPED: dict[str, Any] = {"n_steps": 36, "batch_size": 8, "ent_coef": 0.1, "kl_coef": 0.5}
+
+
+def test_several_steps_in_a_graph() -> None:
+    before = _dynamo.utils.counters["stats"]["unique_graphs"]
+    compiled = train(144, torch_compile=True, **GROUPED)
+    assert _dynamo.utils.counters["stats"]["unique_graphs"] - before == 2
+    assert compiled[0]._compiled_steps.n_steps == 4 * 2 * 5
+    assert_equal_training(compiled, train(144, **GROUPED))
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+def test_no_step_is_made_after_one_that_cannot_be() -> None:
+    models = []
+    for torch_compile in (True, False):
+        # Of a single sample, since nothing is carried over to others
+        model = make(env=Spike(SpaceEnv(action_space="box")), torch_compile=torch_compile, gamma=0.0, **GROUPED)
+        with pytest.raises(ValueError, match="the update was not made"):
+            model.learn(36)
+        models.append(model)
+    steps = [{float(state["step"]) for state in model.policy.optimizer.state.values()} for model in models]
+    assert steps[0] == steps[1]
+    assert steps[0] == {2}  # of four in a graph
+    th.testing.assert_close(*map(copy_parameters, models), rtol=1e-4, atol=1e-5)
+    assert models[0].policy_ewma.total_weight == models[1].policy_ewma.total_weight > 1
 
 
 # ---------------------------------------------------------------------- what cannot be compiled

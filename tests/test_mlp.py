@@ -160,6 +160,9 @@ def test_training_as_with_autograd(name: str) -> None:
         assert (n_calls > 0) == (name != "value epochs")
         assert loss_terms.call_count == n_calls
     th.testing.assert_close(copy_parameters(own), copy_parameters(reference), rtol=1e-4, atol=1e-5)
+    if own.policy_ewma is not None:
+        averages = [dict(model.policy_ewma.state_dict()) for model in (own, reference)]
+        th.testing.assert_close(*averages, rtol=1e-4, atol=1e-5)
     assert [row.keys() for row in logged(own_rows)] == [row.keys() for row in logged(rows)]
     for own_row, row in zip(logged(own_rows), logged(rows), strict=True):
         assert own_row == pytest.approx(row, rel=1e-3, abs=1e-4)
