@@ -106,7 +106,7 @@ def _gradient_step(
     has_gradient = [gradient is not None for gradient in gradients]
     with th.no_grad():
         norm = th.stack([gradient.square().sum() for gradient in gradients if gradient is not None]).sum().sqrt()
-        step = norm if terms.loss is None else norm + terms.loss
+        step = norm + terms.loss
         made = th.isfinite(step)
         if "approx_kl" in terms.statistics:
             made = made & (terms.statistics["approx_kl"] <= numbers[StepNumbers.MAX_KL])

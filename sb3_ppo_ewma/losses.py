@@ -154,14 +154,14 @@ class LossTerms(NamedTuple):
 
     :param roots: tensors with a graph
     :param gradients: of the loss with respect to each of them
-    :param loss: shape (), without a graph; ``None`` if it is left for later
+    :param loss: shape (), without a graph, or another number that is finite where it is
     :param statistics: by name, detached; terms of shape () and rows without padding, (batch,)
     :param parameter_gradients: of the loss with respect to all parameters, where there is no graph
     """
 
     roots: list[th.Tensor]
     gradients: list[th.Tensor]
-    loss: th.Tensor | None
+    loss: th.Tensor
     statistics: dict[str, th.Tensor]
     parameter_gradients: list[th.Tensor] | None = None
 

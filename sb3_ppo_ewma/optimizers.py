@@ -29,13 +29,13 @@ class ClippedSteps:
         self._divisor = th.ones((), device="cpu")
 
     @th.no_grad()
-    def step(self, loss: th.Tensor | None) -> th.Tensor:
+    def step(self, loss: th.Tensor) -> th.Tensor:
         """
-        :param loss: shape (); ``None``: only the gradients show whether the step can be made
+        :param loss: shape ()
         :return: norm of the gradients before clipping plus loss, shape (), NaN or Inf where no step was made
         """
         norm = gradient_norm([parameter.grad for parameter in self._parameters if parameter.grad is not None])
-        checked = norm if loss is None else norm + loss
+        checked = norm + loss
         # SB3's factor is max/(norm + 1e-6), at most 1; the kernel divides.
         if self._fused is not None and checked.device.type != "cpu":
             self._fused.step(th.clamp((norm + 1e-6) / self._max_grad_norm, min=1.0), th.isfinite(checked))

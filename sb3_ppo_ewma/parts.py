@@ -120,4 +120,4 @@ def accumulated(parts: Iterable[tuple[float, LossTerms]]) -> LossTerms:
         return th.stack([share * value for share, value in zip(shares, values, strict=True)]).sum()
 
     statistics = {name: mean([each.statistics[name] for each in terms]) for name in terms[0].statistics}
-    return LossTerms([], [], mean([each.loss for each in terms if each.loss is not None]), statistics)
+    return LossTerms([], [], mean([each.loss for each in terms]), statistics)

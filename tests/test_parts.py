@@ -191,7 +191,6 @@ def test_sums_of_parts() -> None:
     result = parts.accumulated((share, terms(part)) for share, (part,) in parts.split((samples,), 3, 2))
     assert weight.grad is not None
     assert weight.grad.item() == pytest.approx(6)  # 2 · mean
-    assert result.loss is not None
     assert result.loss.item() == pytest.approx(18)
     assert result.roots == []
     assert result.statistics["mean"].item() == pytest.approx(3)
