@@ -1,0 +1,212 @@
+"""
+Trainings as rows of a CSV: which there are, which are done, and as many at a time as there are cores.
+
+An experiment is a module with a table of runs, fixed before the first one, and a report that is made from the CSV alone.
+"""
+
+import argparse
+import csv
+import json
+import signal
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from benchmarks.experiments.training import N_PARTS, Result, train, use_one_thread
+from benchmarks.metadata import REPOSITORY, metadata
+
+RESULTS = Path(__file__).parent / "results"
+DIAGNOSTICS = ["clip_fraction", "approx_kl", "approx_kl_prox", "importance_cap_fraction", "entropy_loss",
+               "critical_batch_size"]  # fmt: skip
+RETURNS = [f"return_{100 * (part + 1) // N_PARTS:02}" for part in range(N_PARTS)]
+COLUMNS = ["env", "variant", "seed", "n_timesteps", "wall_seconds", "final_return", *DIAGNOSTICS, *RETURNS]
+# Trainings after which a process is replaced by a new one
+RUNS_PER_PROCESS = 25
+
+
+@dataclass(frozen=True)
+class Variant:
+    """
+    What is trained with several seeds.
+
+    :param env: environment
+    :param name: of this variant among those of the environment
+    :param algo: name of an algorithm in the zoo
+    :param settings: complete, as an entry of the zoo's files
+    """
+
+    env: str
+    name: str
+    algo: str
+    settings: dict[str, Any]
+
+    @property
+    def recorded(self) -> dict[str, Any]:
+        return {"algo": self.algo, **self.settings}
+
+
+def zoo_settings(algo: str, env_id: str, folder: Path = REPOSITORY / "zoo_hyperparams") -> dict[str, Any]:
+    """
+    :param algo: name of one of our algorithms in the zoo
+    :param env_id: environment
+    :param folder: of the files
+    :return: its entry
+    """
+    entries: dict[str, dict[str, Any]] = yaml.safe_load((folder / f"{algo}.yml").read_text())
+    return entries[env_id]
+
+
+class Table:
+    """
+    The files of an experiment: a row per run, and beside it the settings, versions, hardware and commands.
+
+    :param file: CSV; the other has its name with ``.json``
+    """
+
+    def __init__(self, file: Path) -> None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        self.file, self.metadata = file, file.with_suffix(".json")
+        self.content: dict[str, Any] = {"settings": {}, "starts": []}
+        if self.metadata.is_file():
+            self.content = json.loads(self.metadata.read_text())
+
+    def finished(self) -> set[tuple[str, str, int]]:
+        if not self.file.is_file():
+            return set()
+        with self.file.open(newline="") as lines:
+            return {(row["env"], row["variant"], int(row["seed"])) for row in csv.DictReader(lines)}
+
+    def begin(self, variants: Iterable[Variant], start: dict[str, Any]) -> None:
+        """
+        :param variants: of the runs to come
+        :param start: versions, hardware and command
+        :raises SystemExit: if there are runs of a variant with other settings, which must not be mixed with them
+        """
+        measured = {(env, name) for env, name, _ in self.finished()}
+        for variant in variants:
+            known = self.content["settings"].setdefault(variant.env, {})
+            if (variant.env, variant.name) in measured and known.get(variant.name) != variant.recorded:
+                sys.exit(
+                    f"{self.file} has runs of {variant.name} in {variant.env} with other settings: move it and "
+                    f"{self.metadata.name} away, or give another folder with --results\n"
+                    f"there: {known.get(variant.name)}\nnow:   {variant.recorded}"
+                )
+            known[variant.name] = variant.recorded
+        self.content["starts"].append({**start, "runs": 0})
+        self._write_metadata()
+
+    def add(self, variant: Variant, seed: int, result: Result) -> None:
+        row = {
+            "env": variant.env,
+            "variant": variant.name,
+            "seed": seed,
+            "n_timesteps": int(variant.settings["n_timesteps"]),
+            "wall_seconds": f"{result.wall_seconds:.1f}",
+            "final_return": f"{result.final_return:.6g}",
+            **{name: f"{value:.4g}" for name, value in result.diagnostics.items()},
+            **{name: f"{value:.6g}" for name, value in zip(RETURNS, result.returns, strict=True)},
+        }
+        is_new = not self.file.is_file()
+        with self.file.open("a", newline="") as lines:
+            writer = csv.DictWriter(lines, COLUMNS, lineterminator="\n")
+            if is_new:
+                writer.writeheader()
+            writer.writerow(row)
+        self.content["starts"][-1]["runs"] += 1
+        self._write_metadata()
+
+    def _write_metadata(self) -> None:
+        temporary = self.metadata.with_suffix(".tmp")
+        temporary.write_text(json.dumps(self.content, indent=1) + "\n")
+        temporary.replace(self.metadata)
+
+
+def parser(description: str | None, name: str, n_seeds: int) -> argparse.ArgumentParser:
+    """
+    :param description: of the experiment
+    :param name: of its files
+    :param n_seeds: by default
+    :return: what all experiments have in common
+    """
+    result = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result.add_argument("--jobs", type=int, default=2, help="runs at the same time, of one thread each (default: 2)")
+    result.add_argument("--envs", nargs="+", help="only these environments")
+    result.add_argument("--variants", nargs="+", help="only these variants")
+    result.add_argument("--seeds", nargs="+", type=int, default=list(range(n_seeds)))
+    result.add_argument("--quick", action="store_true", help="a smoke test: few steps, one seed, into logs/")
+    result.add_argument("--report", action="store_true", help="train nothing, only make tables and figures anew")
+    result.add_argument("--results", type=Path, help="folder of the results")
+    result.set_defaults(name=name)
+    return result
+
+
+def execute(
+    args: argparse.Namespace, variants: Sequence[Variant], quick: dict[str, Any], report: Callable[[Path], None]
+) -> None:
+    """
+    Train what is missing, then report.
+
+    :param args: of :func:`parser`
+    :param variants: all of the experiment, in the order of training
+    :param quick: settings that make a run short
+    :param report: is given the CSV
+    """
+    folder = args.results or (REPOSITORY / "logs" / "quick" if args.quick else RESULTS)
+    table = Table(folder / f"{args.name}.csv")
+    if not args.report:
+        if args.quick:
+            variants = [Variant(v.env, v.name, v.algo, {**v.settings, **quick}) for v in variants]
+        chosen = [
+            variant
+            for variant in variants
+            if (args.envs is None or variant.env in args.envs)
+            and (args.variants is None or variant.name in args.variants)
+        ]
+        train_all(chosen, args.seeds[:1] if args.quick else args.seeds, table, args.jobs)
+    report(table.file)
+
+
+def train_all(variants: Sequence[Variant], seeds: Sequence[int], table: Table, n_jobs: int) -> None:
+    """
+    :param variants: in their order
+    :param seeds: of each; all variants have had one before the next begins
+    :param table: to which each run is added when it ends
+    :param n_jobs: runs at the same time
+    :raises SystemExit: if one failed, when all others have ended
+    """
+    finished = table.finished()
+    pending = [(v, seed) for seed in seeds for v in variants if (v.env, v.name, seed) not in finished]
+    print(f"{len(pending)} of {len(variants) * len(seeds)} runs to do", flush=True)
+    if not pending:
+        return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    use_one_thread()
+    table.begin({id(v): v for v, _ in pending}.values(), {**metadata(), "jobs": n_jobs, "threads_per_run": 1})
+    failures = []
+    context = get_context("spawn")
+    with ProcessPoolExecutor(n_jobs, mp_context=context, max_tasks_per_child=RUNS_PER_PROCESS) as executor:
+        futures = {executor.submit(train, v.algo, v.env, v.settings, seed): (v, seed) for v, seed in pending}
+        try:
+            for n_ended, future in enumerate(as_completed(futures), start=1):
+                variant, seed = futures[future]
+                name = f"[{n_ended}/{len(pending)}] {variant.env} {variant.name} seed {seed}"
+                error = future.exception()
+                if error is not None:
+                    failures.append(f"{name}: {error!r}")
+                    print(failures[-1], flush=True)
+                    continue
+                result = future.result()
+                table.add(variant, seed, result)
+                print(f"{name}: {result.final_return:.4g} after {result.wall_seconds:.0f} s", flush=True)
+        finally:
+            for process in list(getattr(executor, "_processes", {}).values()):
+                process.terminate()
+            executor.shutdown(cancel_futures=True)
+    if failures:
+        sys.exit("\n".join([f"{len(failures)} of {len(pending)} runs failed:", *failures]))

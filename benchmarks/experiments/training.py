@@ -1,0 +1,106 @@
+"""One training through rl-zoo3 in a process of its own, and what its episodes returned."""
+
+import argparse
+import contextlib
+import io
+import math
+import os
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+# Parts of a training whose episodes are averaged
+N_PARTS = 20
+FINAL_PARTS = 2
+# What is logged of training, averaged over its iterations
+DIAGNOSTICS = ("train/clip_fraction", "train/approx_kl", "train/approx_kl_prox", "train/importance_cap_fraction",
+               "train/entropy_loss", "train/critical_batch_size")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Result:
+    """
+    What one training gave.
+
+    :param returns: (N_PARTS,) mean return of the episodes that ended in each part of the training, NaN where none did
+    :param diagnostics: by name without its prefix
+    :param wall_seconds: that it took
+    """
+
+    returns: list[float]
+    diagnostics: dict[str, float] = field(default_factory=dict)
+    wall_seconds: float = math.nan
+
+    @property
+    def final_return(self) -> float:
+        """Mean of the last tenth of training."""
+        return float(np.nanmean(self.returns[-FINAL_PARTS:]))
+
+
+def train(algo: str, env_id: str, settings: dict[str, Any], seed: int) -> Result:
+    """
+    :param algo: name of an algorithm of the zoo
+    :param env_id: environment
+    :param settings: as an entry of the zoo's files
+    :param seed: of the run
+    :return: what its training episodes returned
+    """
+    # Here, so that the libraries are not imported to read results.
+    import torch as th
+    from rl_zoo3.exp_manager import ExperimentManager
+    from stable_baselines3.common.callbacks import BaseCallback
+    from stable_baselines3.common.utils import set_random_seed
+
+    from sb3_ppo_ewma.zoo import register
+
+    class Recorder(BaseCallback):
+        def __init__(self, n_timesteps: int) -> None:
+            super().__init__()
+            self.n_timesteps = n_timesteps
+            self.sums, self.counts = np.zeros(N_PARTS), np.zeros(N_PARTS)
+            self.logged: dict[str, list[float]] = {name: [] for name in DIAGNOSTICS}
+
+        def _on_step(self) -> bool:
+            part = min(N_PARTS - 1, (self.num_timesteps - 1) * N_PARTS // self.n_timesteps)
+            for info in self.locals["infos"]:
+                if "episode" in info:  # before any normalisation of rewards
+                    self.sums[part] += info["episode"]["r"]
+                    self.counts[part] += 1
+            return True
+
+        def _on_rollout_start(self) -> None:
+            for name, values in self.logged.items():
+                if name in self.logger.name_to_value:
+                    values.append(float(self.logger.name_to_value[name]))
+
+    th.set_num_threads(1)
+    register()
+    began = time.monotonic()
+    set_random_seed(seed)
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        config = Path(folder, "settings.yml")
+        config.write_text(yaml.safe_dump({env_id: settings}))
+        manager = ExperimentManager(
+            argparse.Namespace(), algo, env_id, folder, eval_freq=-1, seed=seed, verbose=0, device="cpu",
+            config=str(config), log_interval=-1,
+        )  # fmt: skip
+        model, _ = manager.setup_experiment()
+        recorder = Recorder(manager.n_timesteps)
+        manager.callbacks.append(recorder)
+        manager.learn(model)
+        with np.errstate(invalid="ignore"):
+            returns = recorder.sums / recorder.counts
+        diagnostics = {
+            name.partition("/")[2]: float(np.mean(values)) for name, values in recorder.logged.items() if values
+        }
+    return Result([float(value) for value in returns], diagnostics, time.monotonic() - began)
+
+
+def use_one_thread() -> None:
+    """Before torch is imported: as many runs as cores are quicker than one run on all cores."""
+    os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
