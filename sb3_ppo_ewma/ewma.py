@@ -42,6 +42,20 @@ def center_of_mass_from_decay(decay: float) -> float:
     return decay / (1 - decay)
 
 
+def center_of_mass_of_epoch(n_samples: int, batch_size: int | None) -> int:
+    """
+    The centre of mass that ``prox_decay="auto"`` stands for: as many gradient steps as one epoch has minibatches.
+
+    >>> center_of_mass_of_epoch(256 * 256, 8192)
+    8
+
+    :param n_samples: of a rollout
+    :param batch_size: of a minibatch; ``None``: the rollout
+    :return: ⌈n_samples/batch_size⌉, at least 1
+    """
+    return max(1, math.ceil(n_samples / (batch_size or n_samples)))
+
+
 def decay_from_span(span: float) -> float:
     """
     Decay of an EWMA with an effective sample size ("span") of ``span`` updates: 2/(1−d) − 1 = s, so d = (s−1)/(s+1).

@@ -43,6 +43,14 @@ _LARGE_PHASE = 2**27
 _REPORTS_PER_EPOCH = 20
 
 
+def default_aux_batch_size(n_samples: int) -> int:
+    """
+    :param n_samples: of a rollout
+    :return: samples in a minibatch of the auxiliary phase where no number is given
+    """
+    return max(1, n_samples // _AUX_MINIBATCHES)
+
+
 class AuxiliaryPhaseMixin(EwmaMixin):
     """
     Adds the auxiliary phase of Phasic Policy Gradient to the decoupled core. After every ``n_policy_iterations``
@@ -180,7 +188,7 @@ class AuxiliaryPhaseMixin(EwmaMixin):
     def _train_auxiliary_phase(self, buffer: PhaseBuffer) -> None:
         learning_rate = self._scheduled("aux_learning_rate", self.aux_lr_schedule)
         update_learning_rate(self.aux_optimizer, learning_rate)
-        batch_size = self.aux_batch_size or max(1, self.n_steps * self.n_envs // _AUX_MINIBATCHES)
+        batch_size = self.aux_batch_size or default_aux_batch_size(self.n_steps * self.n_envs)
         statistics = TrainStatistics()
         with self._gradient_steps():
             old_parameters = self._old_distribution_parameters(buffer, batch_size)

@@ -1,6 +1,7 @@
 """The zoo's scripts behind one command, with a sentence where they would end in a traceback."""
 
 import argparse
+import contextlib
 import importlib
 import os
 import runpy
@@ -17,6 +18,7 @@ TRACEBACK_VARIABLE = "SB3_PPO_EWMA_TRACEBACK"
 # Name of the script: its module and what it is for. Every one of them runs as `python -m module` does.
 SCRIPTS = {
     "train": ("rl_zoo3.train", "train an agent, or search for hyper-parameters (-optimize)"),
+    "rescale": ("sb3_ppo_ewma.zoo.rescaling", "print hyper-parameters for another number of environments"),
     "enjoy": ("rl_zoo3.enjoy", "watch a trained agent, or only measure it (--no-render)"),
     "record_video": ("rl_zoo3.record_video", "record a video of a trained agent"),
     "record_training": ("rl_zoo3.record_training", "record one video of all checkpoints of a training run"),
@@ -102,17 +104,23 @@ def _parser() -> argparse.ArgumentParser:
 def _run(script: str, arguments: list[str]) -> None:
     importlib.import_module("rl_zoo3")  # first: where it is missing, so is what else the modules below import
     # Here, so that the scripts are listed without rl_zoo3.
-    from sb3_ppo_ewma.zoo import child_processes, hub, registration
+    from sb3_ppo_ewma.zoo import child_processes, hub, options, registration
 
     registration.register()
     hub.mend()
-    if not {"-h", "--help"} & set(arguments):
+    wants_help = bool({"-h", "--help"} & set(arguments))
+    if not wants_help:
         _check_required_options(script, arguments)
         if script == "record_training":
             child_processes.find_ffmpeg()  # before the script deletes the videos of the last time
     # Some of them are imported by their package or by us already; they still run as new.
     warnings.filterwarnings("ignore", message=".*found in sys.modules after import of package", module="runpy")
-    with child_processes.brought_home():
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(child_processes.brought_home())
+        if script == "train":
+            sys.argv[1:] = stack.enter_context(options.taken_from(arguments, sys.argv[0]))
+            if wants_help:
+                stack.callback(lambda: print(f"\n{options.help_text(sys.argv[0])}"))
         runpy.run_module(SCRIPTS[script][0], run_name="__main__")
 
 

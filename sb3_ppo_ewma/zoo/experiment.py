@@ -10,24 +10,31 @@ import inspect
 import io
 import re
 import shutil
+import warnings
+from collections import OrderedDict
 from pathlib import Path
 from pprint import pprint
 from typing import Any
 
 import optuna
 import rl_zoo3.utils
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
 from rl_zoo3 import exp_manager
 from rl_zoo3.exp_manager import ExperimentManager
-from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER
+from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
 from rl_zoo3.utils import ALGOS, StoreDict
 
+from sb3_ppo_ewma.zoo import options
 from sb3_ppo_ewma.zoo.algorithms import ALGORITHMS, hyperparameter_file
 from sb3_ppo_ewma.zoo.mending import Function, replace
-from sb3_ppo_ewma.zoo.search_space import BUDGET
+from sb3_ppo_ewma.zoo.rescaling import rescaled
+from sb3_ppo_ewma.zoo.search_space import BUDGET, N_ENVS
 
 _BARE_WORD = re.compile(r"[A-Za-z_][\w.+-]*")
 _SCHEDULES = ("learning_rate", "clip_range", "clip_range_vf", "delta_std")
 _OWN_SCHEDULES = ("aux_learning_rate",)
+_ADVICE = "sb3_ppo_ewma.AdviceCallback"
 # What hyper-parameters can raise: NaNs and refused values, overflows, too little memory (in torch a RuntimeError)
 _BAD_TRIAL = (ValueError, TypeError, AssertionError, ArithmeticError, RuntimeError, MemoryError)
 # What Optuna says, in memory and journals, and in databases, when it is asked for the best trial of none
@@ -43,6 +50,7 @@ def mend() -> None:
     replace(ExperimentManager, "read_hyperparameters", _read_hyperparameters)
     replace(ExperimentManager, "load_trial", _load_trial)
     replace(ExperimentManager, "_preprocess_schedules", _preprocess_schedules)
+    replace(ExperimentManager, "_create_sampler", _create_sampler)
     replace(ExperimentManager, "objective", _objective)
     replace(ExperimentManager, "hyperparameters_optimization", _hyperparameters_optimization)
     replace(StoreDict, "__call__", _store)
@@ -109,6 +117,25 @@ def _completed(hyperparams: dict[str, Any], policy_kwargs: Any) -> dict[str, Any
 
 
 def _read_hyperparameters(upstream: Function, manager: Any) -> Any:
+    hyperparams, saved = _read_with_trial(upstream, manager)
+    changed: dict[str, Any] = {}
+    if options.current.rescale_to_n_envs is not None:
+        if manager.optimize_hyperparameters:
+            raise ValueError(
+                "--rescale-to-n-envs does not go with -optimize, which draws what would be rescaled: search first, "
+                "then train with --trial-id and --rescale-to-n-envs"
+            )
+        result = rescaled(manager.algo, hyperparams, options.current.rescale_to_n_envs)
+        print(f"Rescaled from {hyperparams.get('n_envs', 1)} environments:\n{result.explanation}")
+        changed |= result.hyperparameters
+    if options.current.advice:
+        given = hyperparams.get("callback") or []
+        changed["callback"] = [*(given if isinstance(given, list) else [given]), _ADVICE]
+    # What goes into training, and what is saved beside the agent, in upstream's order
+    return {**hyperparams, **changed}, OrderedDict(sorted({**saved, **changed}.items()))
+
+
+def _read_with_trial(upstream: Function, manager: Any) -> Any:
     if manager.trial_id is None:
         return upstream(manager)
     if not (manager.storage and manager.study_name):
@@ -123,6 +150,8 @@ def _read_hyperparameters(upstream: Function, manager: Any) -> Any:
                 without_trial, _ = upstream(manager)
             trial = _completed(trial, without_trial.get("policy_kwargs"))
             given = _completed(given, trial.get("policy_kwargs"))
+            if options.current.rescale_to_n_envs is not None:
+                trial = {**_setting_of_trial(manager, trial_id), **trial}
         # Command line arguments go before those of the trial.
         manager.custom_hyperparams = {**trial, **given}
         return upstream(manager)
@@ -149,6 +178,49 @@ def _load_trial(
         ) from None
 
 
+def _setting_of_trial(manager: Any, trial_id: int) -> dict[str, Any]:
+    """
+    :param manager: upstream's
+    :param trial_id: of a trial that was found
+    :return: the number of environments that it was trained with, where that is known
+    """
+    storage: Any = manager.storage
+    if storage.endswith(".log"):
+        storage = JournalStorage(JournalFileBackend(storage))
+    trial = optuna.load_study(storage=storage, study_name=manager.study_name).trials[trial_id]
+    return {"n_envs": trial.user_attrs[N_ENVS]} if N_ENVS in trial.user_attrs else {}
+
+
+def _create_sampler(upstream: Function, manager: Any, sampler_method: str) -> Any:
+    sampler = upstream(manager, sampler_method)
+    if not options.current.fixed:
+        return sampler
+    _check_fixed(manager, options.current.fixed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        return optuna.samplers.PartialFixedSampler(options.current.fixed, sampler)
+
+
+def _check_fixed(manager: Any, fixed: dict[str, Any]) -> None:
+    """
+    :param manager: upstream's
+    :param fixed: parameters of a trial that are not to be drawn
+    :raises ValueError: if a trial has none of that name, or not with that value
+    """
+    trial = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0)).ask()
+    HYPERPARAMS_SAMPLER[manager.algo](trial, manager.n_actions, manager.n_envs, {})
+    for name, value in fixed.items():
+        if name not in trial.distributions:
+            raise ValueError(f"--fix {name}: the search of {manager.algo} has {', '.join(trial.distributions)}")
+        distribution = trial.distributions[name]
+        try:
+            is_possible = distribution._contains(distribution.to_internal_repr(value))
+        except ValueError:
+            is_possible = False
+        if not is_possible:
+            raise ValueError(f"--fix {name}: {value!r} is not within {distribution}")
+
+
 def _preprocess_schedules(upstream: Function, hyperparams: dict[str, Any]) -> dict[str, Any]:
     given = {name: hyperparams[name] for name in (*_SCHEDULES, *_OWN_SCHEDULES) if name in hyperparams}
     # Upstream refuses None, SB3's and our constructors know what it means.
@@ -167,6 +239,7 @@ def _objective(upstream: Function, manager: Any, trial: optuna.Trial) -> float:
     # Upstream catches what training raises, but not what building the model does.
     if manager.algo in ALGORITHMS:
         trial.set_user_attr(BUDGET, manager.n_timesteps)
+        trial.set_user_attr(N_ENVS, manager.n_envs)
     try:
         return float(upstream(manager, trial))
     except _BAD_TRIAL as error:

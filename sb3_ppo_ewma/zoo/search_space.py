@@ -15,6 +15,8 @@ from sb3_ppo_ewma.zoo.mending import Function
 
 # User attribute of a trial: steps of its training. The zoo does not tell its samplers.
 BUDGET = "n_timesteps"
+# User attribute of a trial: number of its environments
+N_ENVS = "n_envs"
 # A usual one of the zoo's short tasks, for samplers that are called from elsewhere
 _DEFAULT_BUDGET = 100_000
 _PHASES = 4  # that fit into the budget at least, unless one rollout is longer than this part of it

@@ -1,0 +1,77 @@
+"""Options that the command line adds to the zoo's training script."""
+
+import argparse
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rl_zoo3.utils import StoreDict
+
+
+@dataclass
+class Options:
+    """
+    :param rescale_to_n_envs: number of environments for which hyper-parameters are rescaled; ``None``: as they are
+    :param advice: whether training is watched by an ``AdviceCallback``
+    :param fixed: parameters of the search that are not drawn, by the names that they have there
+    """
+
+    rescale_to_n_envs: int | None = None
+    advice: bool = False
+    fixed: dict[str, Any] = field(default_factory=dict)
+
+
+# Of the script that runs: upstream makes its parser and its ExperimentManager where nothing can be passed to them.
+current = Options()
+
+
+def parser(prog: str) -> argparse.ArgumentParser:
+    """
+    :param prog: name of the program
+    :return: parser of these options alone
+    """
+    result = argparse.ArgumentParser(prog=prog, add_help=False, allow_abbrev=False)
+    group = result.add_argument_group("options of sb3-ppo-ewma")
+    group.add_argument(
+        "--rescale-to-n-envs",
+        type=int,
+        metavar="N",
+        help="train with N environments, and hyper-parameters rescaled from those for their own number",
+    )
+    group.add_argument(
+        "--advice", action="store_true", help="say in a line what is wrong with a training, and what to do"
+    )
+    group.add_argument(
+        "--fix",
+        nargs="+",
+        action=StoreDict,
+        default={},
+        metavar="NAME:VALUE",
+        help="parameters of an Optuna trial that are not searched (e.g. n_epochs:1)",
+    )
+    return result
+
+
+def help_text(prog: str) -> str:
+    """
+    :param prog: name of the program
+    :return: help on these options, without a usage line
+    """
+    return parser(prog).format_help().partition("\n\n")[2]
+
+
+@contextlib.contextmanager
+def taken_from(arguments: Sequence[str], prog: str) -> Iterator[list[str]]:
+    """
+    :param arguments: of the training script and these
+    :param prog: name of the program
+    :return: those of the training script; within the context, the others are in effect
+    """
+    global current
+    given, others = parser(prog).parse_known_args(arguments)
+    before, current = current, Options(given.rescale_to_n_envs, given.advice, given.fix)
+    try:
+        yield others
+    finally:
+        current = before

@@ -1,0 +1,121 @@
+"""Entries of the zoo's files for another number of environments, and the script that prints them."""
+
+import argparse
+import contextlib
+import importlib
+import io
+import math
+import tempfile
+import warnings
+from collections.abc import Mapping
+from fractions import Fraction
+from typing import Any
+
+import gymnasium as gym
+import yaml
+from rl_zoo3 import exp_manager
+from rl_zoo3.exp_manager import ExperimentManager
+from rl_zoo3.utils import StoreDict
+
+from sb3_ppo_ewma._arguments import check_integer
+from sb3_ppo_ewma.batch_scaling import Rescaled, rescale, with_defaults
+from sb3_ppo_ewma.zoo.algorithms import ALGORITHMS
+
+
+def rescaled(algo: str, entry: Mapping[str, Any], n_envs: int, *, adam_betas: bool = False) -> Rescaled:
+    """
+    :param algo: name of one of our algorithms
+    :param entry: its hyper-parameters as in the zoo's files
+    :param n_envs: new number of environments
+    :param adam_betas: see :func:`~sb3_ppo_ewma.batch_scaling.rescale`
+    :return: the entry with what changes, and why
+    :raises ValueError: if it cannot be rescaled
+    """
+    if algo not in ALGORITHMS:
+        raise ValueError(f"hyper-parameters of {algo} cannot be rescaled, only those of {', '.join(ALGORITHMS)}")
+    check_integer("n_envs", n_envs, minimum=1)
+    complete = with_defaults(ALGORITHMS[algo], entry)
+    written = complete.get("policy_kwargs")
+    if isinstance(written, str):
+        complete["policy_kwargs"] = eval(written, vars(exp_manager))  # as upstream does later
+    result = rescale(complete, Fraction(n_envs, complete["n_envs"]), adam_betas=adam_betas)
+    changed = {change.name: change.new for change in result.changes if change.name in entry or change.new != change.old}
+    return Rescaled({**entry, **changed}, result.changes)
+
+
+def main() -> None:
+    """Print the hyper-parameters of an environment for another number of environments."""
+    args = _parser().parse_args()
+    for module in args.gym_packages:
+        importlib.import_module(module)
+    if args.env not in gym.registry:
+        raise ValueError(f"{args.env} not found in gym registry.")
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        manager = ExperimentManager(
+            args,
+            args.algo,
+            args.env,
+            folder,
+            hyperparams=args.hyperparams,
+            storage=args.storage,
+            study_name=args.study_name,
+            trial_id=args.trial_id,
+            config=args.conf_file,
+        )
+        entry, _ = manager.read_hyperparameters()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = rescaled(args.algo, entry, args.n_envs, adam_betas=args.adam_betas)
+    print(result.explanation)
+    for warning in caught:
+        print(f"\nWarning: {warning.message}")
+    print(f"\n{as_yaml(args.env, result.hyperparameters)}", end="")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Print hyper-parameters for another number of environments, with which training behaves the same: "
+        "how they change and why, and an entry for a file of hyper-parameters."
+    )
+    parser.add_argument("--algo", required=True, choices=list(ALGORITHMS))
+    parser.add_argument("--env", required=True, help="environment")
+    parser.add_argument("--n-envs", required=True, type=int, metavar="N", help="new number of environments")
+    parser.add_argument("--adam-betas", action="store_true", help="change Adam's betas as well")
+    parser.add_argument("-conf", "--conf-file", help="file of hyper-parameters instead of ours")
+    parser.add_argument("-params", "--hyperparams", nargs="+", action=StoreDict, metavar="NAME:VALUE")
+    parser.add_argument("--storage", help="of an Optuna study")
+    parser.add_argument("--study-name", help="name of an Optuna study")
+    parser.add_argument("--trial-id", type=int, help="trial of the study whose hyper-parameters are taken")
+    parser.add_argument("--gym-packages", nargs="+", default=[], help="packages that register environments")
+    return parser
+
+
+def as_yaml(env_id: str, entry: Mapping[str, Any]) -> str:
+    """
+    :param env_id: environment
+    :param entry: its hyper-parameters
+    :return: an entry of the zoo's files
+    """
+    plain = {name: value if _is_plain(value) else _source(value) for name, value in entry.items()}
+    return str(yaml.safe_dump({env_id: plain}, sort_keys=False, width=math.inf))
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or isinstance(value, str | bool | int | float | list)
+
+
+def _source(value: Any) -> str:
+    """
+    :param value: of ``policy_kwargs``, which the zoo evaluates as Python
+    :return: an expression for it
+    """
+    if isinstance(value, Mapping):
+        return f"dict({', '.join(f'{name}={_source(each)}' for name, each in value.items())})"
+    if isinstance(value, type):
+        short = {"torch.nn": "nn", "torch.optim": "th.optim"}
+        return next((f"{short[p]}.{value.__name__}" for p in short if value.__module__.startswith(p)), value.__name__)
+    return repr(value)
+
+
+if __name__ == "__main__":
+    main()
