@@ -137,6 +137,17 @@ def adam_beta(beta: float, ratio: float) -> float:
     return math.pow(beta, ratio)
 
 
+def max_grad_norm(norm: float, ratio: float) -> float:
+    """
+    :param norm: to which gradients are clipped
+    :param ratio: new batch / old batch
+    :return: norm/√ratio. Below the critical batch size a gradient is mostly noise, the mean of as many samples as a
+        minibatch has, so its norm goes with one over the square root of their number. The rule is ours: the paper
+        clips no gradients
+    """
+    return norm / math.sqrt(ratio)
+
+
 def prox_decay(decay: float, ratio: float) -> float:
     """
     :param decay: β_prox, decay of the EWMA of the parameters per gradient step
@@ -193,9 +204,9 @@ def rescale(
     environments is multiplied by ``ratio``.
 
     Adam's learning rate is multiplied by √ratio (that of SGD by ratio); the centre of mass of ``prox_decay``, the span
-    of ``advantage_decay``, ``n_policy_iterations`` and ``staleness`` are divided by it; the auxiliary phase keeps its
-    minibatches and its learning rate. ``"auto"`` and ``None``, which depend on the number of environments, are replaced
-    by their numbers before.
+    of ``advantage_decay``, ``n_policy_iterations`` and ``staleness`` are divided by it, ``max_grad_norm`` by √ratio;
+    the auxiliary phase keeps its minibatches and its learning rate. ``"auto"`` and ``None``, which depend on the number
+    of environments, are replaced by their numbers before.
 
     >>> import math
     >>> from sb3_ppo_ewma.batch_scaling import rescale
@@ -205,7 +216,8 @@ def rescale(
     >>> small["n_envs"], small["batch_size"], small["n_policy_iterations"], round(small["learning_rate"], 7)
     (4, 128, 2048, 6.25e-05)
 
-    Source: Hilton et al. 2022, https://arxiv.org/abs/2110.00641. The rule for ``staleness`` is ours.
+    Source: Hilton et al. 2022, https://arxiv.org/abs/2110.00641. The rules for ``staleness`` and ``max_grad_norm`` are
+    ours.
 
     :param hyperparameters: ``n_envs`` and keyword arguments of an algorithm, as of :func:`settings_of` or completed by
         :func:`with_defaults`. Learning rates are numbers, schedules or the zoo's ``lin_NUMBER``
@@ -337,8 +349,8 @@ def _changes(old: Mapping[str, Any], ratio: Fraction, adam_betas: bool) -> list[
         changes += _phase_changes(old, ratio, n_samples)
     norm = old.get("max_grad_norm", math.inf)
     if norm < math.inf:
-        rule = "kept; gradients of smaller minibatches are longer"
-        changes.append(Change("max_grad_norm", norm, norm, rule, "no rule: the paper clips none"))
+        new_norm = max_grad_norm(norm, float(ratio))
+        changes.append(Change("max_grad_norm", norm, new_norm, "÷ √ratio, as gradients of noise", "size of a mean"))
     return changes
 
 

@@ -230,6 +230,18 @@ def test_schedules(learning_rate):
     assert not isinstance(back.schedule, scaling.ScaledSchedule)
 
 
+def test_as_many_gradients_are_clipped():
+    settings = {**SETTINGS, "max_grad_norm": 0.5}
+    shares = []
+    for each in (settings, rescale(settings, 1 / 8).hyperparameters):
+        generator = th.Generator().manual_seed(0)
+        gradients = th.randn(10_000, each["batch_size"], 8, generator=generator).mean(dim=1) * 1.5
+        shares.append(float((gradients.norm(dim=1) > each["max_grad_norm"]).double().mean()))
+    assert 0.3 < shares[0] < 0.7
+    assert shares[1] == pytest.approx(shares[0], abs=0.03)
+    assert rescale({**SETTINGS, "max_grad_norm": math.inf}, 1 / 2).hyperparameters["max_grad_norm"] == math.inf
+
+
 def test_a_scaled_schedule_is_saved(tmp_path):
     schedule = scaling.ScaledSchedule(LinearSchedule(1e-3, 0.0, 1.0), 0.5)
     assert pickle.loads(pickle.dumps(schedule))(1.0) == 5e-4

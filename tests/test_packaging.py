@@ -44,7 +44,7 @@ LAYERS: list[tuple[set[str], set[str]]] = [
     ({"gradient_steps"}, set()),
     ({"ppo_ewma"}, set()),
     ({"ppg"}, set()),
-    ({"batch_scaling"}, set()),
+    ({"batch_scaling", "noise_scale"}, set()),
     ({"contrib"}, {"sb3_contrib"}),
 ]
 OWN_PARAMETERS = {

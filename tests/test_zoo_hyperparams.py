@@ -15,6 +15,7 @@ from sb3_ppo_ewma.zoo.algorithms import ALGORITHMS, hyperparameter_file
 
 zoo.register()
 FILES = {algo: yaml.safe_load(hyperparameter_file(algo).read_text()) for algo in ALGORITHMS}
+ONE_EPOCH = yaml.safe_load(hyperparameter_file("ppo_ewma_one_epoch").read_text())
 ZOO_PPO = yaml.safe_load((Path(rl_zoo3.__file__).parent / "hyperparams" / "ppo.yml").read_text())
 PPG = ("ppg", "ppg_ewma")
 # A task for the entries that are no task
@@ -68,15 +69,28 @@ def test_ppg_ewma_has_the_entries_of_ppg_and_an_ewma():
     assert FILES["ppg_ewma"] == {name: {**entry, "prox_decay": "auto"} for name, entry in FILES["ppg"].items()}
 
 
+@pytest.mark.parametrize("entry", ONE_EPOCH)
+def test_one_epoch_makes_as_many_gradient_steps(entry):
+    several, one = FILES["ppo_ewma"][entry], ONE_EPOCH[entry]
+    changed = ("n_epochs", "batch_size", "advantage_decay")
+    assert {k: v for k, v in one.items() if k not in changed} == {k: v for k, v in several.items() if k not in changed}
+    assert one["n_epochs"] == 1
+    n_samples = one.get("n_envs", 1) * one.get("n_steps", 2048)
+    steps = several.get("n_epochs", 10) * max(1, n_samples / several.get("batch_size", 64))
+    assert steps / 2 < n_samples / one["batch_size"] <= steps
+    span = (1 + one["advantage_decay"]) / (1 - one["advantage_decay"])
+    assert span == pytest.approx(max(1, 2048 / n_samples, 8 / one.get("n_envs", 1)), rel=0.02)
+
+
 @pytest.mark.parametrize("entry", FILES["ppg"])
-def test_ppg_has_the_policy_phase_of_ppo_ewma(entry):
-    settings, others = FILES["ppg"][entry], dict(FILES["ppo_ewma"][entry])
+def test_ppg_has_the_policy_phase_of_ppo_ewma_with_one_epoch(entry):
+    settings, others = FILES["ppg"][entry], dict(ONE_EPOCH[entry])
     if entry.startswith("MinAtar/"):  # another network
         others |= {name: settings[name] for name in ("policy", "policy_kwargs")}
     auxiliary = {name for name in settings if name.startswith("aux_")} | {"n_policy_iterations"}
     policy_phase = {name: value for name, value in settings.items() if name not in auxiliary}
     del others["prox_decay"]
-    assert policy_phase == {"n_epochs": 10, **others}  # of PPO, whose default PPG changes
+    assert policy_phase == others
 
 
 @pytest.mark.parametrize(("algo", "entry"), ENTRIES)
@@ -96,18 +110,18 @@ def test_entry_builds_its_model(algo, entry, tmp_path):
         minibatches = ceil(model.n_envs * model.n_steps / model.batch_size)
         assert model.current_prox_decay == pytest.approx(1 - 1 / (1 + minibatches))
     if algo in PPG:
-        check_phase(model, manager.n_timesteps)
+        check_phase(model, manager.n_timesteps, entry)
     for name in {"gamma", "gae_lambda", "n_epochs", "ent_coef", "vf_coef", "max_grad_norm"} & set(settings):
         assert getattr(model, name) == settings[name]
     model.get_env().close()
 
 
-def check_phase(model, n_timesteps: int) -> None:
+def check_phase(model, n_timesteps: int, entry: str) -> None:
     n_phases = n_timesteps / (model.n_envs * model.n_steps * model.n_policy_iterations)
     assert n_phases >= 6
     # As many rollouts as the paper has, unless twice as many would leave too few phases
     assert model.n_policy_iterations == 32 or n_phases / 2 < 6
-    assert model.aux_batch_size == model.batch_size
+    assert model.aux_batch_size == FILES["ppo_ewma"][entry].get("batch_size", 64)
     for progress in (1.0, 0.5):
         assert model.aux_lr_schedule(progress) == model.lr_schedule(progress)
 

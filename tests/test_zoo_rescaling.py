@@ -10,8 +10,10 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
 from sb3_ppo_ewma import PPOEWMA, zoo
-from sb3_ppo_ewma.zoo.algorithms import hyperparameter_file
+from sb3_ppo_ewma.zoo.algorithms import ONE_EPOCH, hyperparameter_file
 from sb3_ppo_ewma.zoo.rescaling import as_yaml, rescaled
+
+zoo.register()
 
 ENTRY = {
     "n_envs": 4,
@@ -64,7 +66,7 @@ def test_it_prints_a_table_and_an_entry_that_can_be_used(capsys):
     # 4 minibatches of 8 samples, and a span of 3 iterations
     assert entry == pytest.approx(
         {**kept, "n_envs": 1, "batch_size": 2, "n_epochs": 1, "learning_rate": "lin_0.0005"}
-        | {"prox_decay": 16 / 17, "advantage_decay": 11 / 13}
+        | {"prox_decay": 16 / 17, "advantage_decay": 11 / 13, "max_grad_norm": 1.0}
     )
     Path("entries.yml").write_text(text)
     zoo.main([*TRAIN, "--algo", "ppo_ewma"])
@@ -91,11 +93,22 @@ def test_what_cannot_be_rescaled(capsys):
     odd = [*arguments, "--n-envs", "3", "-params", "batch_size:6"]
     assert "batch_size=6 times 3/4 is 4.5, no whole number of samples" in refusal(odd, capsys)
     many = [*arguments, "--n-envs", "2", "-params", "n_epochs:4"]
-    assert "n_epochs=4 cannot be rescaled" in refusal(many, capsys)
+    assert "n_epochs=4 cannot be rescaled, only one policy epoch: --conf-file ppo_ewma_one" in refusal(many, capsys)
+    many[2] = "ppg_ewma"
+    assert "n_epochs=4 cannot be rescaled: with several policy epochs" in refusal(many, capsys)
     assert "invalid choice: 'ppo'" in refusal(["rescale", "--algo", "ppo", *CARTPOLE, "--n-envs", "2"], capsys)
     assert "--n-envs" in refusal(arguments, capsys)
     unknown = ["rescale", "--algo", "ppo_ewma", "--env", "Nowhere-v0", "--n-envs", "2"]
     assert "Nowhere-v0 not found in gym registry" in refusal(unknown, capsys)
+
+
+def test_entries_with_one_epoch_by_name(capsys):
+    arguments = ["--algo", "ppo_ewma", "--env", "CartPole-v1", "--conf-file", "ppo_ewma_one_epoch.yml"]
+    zoo.main(["rescale", *arguments, "--n-envs", "2"])
+    assert "8 → 2  " in capsys.readouterr().out
+    Path("ppo_ewma_one_epoch.yml").write_text(yaml.safe_dump({"CartPole-v1": ENTRY}))  # the user's own goes before
+    zoo.main(["rescale", *arguments, "--n-envs", "2"])
+    assert "4 → 2" in capsys.readouterr().out
 
 
 def test_policy_kwargs_of_python_become_text():
@@ -206,11 +219,11 @@ def test_what_cannot_be_fixed(fixed, reason, capsys):
 
 # === The entries ===
 
-ONE_EPOCH = hyperparameter_file("ppo_ewma").with_name("ppo_ewma_one_epoch.yml")
-FILES = {"ppg_ewma": hyperparameter_file("ppg_ewma"), "ppo_ewma": ONE_EPOCH}
+FILES = {"ppg_ewma": hyperparameter_file("ppg_ewma"), "ppo_ewma": hyperparameter_file(ONE_EPOCH)}
 
 
 @pytest.mark.parametrize("algo", FILES)
+@pytest.mark.filterwarnings("ignore:A minibatch has now")
 def test_every_entry_can_be_rescaled(algo):
     entries = yaml.safe_load(FILES[algo].read_text())
     assert entries

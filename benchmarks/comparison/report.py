@@ -10,18 +10,17 @@ It takes what is there, also of a comparison that is not finished.
 import argparse
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
 import pandas as pd
-import scipy.stats
-from rliable import library, metrics
+from rliable import metrics
 from scipy.integrate import trapezoid
 
 from benchmarks.metadata import command
+from benchmarks.statistics import Estimate, estimate, iqm_at_every_step
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # after the choice of the backend
@@ -34,24 +33,6 @@ COLORS = {"ppo": "#000000", "ppo_ewma": "#0072B2", "ppg": "#E69F00", "ppg_ewma":
 FINAL_PART = 0.1
 # For the statistics that take long, as in rliable's own examples
 FEW_REPS = 2000
-
-
-@dataclass
-class Estimate:
-    """A statistic and its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        digits = 1 if max(abs(self.low), abs(self.high)) >= 10 else 2
-        return f"{self.value:.{digits}f} [{self.low:.{digits}f}, {self.high:.{digits}f}]"
-
-    def against(self, other: "Estimate") -> str:
-        if self.low > other.high:
-            return "above"
-        return "below" if self.high < other.low else "overlap"
 
 
 def main() -> None:
@@ -97,27 +78,6 @@ def scores(evaluations: pd.DataFrame, score: Callable[[pd.DataFrame], float]) ->
     sorted_evaluations = evaluations.sort_values("timesteps")
     values = {key: score(run) for key, run in sorted_evaluations.groupby(["algo", "seed", "env"])}
     return pd.Series(values).rename_axis(["algo", "seed", "env"]).unstack("env")
-
-
-def estimate(
-    score_dict: Mapping[str, Any], statistic: Callable[..., float | np.ndarray], reps: int
-) -> dict[str, list[Estimate]]:
-    """
-    rliable's stratified bootstrap, with intervals by percentiles.
-
-    :param score_dict: of each algorithm (runs, environments), or several such arrays, which the statistic takes
-    :param statistic: of the scores; one number or several
-    :param reps: number of resamples
-    :return: of each algorithm, as many estimates as the statistic has numbers
-    """
-    np.random.seed(0)  # rliable draws from the global generator
-    points, intervals = library.get_interval_estimates(
-        dict(score_dict), lambda *arrays: np.atleast_1d(statistic(*arrays)), reps=reps
-    )
-    return {
-        name: [Estimate(*map(float, numbers)) for numbers in zip(points[name], *intervals[name], strict=True)]
-        for name in points
-    }
 
 
 def estimate_in(table: pd.Series, statistic: Callable[[np.ndarray], float], reps: int) -> dict[str, Estimate]:
@@ -293,11 +253,6 @@ def plot(evaluations: pd.DataFrame, file: Path, reps: int) -> None:
     axes[0][0].legend(frameon=False)
     figure.savefig(file, dpi=100)
     plt.close(figure)
-
-
-def iqm_at_every_step(curves: np.ndarray) -> np.ndarray:
-    # (runs, 1, evaluations); what metrics.aggregate_iqm does with each of them
-    return scipy.stats.trim_mean(curves, proportiontocut=0.25, axis=0)[0]
 
 
 if __name__ == "__main__":

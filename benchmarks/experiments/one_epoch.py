@@ -1,6 +1,7 @@
 """
-PPO-EWMA with one epoch of small minibatches instead of the several epochs of rl-zoo3's settings, in as many gradient steps.
-With one epoch, hyper-parameters can be rescaled to another number of environments. From the root of the repository:
+PPO-EWMA with one epoch of small minibatches instead of the several epochs of rl-zoo3's settings, in as many gradient
+steps. With one epoch, hyper-parameters can be rescaled to another number of environments. From the root of the
+repository:
 
     python -m benchmarks.experiments.one_epoch --jobs 2
 
@@ -16,16 +17,16 @@ from benchmarks.experiments.runs import Variant, execute, parser, zoo_settings
 from sb3_ppo_ewma.ewma import decay_from_span
 
 N_SEEDS = 3
-# Advantages are normalised over as many samples at least, and over as many iterations as leave one of them when the number
-# of environments is raised to this one.
+# Advantages are normalised over as many samples at least, and over as many iterations as leave one of them when the
+# number of environments is raised to this one.
 NORMALIZED, SCALABLE = 2048, 8
 
 
 def one_epoch(settings: dict[str, Any]) -> dict[str, Any]:
     """
     :param settings: of several epochs
-    :return: of one epoch with about as many gradient steps: minibatches of the power of two next to batch_size/n_epochs,
-        above it where it lies between two
+    :return: of one epoch with about as many gradient steps: minibatches of the power of two next to
+        batch_size/n_epochs, above it where it lies between two
     """
     n_samples = settings["n_steps"] * settings["n_envs"]
     batch_size = min(settings.get("batch_size", 64), n_samples) / settings.get("n_epochs", 10)
@@ -33,9 +34,9 @@ def one_epoch(settings: dict[str, Any]) -> dict[str, Any]:
     return {
         **settings,
         "n_epochs": 1,
-        "batch_size": 2 ** max(2, math.ceil(math.log2(batch_size))),
+        "batch_size": 2 ** max(0, math.ceil(math.log2(batch_size))),
         "prox_decay": "auto",
-        "advantage_decay": round(decay_from_span(span), 4),
+        "advantage_decay": math.ceil(decay_from_span(span) * 1e4) / 1e4,
     }
 
 
@@ -71,7 +72,7 @@ def report(file: Path) -> None:
 
 
 def main() -> None:
-    quick: dict[str, Any] = {"n_timesteps": 100, "n_envs": 2, "n_steps": 16, "batch_size": 16}
+    quick: dict[str, Any] = {"n_timesteps": 1000, "n_envs": 2, "n_steps": 16, "batch_size": 16}
     execute(parser(__doc__, "one_epoch", N_SEEDS).parse_args(), variants(), quick, report)
 
 

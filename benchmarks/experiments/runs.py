@@ -1,7 +1,8 @@
 """
 Trainings as rows of a CSV: which there are, which are done, and as many at a time as there are cores.
 
-An experiment is a module with a table of runs, fixed before the first one, and a report that is made from the CSV alone.
+An experiment is a module with a table of runs, fixed before the first one, and a report that is made from the CSV
+alone.
 """
 
 import argparse
@@ -23,9 +24,11 @@ from benchmarks.metadata import REPOSITORY, metadata
 
 RESULTS = Path(__file__).parent / "results"
 DIAGNOSTICS = ["clip_fraction", "approx_kl", "approx_kl_prox", "importance_cap_fraction", "entropy_loss",
-               "critical_batch_size"]  # fmt: skip
+               "noise_scale_policy", "noise_scale_joint"]  # fmt: skip
 RETURNS = [f"return_{100 * (part + 1) // N_PARTS:02}" for part in range(N_PARTS)]
 COLUMNS = ["env", "variant", "seed", "n_timesteps", "wall_seconds", "final_return", *DIAGNOSTICS, *RETURNS]
+# The environment of smoke tests, whose episodes are short
+QUICK_ENV = "MinAtar/SpaceInvaders-v1"
 # Trainings after which a process is replaced by a new one
 RUNS_PER_PROCESS = 25
 
@@ -139,7 +142,7 @@ def parser(description: str | None, name: str, n_seeds: int) -> argparse.Argumen
     result.add_argument("--envs", nargs="+", help="only these environments")
     result.add_argument("--variants", nargs="+", help="only these variants")
     result.add_argument("--seeds", nargs="+", type=int, default=list(range(n_seeds)))
-    result.add_argument("--quick", action="store_true", help="a smoke test: few steps, one seed, into logs/")
+    result.add_argument("--quick", action="store_true", help="a smoke test: one environment, few steps, one seed")
     result.add_argument("--report", action="store_true", help="train nothing, only make tables and figures anew")
     result.add_argument("--results", type=Path, help="folder of the results")
     result.set_defaults(name=name)
@@ -161,7 +164,7 @@ def execute(
     table = Table(folder / f"{args.name}.csv")
     if not args.report:
         if args.quick:
-            variants = [Variant(v.env, v.name, v.algo, {**v.settings, **quick}) for v in variants]
+            variants = [Variant(v.env, v.name, v.algo, {**v.settings, **quick}) for v in variants if v.env == QUICK_ENV]
         chosen = [
             variant
             for variant in variants

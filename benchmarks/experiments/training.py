@@ -19,7 +19,7 @@ N_PARTS = 20
 FINAL_PARTS = 2
 # What is logged of training, averaged over its iterations
 DIAGNOSTICS = ("train/clip_fraction", "train/approx_kl", "train/approx_kl_prox", "train/importance_cap_fraction",
-               "train/entropy_loss", "train/critical_batch_size")  # fmt: skip
+               "train/entropy_loss", "noise_scale/policy", "noise_scale/joint")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Result:
     What one training gave.
 
     :param returns: (N_PARTS,) mean return of the episodes that ended in each part of the training, NaN where none did
-    :param diagnostics: by name without its prefix
+    :param diagnostics: by name
     :param wall_seconds: that it took
     """
 
@@ -96,7 +96,9 @@ def train(algo: str, env_id: str, settings: dict[str, Any], seed: int) -> Result
         with np.errstate(invalid="ignore"):
             returns = recorder.sums / recorder.counts
         diagnostics = {
-            name.partition("/")[2]: float(np.mean(values)) for name, values in recorder.logged.items() if values
+            name.removeprefix("train/").replace("/", "_"): float(np.mean(values))
+            for name, values in recorder.logged.items()
+            if values
         }
     return Result([float(value) for value in returns], diagnostics, time.monotonic() - began)
 

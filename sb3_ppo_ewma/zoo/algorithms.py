@@ -15,11 +15,15 @@ ALGORITHMS: dict[str, type[BaseAlgorithm]] = {
 }
 
 
-def hyperparameter_file(algo: str) -> Path:
+# Of ppo_ewma, with one policy epoch
+ONE_EPOCH = "ppo_ewma_one_epoch"
+
+
+def hyperparameter_file(name: str) -> Path:
     """
-    :param algo: one of ``ALGORITHMS``
+    :param name: one of ``ALGORITHMS``, or ``ONE_EPOCH``
     :return: its file of hyper-parameters: in the installed package, or in the repository of an editable install
     """
     package = Path(__file__).parents[1]
-    installed = package / "zoo_hyperparams" / f"{algo}.yml"
-    return installed if installed.is_file() else package.parent / "zoo_hyperparams" / f"{algo}.yml"
+    installed = package / "zoo_hyperparams" / f"{name}.yml"
+    return installed if installed.is_file() else package.parent / "zoo_hyperparams" / f"{name}.yml"

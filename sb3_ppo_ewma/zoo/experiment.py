@@ -26,7 +26,7 @@ from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
 from rl_zoo3.utils import ALGOS, StoreDict
 
 from sb3_ppo_ewma.zoo import options
-from sb3_ppo_ewma.zoo.algorithms import ALGORITHMS, hyperparameter_file
+from sb3_ppo_ewma.zoo.algorithms import ALGORITHMS, ONE_EPOCH, hyperparameter_file
 from sb3_ppo_ewma.zoo.mending import Function, replace
 from sb3_ppo_ewma.zoo.rescaling import rescaled
 from sb3_ppo_ewma.zoo.search_space import BUDGET, N_ENVS
@@ -62,6 +62,9 @@ def _init(upstream: Function, manager: Any, *args: Any, **kwargs: Any) -> None:
     default = Path(exp_manager.__file__).parent / "hyperparams" / f"{manager.algo}.yml"
     if manager.algo in ALGORITHMS and Path(manager.config) == default:
         manager.config = str(hyperparameter_file(manager.algo))
+    # A name of ours, where there is no such file
+    elif manager.config == f"{ONE_EPOCH}.yml" and not Path(manager.config).exists():
+        manager.config = str(hyperparameter_file(ONE_EPOCH))
 
 
 def _entry_point(upstream: Function, env_id: str) -> str:

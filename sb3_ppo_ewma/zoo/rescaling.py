@@ -19,7 +19,7 @@ from rl_zoo3.utils import StoreDict
 
 from sb3_ppo_ewma._arguments import check_integer
 from sb3_ppo_ewma.batch_scaling import Rescaled, rescale, with_defaults
-from sb3_ppo_ewma.zoo.algorithms import ALGORITHMS
+from sb3_ppo_ewma.zoo.algorithms import ALGORITHMS, ONE_EPOCH
 
 
 def rescaled(algo: str, entry: Mapping[str, Any], n_envs: int, *, adam_betas: bool = False) -> Rescaled:
@@ -35,6 +35,11 @@ def rescaled(algo: str, entry: Mapping[str, Any], n_envs: int, *, adam_betas: bo
         raise ValueError(f"hyper-parameters of {algo} cannot be rescaled, only those of {', '.join(ALGORITHMS)}")
     check_integer("n_envs", n_envs, minimum=1)
     complete = with_defaults(ALGORITHMS[algo], entry)
+    if algo == "ppo_ewma" and complete["n_epochs"] != 1:
+        raise ValueError(
+            f"n_epochs={complete['n_epochs']} cannot be rescaled, only one policy epoch: --conf-file {ONE_EPOCH}.yml "
+            "has entries with one"
+        )
     written = complete.get("policy_kwargs")
     if isinstance(written, str):
         complete["policy_kwargs"] = eval(written, vars(exp_manager))  # as upstream does later

@@ -1,0 +1,213 @@
+"""
+Batch size-invariance: PPO-EWMA and PPG-EWMA with fewer and fewer environments, with all hyper-parameters adjusted, with
+all but one, and with none; beside them SB3's PPO. From the root of the repository:
+
+    python -m benchmarks.experiments.invariance --jobs 2
+
+Runs that are in results/invariance.csv are not repeated.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from benchmarks.experiments.runs import Variant, execute, parser
+from sb3_ppo_ewma import PPGEWMA, PPOEWMA
+from sb3_ppo_ewma.batch_scaling import rescale, with_defaults
+
+N_SEEDS = 3
+N_ENVS = [64, 16, 4, 1]
+LARGEST, SMALLEST = N_ENVS[0], N_ENVS[-1]
+# One epoch of 8 minibatches and no clipping of gradients, as in the paper
+SETTINGS: dict[str, dict[str, Any]] = {
+    "MinAtar/SpaceInvaders-v1": {
+        "policy": "MlpPolicy",
+        "policy_kwargs": "dict(activation_fn=nn.ReLU, net_arch=dict(pi=[64, 64], vf=[64, 64]))",
+        "n_timesteps": 400_000,
+        "n_envs": LARGEST,
+        "n_steps": 32,
+        "batch_size": 256,
+        "n_epochs": 1,
+        "learning_rate": 1e-3,
+        "gamma": 0.99,
+        "gae_lambda": 0.95,
+        "ent_coef": 0.01,
+        "max_grad_norm": float("inf"),
+        "advantage_decay": 0.0,
+    },
+}
+# 12 phases of 16 * 2048 samples
+PHASE = {"n_policy_iterations": 16, "aux_batch_size": 128, "aux_learning_rate": 1e-3}
+# As SB3's users have it: nothing but the number of environments changes, SB3 clips gradients and has several epochs.
+SB3 = {"n_epochs": 4, "learning_rate": 5e-4, "max_grad_norm": 0.5}
+ABLATIONS = {
+    "learning rate": "learning_rate",
+    "centre of mass": "prox_decay",
+    "advantage span": "advantage_decay",
+    "policy iterations": "n_policy_iterations",
+}
+GRADIENT_NORM = "max_grad_norm"
+UNTRAINED = "untrained"
+PPO, PPO_EWMA, PPG_EWMA, CLIPPED = "PPO", "PPO-EWMA", "PPG-EWMA", "PPO-EWMA with clipped gradients"
+
+
+def name_of(algorithm: str, adjustment: str, n_envs: int) -> str:
+    return f"{algorithm}, {adjustment}, {n_envs}"
+
+
+def adjusted(algorithm: str, settings: dict[str, Any], n_envs: int, kept: set[str]) -> dict[str, Any]:
+    """
+    :param algorithm: PPO-EWMA or PPG-EWMA
+    :param settings: for the largest number of environments
+    :param n_envs: number of environments
+    :param kept: hyper-parameters that are not adjusted
+    :return: settings for that number
+    """
+    if algorithm == PPO:
+        return {**settings, "n_envs": n_envs}
+    cls = PPGEWMA if algorithm == PPG_EWMA else PPOEWMA
+    complete = with_defaults(cls, {name: value for name, value in settings.items() if name != "policy_kwargs"})
+    old = rescale(complete, 1).hyperparameters  # with numbers
+    new = rescale(complete, n_envs / settings["n_envs"]).hyperparameters
+    names = [name for name in ("n_envs", "batch_size", *ABLATIONS.values(), GRADIENT_NORM) if name in new]
+    return {**settings, **{name: old[name] if name in kept else new[name] for name in names}}
+
+
+def variants() -> list[Variant]:
+    """
+    :return: the largest number of environments, and fewer with all adjustments; the fewest with all but one adjustment
+        and without any
+    """
+    everything = {*ABLATIONS.values()}
+    down = [("adjusted", n, set[str]()) for n in N_ENVS]
+    unadjusted = ("unadjusted", SMALLEST, everything)
+    without = {name: (f"all but the {name}", SMALLEST, {each}) for name, each in ABLATIONS.items()}
+    runs = {
+        PPO_EWMA: [*down, unadjusted, *(each for name, each in without.items() if name != "policy iterations")],
+        PPG_EWMA: [*down, unadjusted, *without.values()],
+        PPO: [("unadjusted", n, everything) for n in N_ENVS],
+        CLIPPED: [down[0], down[-1], ("all but the gradient norm", SMALLEST, {GRADIENT_NORM})],
+    }
+    found = []
+    for env, base in SETTINGS.items():
+        settings = {
+            PPO_EWMA: {**base, "prox_decay": "auto"},
+            PPG_EWMA: {**base, "prox_decay": "auto", **PHASE},
+            PPO: {name: value for name, value in {**base, **SB3}.items() if name != "advantage_decay"},
+        }
+        settings[CLIPPED] = {**settings[PPO_EWMA], GRADIENT_NORM: 0.5}
+        zoo = {PPO: "ppo", PPO_EWMA: "ppo_ewma", PPG_EWMA: "ppg_ewma", CLIPPED: "ppo_ewma"}
+        untrained = {**settings[PPO_EWMA], "learning_rate": 0.0, "n_timesteps": 50_000}
+        found.append(Variant(env, UNTRAINED, "ppo_ewma", untrained))
+        for algorithm in runs:
+            for adjustment, n_envs, kept in runs[algorithm]:
+                complete = adjusted(algorithm, settings[algorithm], n_envs, kept)
+                if algorithm != PPO and n_envs == LARGEST:
+                    complete["callback"] = [{"sb3_ppo_ewma.NoiseScaleCallback": {"every": 10}}]  # changes no training
+                found.append(Variant(env, name_of(algorithm, adjustment, n_envs), zoo[algorithm], complete))
+    return found
+
+
+def report(file: Path) -> None:
+    # Here, so that training does not need what reports do.
+    import pandas as pd
+
+    from benchmarks.experiments import report as common
+
+    runs = common.load(file)
+    parts = runs[runs.variant != UNTRAINED].variant.str.rsplit(", ", n=2, expand=True)
+    parts.columns = ["algorithm", "adjustment", "n_envs"]
+    untrained = runs[runs.variant == UNTRAINED]
+    lines, panels = [], {}
+    for (env, algorithm), group in runs.join(parts, how="inner").groupby(["env", "algorithm"], sort=False):
+        first = "unadjusted" if algorithm == PPO else "adjusted"
+        largest = name_of(algorithm, first, LARGEST)
+        if largest not in set(group.variant) or env not in set(untrained.env):
+            continue
+        scored = common.normalized(pd.concat([group, untrained[untrained.env == env]]), UNTRAINED, largest)
+        panels[f"{algorithm}, {env}"] = (first, scored)
+        means, scores = common.means(scored), common.scores(scored)
+        rows = [
+            [
+                adjustment,
+                n_envs,
+                len(scores[name]),
+                means[name],
+                common.difference(scores[largest], scores[name]) if name != largest else "",
+            ]
+            for (adjustment, n_envs, name) in sorted(
+                {(row.adjustment, int(row.n_envs), row.variant) for row in group.itertuples()},
+                key=lambda row: (row[0] != first, row[0] != "unadjusted", row[0], -row[1]),
+            )
+        ]
+        headings = [
+            "adjusted",
+            "environments",
+            "runs",
+            "normalised final return",
+            f"less that of {LARGEST} environments",
+        ]
+        lines += ["", f"## {algorithm} in {env}", "", *common.table(headings, rows)]
+        noise = group[group.variant == largest][["noise_scale_policy", "noise_scale_joint"]].mean()
+        if algorithm != PPO and noise.notna().all():
+            lines += [
+                "",
+                f"Gradient noise scale with {LARGEST} environments, mean of training: {noise.iloc[0]:.0f} samples for "
+                f"the policy loss, {noise.iloc[1]:.0f} for the joint loss; a minibatch has "
+                f"{SETTINGS[str(env)]['batch_size']}.",
+            ]
+    figure, axes = common.panels(panels)
+    for name, axis in axes.items():
+        first, scored = panels[name]
+        algorithm = name.partition(",")[0]
+        common.plot_curves(axis, scored, {name_of(algorithm, first, n): f"{n} environments" for n in N_ENVS})
+        axis.legend(frameon=False, fontsize="small")
+    images = [common.save(figure, file)]
+    figure, axes = common.panels(panels)
+    for name, axis in axes.items():
+        plot_ablations(axis, *panels[name])
+    images.append(common.save(figure, file, "_ablations"))
+    intro = [
+        "Final return of the training episodes in the last tenth of training, normalised: 0 is the untrained policy, 1 "
+        f"the mean of the algorithm with {LARGEST} environments. PPO is SB3's, where nothing but the number of "
+        "environments changes.",
+        "",
+        images[0],
+        "",
+        images[1],
+    ]
+    common.write(file, "Batch size-invariance", [*intro, *lines])
+
+
+def plot_ablations(axis: Any, first: str, scored: Any) -> None:
+    """
+    :param axis: to draw on
+    :param first: name of the adjustment that is a line
+    :param scored: runs of an algorithm in an environment
+    """
+    from benchmarks.experiments import report as common
+
+    rest = [name for name in scored.adjustment.dropna().unique() if name != first]
+    for adjustment, color in zip([first, *rest], common.COLORS, strict=False):
+        means = scored[scored.adjustment == adjustment].groupby("n_envs").score.agg(["mean", "min", "max"])
+        means = means.loc[sorted(means.index, key=int, reverse=True)]
+        mean, low, high = means.to_numpy().T
+        places = [N_ENVS.index(int(n)) for n in means.index]
+        axis.errorbar(
+            places, mean, yerr=[mean - low, high - mean], marker="o", capsize=2, color=color, label=adjustment
+        )
+    axis.set(
+        xticks=range(len(N_ENVS)),
+        xticklabels=N_ENVS,
+        xlabel="environments",
+        ylabel="normalised final return, mean and range",
+    )
+    axis.legend(frameon=False, fontsize="small")
+
+
+def main() -> None:
+    quick: dict[str, Any] = {"n_timesteps": 1000, "n_envs": 2, "n_steps": 16, "batch_size": 16}
+    execute(parser(__doc__, "invariance", N_SEEDS).parse_args(), variants(), quick, report)
+
+
+if __name__ == "__main__":
+    main()
