@@ -157,6 +157,17 @@ def test_options_do_not_outlive_their_command():
     assert [saved_config("ppo_ewma", number)["n_envs"] for number in (1, 2)] == [2, 4]
 
 
+@pytest.mark.parametrize("given", [None, {"sb3_ppo_ewma.NoiseScaleCallback": {"n_batches": 2}}])
+def test_advice(given, capsys):
+    entry = {**ENTRY, "learning_rate": 0.0} | ({} if given is None else {"callback": given})
+    Path("entries.yml").write_text(yaml.safe_dump({"CartPole-v1": entry}))
+    zoo.main([*TRAIN, "--algo", "ppo_ewma", "--advice", "-n", "1280"])  # 40 iterations
+    assert "Advice after" in capsys.readouterr().out
+    assert saved_config("ppo_ewma")["callback"] == [*([] if given is None else [given]), "sb3_ppo_ewma.AdviceCallback"]
+    zoo.main([*TRAIN, "--algo", "ppo_ewma", "-n", "1280"])
+    assert "Advice after" not in capsys.readouterr().out
+
+
 def test_help_has_them(capsys):
     with pytest.raises(SystemExit) as ended:
         zoo.main(["train", "--help"])

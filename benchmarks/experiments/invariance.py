@@ -18,24 +18,34 @@ N_SEEDS = 3
 N_ENVS = [64, 16, 4, 1]
 LARGEST, SMALLEST = N_ENVS[0], N_ENVS[-1]
 # One epoch of 8 minibatches and no clipping of gradients, as in the paper
+COMMON: dict[str, Any] = {
+    "policy": "MlpPolicy",
+    "n_envs": LARGEST,
+    "n_steps": 32,
+    "batch_size": 256,
+    "n_epochs": 1,
+    "gamma": 0.99,
+    "gae_lambda": 0.95,
+    "max_grad_norm": float("inf"),
+    "advantage_decay": 0.0,
+}
 SETTINGS: dict[str, dict[str, Any]] = {
     "MinAtar/SpaceInvaders-v1": {
-        "policy": "MlpPolicy",
+        **COMMON,
         "policy_kwargs": "dict(activation_fn=nn.ReLU, net_arch=dict(pi=[64, 64], vf=[64, 64]))",
         "n_timesteps": 400_000,
-        "n_envs": LARGEST,
-        "n_steps": 32,
-        "batch_size": 256,
-        "n_epochs": 1,
         "learning_rate": 1e-3,
-        "gamma": 0.99,
-        "gae_lambda": 0.95,
         "ent_coef": 0.01,
-        "max_grad_norm": float("inf"),
-        "advantage_decay": 0.0,
+    },
+    "Acrobot-v1": {
+        **COMMON,
+        "normalize": True,
+        "n_timesteps": 200_000,
+        "learning_rate": 3e-3,
+        "ent_coef": 0.0,
     },
 }
-# 12 phases of 16 * 2048 samples
+# 12 and 6 phases of 16 * 2048 samples
 PHASE = {"n_policy_iterations": 16, "aux_batch_size": 128, "aux_learning_rate": 1e-3}
 # As SB3's users have it: nothing but the number of environments changes, SB3 clips gradients and has several epochs.
 SB3 = {"n_epochs": 4, "learning_rate": 5e-4, "max_grad_norm": 0.5}
