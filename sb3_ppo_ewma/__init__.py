@@ -8,6 +8,8 @@ The recurrent and the maskable algorithm need sb3-contrib and are imported on fi
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from sb3_ppo_ewma.advice import AdviceCallback
+from sb3_ppo_ewma.noise_scale import NoiseScaleCallback
 from sb3_ppo_ewma.policies import ImpalaPolicy, PPGCnnPolicy, PPGImpalaPolicy, PPGMultiInputPolicy, PPGPolicy
 from sb3_ppo_ewma.ppg import PPG, PPGEWMA, AuxiliaryPhaseMixin
 from sb3_ppo_ewma.ppo_ewma import PPOEWMA, EwmaMixin
@@ -21,11 +23,13 @@ __all__ = [
     "PPG",
     "PPGEWMA",
     "PPOEWMA",
+    "AdviceCallback",
     "AuxiliaryPhaseMixin",
     "EwmaMixin",
     "ImpalaCNN",
     "ImpalaPolicy",
     "MaskablePPOEWMA",
+    "NoiseScaleCallback",
     "PPGCnnPolicy",
     "PPGImpalaPolicy",
     "PPGMultiInputPolicy",

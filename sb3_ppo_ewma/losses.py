@@ -35,6 +35,7 @@ class PolicyLossStats(NamedTuple):
     :param approx_kl_prox: ½·mean((log π_θ − log π_prox)²)
     :param importance_ratio_max: largest π_θ/π_behav, before the cap
     :param importance_cap_fraction: share of samples whose π_θ/π_behav exceeds the cap; 0 when there is none
+    :param importance_ess: effective sample size of the weights w = π_θ/π_behav, (Σw)²/(n·Σw²), before the cap
     """
 
     policy_gradient_loss: th.Tensor
@@ -43,6 +44,7 @@ class PolicyLossStats(NamedTuple):
     approx_kl_prox: th.Tensor
     importance_ratio_max: th.Tensor
     importance_cap_fraction: th.Tensor
+    importance_ess: th.Tensor
 
 
 class RatioLimits(NamedTuple):
@@ -146,6 +148,7 @@ class RatioStatistics(NamedTuple):
     approx_kl_prox: th.Tensor
     importance_ratio_max: th.Tensor
     importance_cap_fraction: th.Tensor
+    importance_ess: th.Tensor
 
 
 class LossTerms(NamedTuple):
@@ -291,6 +294,7 @@ def decoupled_policy_loss(
         ratios.approx_kl_prox,
         ratios.importance_ratio_max,
         ratios.importance_cap_fraction,
+        ratios.importance_ess,
     )
     return loss, stats
 
@@ -365,7 +369,11 @@ def ratio_statistics(log_ratio_prox: th.Tensor, log_ratio_behav: th.Tensor, limi
     if log_cap is not None:
         cap_fraction = (log_ratio_behav > log_cap).to(dtype).mean(-1)
     approx_kl_prox = (0.5 * _bounded(log_ratio_prox) ** 2).mean(-1)
-    return RatioStatistics(clip_fraction, approx_kl_prox, _bounded_exp(log_ratio_behav.amax(-1)), cap_fraction)
+    log_ratio_max = log_ratio_behav.amax(-1)
+    # A common factor of the weights cancels: the largest becomes 1, and nothing overflows.
+    weights = th.exp(_bounded(log_ratio_behav) - _bounded(log_ratio_max).unsqueeze(-1))
+    ess = weights.mean(-1) ** 2 / (weights**2).mean(-1)
+    return RatioStatistics(clip_fraction, approx_kl_prox, _bounded_exp(log_ratio_max), cap_fraction, ess)
 
 
 def approximate_kl(log_ratio: th.Tensor) -> th.Tensor:

@@ -41,6 +41,7 @@ from sb3_ppo_ewma.ewma import (
     MomentsEwma,
     ParameterEwma,
     center_of_mass_from_decay,
+    center_of_mass_of_epoch,
     decay_from_center_of_mass,
     standardize,
 )
@@ -354,8 +355,7 @@ class EwmaMixin(SavedStateMixin):
         """
         if self.prox_decay != "auto":
             return self.prox_decay
-        n_samples = self.n_steps * self.n_envs
-        return decay_from_center_of_mass(max(1, math.ceil(n_samples / (self.batch_size or n_samples))))
+        return decay_from_center_of_mass(center_of_mass_of_epoch(self.n_steps * self.n_envs, self.batch_size))
 
     # ------------------------------------------------------------------ hooks of the families
 
@@ -896,7 +896,7 @@ class EwmaMixin(SavedStateMixin):
         approx_kl = statistics.reduce(losses.approximate_kl, "log_ratio_old", last_epoch=True)
         record("train/approx_kl", np.mean(approx_kl))
         limits = coefficients.ratio_limits
-        clip_fraction, approx_kl_prox, importance_ratio_max, cap_fraction = statistics.reduce(
+        clip_fraction, approx_kl_prox, importance_ratio_max, cap_fraction, importance_ess = statistics.reduce(
             lambda prox, behav: th.stack(losses.ratio_statistics(prox, behav, limits)),
             "log_ratio_prox",
             "log_ratio_behav",
@@ -904,6 +904,7 @@ class EwmaMixin(SavedStateMixin):
         record("train/approx_kl_prox", np.mean(approx_kl_prox))
         record("train/loss", statistics.terms("loss")[-1])
         record("train/importance_ratio_max", np.max(importance_ratio_max))
+        record("train/importance_ess", np.mean(importance_ess))
         if limits.log_cap is not None:
             record("train/importance_cap_fraction", np.mean(cap_fraction))
         if coefficients.kl_coef is not None:

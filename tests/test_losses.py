@@ -74,6 +74,19 @@ def test_capped_ratio_is_the_cap_and_keeps_a_gradient():
     assert stats.importance_cap_fraction.item() == 0.0
 
 
+def test_effective_sample_size():
+    # Weights 3, 1, 1, 1: (3 + 1 + 1 + 1)² / (4 · (9 + 1 + 1 + 1)) = 36/48; the cap changes nothing
+    for cap in (None, 2.0):
+        _, stats, _ = policy_loss([0.3] * 4, [0.3] * 4, [0.1, 0.3, 0.3, 0.3], [1.0] * 4, max_importance_ratio=cap)
+        assert stats.importance_ess.item() == pytest.approx(36 / 48)
+    _, stats, _ = policy_loss([0.9], [0.3], [0.1], [1.0])
+    assert stats.importance_ess.item() == 1.0
+    # Two equal weights far above the others, whatever their size: 2² / (4 · 2), in each of the rows
+    rows = th.tensor([[2e4, 2e4, 0.0, -2e4], [-9e4, -8e4, -9e4, -8e4]])
+    ratios = losses.ratio_statistics(rows, rows, losses.RatioLimits.of(0.2, 100.0))
+    assert ratios.importance_ess.tolist() == [0.5, 0.5]
+
+
 def test_padding_does_not_count():
     mask = th.tensor([True, False, True])
     loss, stats, gradient = policy_loss([0.4, 0.9, 0.1], [0.4] * 3, [0.2, 0.1, 0.2], [1.0, 99.0, 2.0], mask=mask)

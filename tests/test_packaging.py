@@ -18,7 +18,7 @@ import yaml
 
 import sb3_ppo_ewma
 from sb3_ppo_ewma import PPG, PPGEWMA, PPOEWMA, AuxiliaryPhaseMixin, EwmaMixin, MaskablePPOEWMA, RecurrentPPOEWMA
-from sb3_ppo_ewma.zoo.algorithms import ALGORITHMS, hyperparameter_file
+from sb3_ppo_ewma.zoo.algorithms import ALGORITHMS, ONE_EPOCH, hyperparameter_file
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -37,7 +37,7 @@ LAYERS: list[tuple[set[str], set[str]]] = [
     ({"optimizers"}, set()),
     ({"compilation"}, set()),
     ({"_arguments", "distributions", "rollout_files"}, {"stable_baselines3"}),
-    ({"torch_layers", "rollouts", "forward"}, {"gymnasium"}),
+    ({"torch_layers", "rollouts", "forward", "advice"}, {"gymnasium"}),
     ({"saving", "policies"}, set()),
     ({"mlp", "parts"}, set()),
     ({"flat_mlp"}, set()),
@@ -218,9 +218,10 @@ def test_signature_of_ppg_is_that_of_ppo_with_the_papers_defaults(cls: type, pro
 
 
 def test_every_hyperparameter_file_is_found() -> None:
-    assert [file.stem for file in HYPERPARAMETER_FILES] == sorted(ALGORITHMS)
-    for algo in ALGORITHMS:
-        settings = yaml.safe_load(hyperparameter_file(algo).read_text())
+    names = [*ALGORITHMS, ONE_EPOCH]
+    assert [file.stem for file in HYPERPARAMETER_FILES] == sorted(names)
+    for name in names:
+        settings = yaml.safe_load(hyperparameter_file(name).read_text())
         assert "default" in settings
 
 

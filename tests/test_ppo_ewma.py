@@ -260,8 +260,8 @@ def test_quantities_that_ppo_logs_keep_their_meaning(env):
     assert {name: ours[name] for name in theirs} == pytest.approx(theirs, rel=1e-5, abs=1e-7)
     assert set(ours) - set(theirs) == {
         f"train/{name}"
-        for name in ("approx_kl_prox", "importance_ratio_max", "importance_cap_fraction", "advantage_std")
-    }
+        for name in ("approx_kl_prox", "importance_ratio_max", "importance_cap_fraction", "importance_ess")
+    } | {"train/advantage_std"}
 
 
 # ---------------------------------------------------------------------- advantages and epochs
