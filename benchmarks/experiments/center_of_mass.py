@@ -27,6 +27,9 @@ def name_of(center: float, coefficient: float) -> str:
     return f"centre {center:g}, coefficient {coefficient:g}"
 
 
+QUICK_NAMES = [name_of(center, coefficient) for center in CENTERS[:2] for coefficient in COEFFICIENTS[-2:]]
+
+
 def variants() -> list[Variant]:
     """
     :return: the grid
@@ -86,7 +89,7 @@ def report(file: Path) -> None:
 
 def main() -> None:
     quick: dict[str, Any] = {"n_timesteps": 1000, "n_envs": 2, "n_steps": 16, "batch_size": 16}
-    execute(parser(__doc__, "center_of_mass", N_SEEDS).parse_args(), variants(), quick, report)
+    execute(parser(__doc__, "center_of_mass", N_SEEDS).parse_args(), variants(), quick, report, QUICK_NAMES)
 
 
 if __name__ == "__main__":

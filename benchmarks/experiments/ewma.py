@@ -80,7 +80,7 @@ def report(file: Path) -> None:
     arrays = {name: complete.loc[name].to_numpy() for name in NAMES if name in complete.index.get_level_values(0)}
     if "none" in arrays and len(arrays) > 1:
         pairs = {name: (arrays[name], arrays["none"]) for name in arrays if name != "none"}
-        found = estimate(pairs, metrics.probability_of_improvement, common.FEW_REPS)
+        found = estimate(pairs, metrics.probability_of_improvement, common.REPS)
         rows = [[NAMES[name], estimates[0]] for name, estimates in found.items()]
         headings = [
             "centre of mass",

@@ -64,6 +64,14 @@ def name_of(algorithm: str, adjustment: str, n_envs: int) -> str:
     return f"{algorithm}, {adjustment}, {n_envs}"
 
 
+QUICK_NAMES = [
+    UNTRAINED,
+    *(name_of(algorithm, "adjusted", LARGEST) for algorithm in (PPO_EWMA, PPG_EWMA, CLIPPED)),
+    *(name_of(algorithm, "unadjusted", SMALLEST) for algorithm in (PPO_EWMA, PPG_EWMA, PPO)),
+    name_of(PPO, "unadjusted", LARGEST),
+]
+
+
 def adjusted(algorithm: str, settings: dict[str, Any], n_envs: int, kept: set[str]) -> dict[str, Any]:
     """
     :param algorithm: PPO-EWMA or PPG-EWMA
@@ -216,7 +224,7 @@ def plot_ablations(axis: Any, first: str, scored: Any) -> None:
 
 def main() -> None:
     quick: dict[str, Any] = {"n_timesteps": 1000, "n_envs": 2, "n_steps": 16, "batch_size": 16}
-    execute(parser(__doc__, "invariance", N_SEEDS).parse_args(), variants(), quick, report)
+    execute(parser(__doc__, "invariance", N_SEEDS).parse_args(), variants(), quick, report, QUICK_NAMES)
 
 
 if __name__ == "__main__":

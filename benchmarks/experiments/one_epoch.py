@@ -13,10 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.experiments import ewma
-from benchmarks.experiments.runs import Variant, execute, parser, zoo_settings
+from benchmarks.experiments.runs import RETURNS, Variant, execute, parser, zoo_settings
 from sb3_ppo_ewma.ewma import decay_from_span
 
 N_SEEDS = 3
+NAMES = {
+    "same rate": "one epoch, the same learning rate",
+    "rate / sqrt(epochs)": "one epoch, the rate divided by the root of the epochs",
+    "epoch": "several epochs, PPO-EWMA",
+    "none": "several epochs, PPO",
+}
 # Advantages are normalised over as many samples at least, and over as many iterations as leave one of them when the
 # number of environments is raised to this one.
 NORMALIZED, SCALABLE = 2048, 8
@@ -68,7 +74,40 @@ def variants() -> list[Variant]:
 
 
 def report(file: Path) -> None:
-    print(file)
+    # Here, so that training does not need what reports do.
+    import pandas as pd
+
+    from benchmarks.experiments import report as common
+
+    runs = common.load(file)
+    several = file.with_name("ewma.csv")
+    if several.is_file():
+        before = common.load(several)
+        before = before[before.variant.isin(["none", "epoch"]) & before.env.isin(runs.env)]
+        runs = pd.concat([runs, before[before.n_timesteps == before.env.map(runs.groupby("env").n_timesteps.first())]])
+    figure, axes = common.panels(env for env in ewma.N_TIMESTEPS if env in set(runs.env))
+    lines = []
+    for env, axis in axes.items():
+        there = runs[runs.env == env]
+        common.plot_curves(axis, there, NAMES)
+        finals = common.means(there.assign(score=there.final_return))
+        areas = common.means(there.assign(score=there[RETURNS].mean(axis=1)))
+        rows = [
+            [label, len(there[there.variant == name]), finals[name], areas[name]]
+            for name, label in NAMES.items()
+            if name in finals
+        ]
+        lines += ["", f"## {env}", "", *common.table(["settings", "runs", "final return", "mean return"], rows)]
+    next(iter(axes.values())).legend(frameon=False, fontsize="small")
+    intro = [
+        "PPO-EWMA with one epoch of smaller minibatches, in as many gradient steps as the settings of "
+        "`zoo_hyperparams/ppo_ewma.yml` make in several epochs; beside it runs with those settings, of `ewma.csv`. "
+        "Final return: mean of the training episodes that ended in the last tenth of training; mean return: of all of "
+        "training.",
+        "",
+        common.save(figure, file),
+    ]
+    common.write(file, "One epoch instead of several", [*intro, *lines])
 
 
 def main() -> None:

@@ -19,9 +19,7 @@ import matplotlib.pyplot as plt  # after the choice of the backend
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-REPS = 10_000
-# For curves, which take long
-FEW_REPS = 2000
+REPS = 2000
 # Of Okabe and Ito, told apart by the colour-blind too
 COLORS = ["#000000", "#0072B2", "#E69F00", "#CC79A7", "#009E73", "#D55E00", "#56B4E9", "#F0E442"]
 
@@ -96,7 +94,7 @@ def plot_curves(axis: Axes, runs: pd.DataFrame, names: Mapping[str, str], colors
         if len(group) == 0:
             continue
         steps, returns = curves(group)
-        band = estimate({variant: returns[:, None]}, iqm_at_every_step, FEW_REPS)[variant]
+        band = estimate({variant: returns[:, None]}, iqm_at_every_step, REPS)[variant]
         axis.plot(steps, [point.value for point in band], color=color, label=label)
         low, high = [point.low for point in band], [point.high for point in band]
         axis.fill_between(steps, low, high, color=color, alpha=0.15, linewidth=0)

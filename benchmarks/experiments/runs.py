@@ -142,7 +142,7 @@ def parser(description: str | None, name: str, n_seeds: int) -> argparse.Argumen
     result.add_argument("--envs", nargs="+", help="only these environments")
     result.add_argument("--variants", nargs="+", help="only these variants")
     result.add_argument("--seeds", nargs="+", type=int, default=list(range(n_seeds)))
-    result.add_argument("--quick", action="store_true", help="a smoke test: one environment, few steps, one seed")
+    result.add_argument("--quick", action="store_true", help="a smoke test: some variants, few steps, one seed")
     result.add_argument("--report", action="store_true", help="train nothing, only make tables and figures anew")
     result.add_argument("--results", type=Path, help="folder of the results")
     result.set_defaults(name=name)
@@ -150,7 +150,11 @@ def parser(description: str | None, name: str, n_seeds: int) -> argparse.Argumen
 
 
 def execute(
-    args: argparse.Namespace, variants: Sequence[Variant], quick: dict[str, Any], report: Callable[[Path], None]
+    args: argparse.Namespace,
+    variants: Sequence[Variant],
+    quick: dict[str, Any],
+    report: Callable[[Path], None],
+    quick_names: Sequence[str] | None = None,
 ) -> None:
     """
     Train what is missing, then report.
@@ -159,12 +163,17 @@ def execute(
     :param variants: all of the experiment, in the order of training
     :param quick: settings that make a run short
     :param report: is given the CSV
+    :param quick_names: of the variants of a smoke test; ``None``: all
     """
     folder = args.results or (REPOSITORY / "logs" / "quick" if args.quick else RESULTS)
     table = Table(folder / f"{args.name}.csv")
     if not args.report:
         if args.quick:
-            variants = [Variant(v.env, v.name, v.algo, {**v.settings, **quick}) for v in variants if v.env == QUICK_ENV]
+            variants = [
+                Variant(v.env, v.name, v.algo, {**v.settings, **quick})
+                for v in variants
+                if v.env == QUICK_ENV and (quick_names is None or v.name in quick_names)
+            ]
         chosen = [
             variant
             for variant in variants

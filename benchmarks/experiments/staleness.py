@@ -46,6 +46,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 UNTRAINED = "untrained"
 FRESH = "decoupled, 0"
+QUICK_NAMES = [UNTRAINED, FRESH, "decoupled, 1", "behavior, 1", "proximal, 1", "proximal, 1, EWMA"]
 
 
 def name_of(mode: str, staleness: int, has_ewma: bool) -> str:
@@ -122,7 +123,7 @@ def report(file: Path) -> None:
 
 def main() -> None:
     quick: dict[str, Any] = {"n_timesteps": 1000, "n_envs": 2, "n_steps": 16, "batch_size": 16, "staleness": 1}
-    execute(parser(__doc__, "staleness", N_SEEDS).parse_args(), variants(), quick, report)
+    execute(parser(__doc__, "staleness", N_SEEDS).parse_args(), variants(), quick, report, QUICK_NAMES)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,190 @@
+"""The programs in benchmarks/experiments: they end, continue, do not mix settings, and report what the CSV says."""
+
+import csv
+import importlib
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from benchmarks.experiments import runs as experiments
+from benchmarks.experiments.runs import COLUMNS, RETURNS, Table, Variant
+from benchmarks.experiments.training import Result, train
+from tests.test_benchmarks import execute
+
+report = pytest.importorskip("benchmarks.experiments.report", reason="needs rliable", exc_type=ImportError)
+
+NAMES = ["ewma", "one_epoch", "staleness", "invariance", "center_of_mass"]
+CARTPOLE = {"policy": "MlpPolicy", "n_timesteps": 400, "n_envs": 2, "n_steps": 16, "batch_size": 16, "n_epochs": 1}
+
+
+def read(file: Path) -> list[dict[str, str]]:
+    with file.open(newline="") as lines:
+        return list(csv.DictReader(lines))
+
+
+# === Every experiment ===
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_quick_run_and_its_report(name, tmp_path):
+    pytest.importorskip("minatar")
+    module = f"benchmarks.experiments.{name}"
+    printed = execute(module, "--quick", "--jobs", 1, "--results", tmp_path).stdout
+    experiment = importlib.import_module(module)
+    names = [variant.name for variant in experiment.variants() if variant.env == experiments.QUICK_ENV]
+    assert set(getattr(experiment, "QUICK_NAMES", [])) <= set(names)
+    rows = read(tmp_path / f"{name}.csv")
+    assert sorted(row["variant"] for row in rows) == sorted(getattr(experiment, "QUICK_NAMES", names))
+    assert all(np.isfinite(float(row["final_return"])) for row in rows)
+    assert f"{len(rows)} of {len(rows)} runs to do" in printed
+    figures = {file.name: file.read_bytes() for file in tmp_path.glob("*.[ps][nv]g")}
+    assert {f"{name}.png", f"{name}.svg"} <= figures.keys()
+    # The same from the CSV alone, without training
+    text = (tmp_path / f"{name}.md").read_text().partition("not edited")[2]
+    execute(module, "--report", "--results", tmp_path)
+    assert (tmp_path / f"{name}.md").read_text().partition("not edited")[2] == text
+    assert {file.name: file.read_bytes() for file in tmp_path.glob("*.[ps][nv]g")} == figures
+    assert read(tmp_path / f"{name}.csv") == rows
+
+
+@pytest.mark.parametrize("file", sorted(experiments.RESULTS.glob("*.csv")), ids=lambda file: file.stem)
+def test_stored_results_give_the_stored_report(file, tmp_path):
+    for each in (file, file.with_suffix(".json"), experiments.RESULTS / "ewma.csv"):
+        shutil.copy(each, tmp_path)
+    execute(f"benchmarks.experiments.{file.stem}", "--report", "--results", tmp_path)
+    text = (tmp_path / f"{file.stem}.md").read_text()
+    assert text.partition("not edited")[2] == file.with_suffix(".md").read_text().partition("not edited")[2]
+    for suffix in (".png", ".svg"):
+        assert file.with_suffix(suffix).is_file()
+
+
+@pytest.mark.parametrize("file", sorted(experiments.RESULTS.glob("*.csv")), ids=lambda file: file.stem)
+def test_stored_results_are_of_the_present_settings(file):
+    variants = importlib.import_module(f"benchmarks.experiments.{file.stem}").variants()
+    known = Table(file).content["settings"]
+    settings = {(variant.env, variant.name): variant.recorded for variant in variants}
+    for env, name, _ in Table(file).finished():
+        assert known[env][name] == settings[env, name]
+
+
+# === Runs ===
+
+
+@pytest.fixture
+def pretend(monkeypatch):
+    """Trains nothing; tells what would have been trained."""
+    trained = []
+
+    class Now:
+        def __init__(self, *args, **kwargs):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *args):
+            pass
+
+        def shutdown(self, **kwargs):
+            pass
+
+        def submit(self, function, algo, env, settings, seed):
+            from concurrent.futures import Future
+
+            future = Future()
+            trained.append((env, settings["n_envs"], seed))
+            if settings["n_envs"] == 13:
+                future.set_exception(ValueError("13 is too many"))
+            else:
+                future.set_result(Result([float(seed)] * len(RETURNS), {"clip_fraction": 0.25}, 1.0))
+            return future
+
+    monkeypatch.setattr(experiments, "ProcessPoolExecutor", Now)
+    monkeypatch.setattr(experiments.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(experiments, "use_one_thread", lambda: None)
+    return trained
+
+
+def variants(*n_envs: int) -> list[Variant]:
+    return [Variant("CartPole-v1", f"{n}", "ppo_ewma", {**CARTPOLE, "n_envs": n}) for n in n_envs]
+
+
+def test_runs_seed_by_seed_and_none_twice(pretend, tmp_path):
+    table = Table(tmp_path / "x.csv")
+    experiments.train_all(variants(1, 2), [0, 1], table, 2)
+    assert pretend == [("CartPole-v1", 1, 0), ("CartPole-v1", 2, 0), ("CartPole-v1", 1, 1), ("CartPole-v1", 2, 1)]
+    rows = read(table.file)
+    assert list(rows[0]) == COLUMNS
+    assert sorted((row["variant"], row["seed"]) for row in rows) == [("1", "0"), ("1", "1"), ("2", "0"), ("2", "1")]
+    assert {row["clip_fraction"] for row in rows} == {"0.25"}
+    assert Table(table.file).content["starts"][0]["runs"] == 4
+    pretend.clear()
+    experiments.train_all(variants(1, 2, 3), [0, 1], Table(table.file), 2)
+    assert pretend == [("CartPole-v1", 3, 0), ("CartPole-v1", 3, 1)]
+
+
+def test_failed_runs_are_named_and_the_others_kept(pretend, tmp_path):
+    table = Table(tmp_path / "x.csv")
+    with pytest.raises(
+        SystemExit, match=r"1 of 2 runs failed:\n.*CartPole-v1 13 seed 0: ValueError\('13 is too many'\)"
+    ):
+        experiments.train_all(variants(13, 2), [0], table, 2)
+    assert [row["variant"] for row in read(table.file)] == ["2"]
+
+
+def test_results_of_other_settings_are_not_mixed(pretend, tmp_path):
+    file = tmp_path / "x.csv"
+    experiments.train_all(variants(1), [0], Table(file), 1)
+    changed = [Variant(v.env, v.name, v.algo, {**v.settings, "learning_rate": 1.0}) for v in variants(1)]
+    with pytest.raises(SystemExit, match="has runs of 1 in CartPole-v1 with other settings"):
+        experiments.train_all(changed, [1], Table(file), 1)
+    assert len(read(file)) == 1
+
+
+def test_a_training_and_its_seed():
+    first, again, other = (train("ppo_ewma", "CartPole-v1", CARTPOLE, seed) for seed in (0, 0, 1))
+    assert np.array_equal(first.returns, again.returns, equal_nan=True)
+    assert not np.array_equal(first.returns, other.returns, equal_nan=True)
+    returns = [value for value in first.returns if not np.isnan(value)]
+    assert 8 < min(returns) <= max(returns) < 500
+    assert {"clip_fraction", "approx_kl", "approx_kl_prox", "entropy_loss"} <= first.diagnostics.keys()
+    assert -np.log(2) - 1e-6 < first.diagnostics["entropy_loss"] < -0.5
+
+
+# === Reports ===
+
+
+def table_of(scores: dict[str, list[float]]) -> pd.DataFrame:
+    rows = [(name, seed, value) for name, values in scores.items() for seed, value in enumerate(values)]
+    return pd.DataFrame(rows, columns=["variant", "seed", "final_return"]).assign(env="X", n_timesteps=100)
+
+
+def test_normalized_returns():
+    runs = report.normalized(table_of({"zero": [9.0, 11.0], "one": [28.0, 32.0], "other": [20.0, 5.0]}), "zero", "one")
+    scores = {name: group.score.tolist() for name, group in runs.groupby("variant")}
+    assert scores == {"zero": [-0.05, 0.05], "one": [0.9, 1.1], "other": [0.5, -0.25]}
+
+
+def test_means_and_differences():
+    rng = np.random.default_rng(0)
+    first, second = rng.normal(1.0, 0.1, 400), rng.normal(0.8, 0.1, 400)
+    runs = table_of({"a": list(first), "b": list(second)})
+    means = report.means(runs.assign(score=runs.final_return))
+    assert means["a"].value == pytest.approx(first.mean())
+    # The standard error of a mean is 0.1 / 20, that of a difference of two √2 times as large.
+    assert means["a"].high - means["a"].low == pytest.approx(4 * 0.005, rel=0.15)
+    difference = report.difference(first[:, None], second[:, None])
+    assert difference.value == pytest.approx(second.mean() - first.mean())
+    assert difference.high - difference.low == pytest.approx(4 * 0.005 * 2**0.5, rel=0.15)
+
+
+def test_gaps_in_a_curve_are_interpolated():
+    returns = np.full((1, len(RETURNS)), np.nan)
+    returns[0, [1, 3]] = [10.0, 20.0]
+    runs = pd.DataFrame(returns, columns=RETURNS).assign(n_timesteps=200)
+    steps, values = report.curves(runs)
+    assert steps[:2].tolist() == [5.0, 15.0]
+    assert values[0, :5].tolist() == [10.0, 10.0, 15.0, 20.0, 20.0]
