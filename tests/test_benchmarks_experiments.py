@@ -152,6 +152,9 @@ def test_a_training_and_its_seed():
     assert 8 < min(returns) <= max(returns) < 500
     assert {"clip_fraction", "approx_kl", "approx_kl_prox", "entropy_loss"} <= first.diagnostics.keys()
     assert -np.log(2) - 1e-6 < first.diagnostics["entropy_loss"] < -0.5
+    measured = train("ppo_ewma", "CartPole-v1", {**CARTPOLE, "callback": "sb3_ppo_ewma.NoiseScaleCallback"}, 0)
+    assert np.array_equal(first.returns, measured.returns, equal_nan=True)
+    assert measured.diagnostics["noise_scale_joint"] > 0
 
 
 # === Reports ===

@@ -98,7 +98,7 @@ def report(file: Path) -> None:
 
 
 def main() -> None:
-    quick: dict[str, Any] = {"n_timesteps": 1000, "n_envs": 2, "n_steps": 16, "batch_size": 16, "n_epochs": 2}
+    quick: dict[str, Any] = {"n_timesteps": 2000, "n_envs": 4, "n_steps": 16, "batch_size": 16, "n_epochs": 2}
     execute(parser(__doc__, "ewma", N_SEEDS).parse_args(), variants(), quick, report)
 
 

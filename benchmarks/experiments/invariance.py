@@ -223,7 +223,7 @@ def plot_ablations(axis: Any, first: str, scored: Any) -> None:
 
 
 def main() -> None:
-    quick: dict[str, Any] = {"n_timesteps": 1000, "n_envs": 2, "n_steps": 16, "batch_size": 16}
+    quick: dict[str, Any] = {"n_timesteps": 2000, "n_envs": 4, "n_steps": 16, "batch_size": 16}
     execute(parser(__doc__, "invariance", N_SEEDS).parse_args(), variants(), quick, report, QUICK_NAMES)
 
 

@@ -122,7 +122,7 @@ def report(file: Path) -> None:
 
 
 def main() -> None:
-    quick: dict[str, Any] = {"n_timesteps": 1000, "n_envs": 2, "n_steps": 16, "batch_size": 16, "staleness": 1}
+    quick: dict[str, Any] = {"n_timesteps": 2000, "n_envs": 4, "n_steps": 16, "batch_size": 16, "staleness": 1}
     execute(parser(__doc__, "staleness", N_SEEDS).parse_args(), variants(), quick, report, QUICK_NAMES)
 
 

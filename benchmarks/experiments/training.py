@@ -73,9 +73,16 @@ def train(algo: str, env_id: str, settings: dict[str, Any], seed: int) -> Result
                     self.counts[part] += 1
             return True
 
+        # Training logs before a rollout starts, callbacks when it ends; then SB3 forgets both.
         def _on_rollout_start(self) -> None:
+            self._take("train/")
+
+        def _on_rollout_end(self) -> None:
+            self._take("noise_scale/")
+
+        def _take(self, prefix: str) -> None:
             for name, values in self.logged.items():
-                if name in self.logger.name_to_value:
+                if name.startswith(prefix) and name in self.logger.name_to_value:
                     values.append(float(self.logger.name_to_value[name]))
 
     th.set_num_threads(1)
