@@ -11,7 +11,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from benchmarks.experiments.runs import RETURNS, Variant, execute, parser, zoo_settings
+from benchmarks.experiments.runs import Variant, execute, parser, zoo_settings
 
 # Steps of a run: rl-zoo3's, or fewer where learning is over before or a run would take more than some minutes
 N_TIMESTEPS = {
@@ -26,6 +26,7 @@ N_SEEDS = 5
 NAMES = {
     "none": "no EWMA (PPO)",
     "epoch": "one epoch's minibatches",
+    "quarter iteration": "a quarter of an iteration's",
     "half iteration": "half an iteration's",
     "iteration": "an iteration's",
 }
@@ -34,7 +35,7 @@ NAMES = {
 def variants() -> list[Variant]:
     """
     :return: PPO-EWMA with the zoo's settings: without EWMA, and with a centre of mass of as many gradient steps as an
-        epoch, half an iteration and an iteration have
+        epoch, half an iteration and an iteration have, and a quarter of an iteration where that is more than an epoch
     """
     found = []
     for env, n_timesteps in N_TIMESTEPS.items():
@@ -43,6 +44,8 @@ def variants() -> list[Variant]:
         epoch = math.ceil(n_samples / settings.get("batch_size", 64))
         iteration = epoch * settings.get("n_epochs", 10)
         centers = {"none": None, "epoch": epoch, "half iteration": iteration / 2, "iteration": iteration}
+        if iteration / 4 > epoch:
+            centers["quarter iteration"] = iteration / 4
         found += [
             Variant(env, name, "ppo_ewma", {**settings, "prox_decay": None if com is None else com / (com + 1)})
             for name, com in centers.items()
@@ -63,17 +66,7 @@ def report(file: Path) -> None:
     for env, axis in axes.items():
         there = runs[runs.env == env]
         common.plot_curves(axis, there, NAMES)
-        finals = common.means(there.assign(score=there.final_return))
-        areas = common.means(there.assign(score=there[RETURNS].mean(axis=1)))
-        settings = there.groupby("variant")[["clip_fraction", "approx_kl_prox"]].mean()
-        rows = [
-            [NAMES[name], len(there[there.variant == name]), finals[name], areas[name]]
-            + [f"{settings.loc[name, column]:.2g}" for column in settings.columns]
-            for name in NAMES
-            if name in finals
-        ]
-        headings = ["centre of mass", "runs", "final return", "mean return", "clip fraction", "KL from π_prox"]
-        lines += ["", f"## {env}", "", *common.table(headings, rows)]
+        lines += ["", f"## {env}", "", *common.table_of_returns("centre of mass", there, NAMES)]
     next(iter(axes.values())).legend(frameon=False, fontsize="small")
     image = common.save(figure, file)
     complete = runs.pivot(index=["variant", "seed"], columns="env", values="final_return").dropna()
@@ -88,9 +81,9 @@ def report(file: Path) -> None:
         ]
         lines += ["", "## All environments", "", *common.table(headings, rows)]
     intro = [
-        "PPO-EWMA with the settings of `zoo_hyperparams/ppo_ewma.yml` and smaller budgets, without EWMA and with three "
-        "centres of mass, counted in gradient steps. Final return: mean of the training episodes that ended in the "
-        "last tenth of training; mean return: of all of training. Probabilities are means of the environments.",
+        "PPO-EWMA with the settings of `zoo_hyperparams/ppo_ewma.yml` and smaller budgets, without EWMA and with "
+        "several centres of mass, counted in gradient steps. Final return: mean of the training episodes that ended in "
+        "the last tenth of training; mean return: of all of training. Probabilities are means of the environments.",
         "",
         image,
     ]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.experiments import ewma
-from benchmarks.experiments.runs import RETURNS, Variant, execute, parser, zoo_settings
+from benchmarks.experiments.runs import Variant, execute, parser, zoo_settings
 from sb3_ppo_ewma.ewma import decay_from_span
 
 N_SEEDS = 3
@@ -90,14 +90,7 @@ def report(file: Path) -> None:
     for env, axis in axes.items():
         there = runs[runs.env == env]
         common.plot_curves(axis, there, NAMES)
-        finals = common.means(there.assign(score=there.final_return))
-        areas = common.means(there.assign(score=there[RETURNS].mean(axis=1)))
-        rows = [
-            [label, len(there[there.variant == name]), finals[name], areas[name]]
-            for name, label in NAMES.items()
-            if name in finals
-        ]
-        lines += ["", f"## {env}", "", *common.table(["settings", "runs", "final return", "mean return"], rows)]
+        lines += ["", f"## {env}", "", *common.table_of_returns("settings", there, NAMES)]
     next(iter(axes.values())).legend(frameon=False, fontsize="small")
     intro = [
         "PPO-EWMA with one epoch of smaller minibatches, in as many gradient steps as the settings of "

@@ -147,6 +147,25 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
     return ["| " + " | ".join(map(str, line)) + " |" for line in lines]
 
 
+def table_of_returns(heading: str, runs: pd.DataFrame, names: Mapping[str, str]) -> list[str]:
+    """
+    :param heading: of the variants
+    :param runs: of one environment
+    :param names: label of each variant that is shown
+    :return: lines of Markdown: final and mean return, and how far the policy moved
+    """
+    finals = means(runs.assign(score=runs.final_return))
+    areas = means(runs.assign(score=runs[RETURNS].mean(axis=1)))
+    moved = runs.groupby("variant")[["clip_fraction", "approx_kl_prox"]].mean()
+    rows = [
+        [label, len(runs[runs.variant == name]), finals[name], areas[name]]
+        + [f"{moved.loc[name, column]:.2g}" for column in moved.columns]
+        for name, label in names.items()
+        if name in finals
+    ]
+    return table([heading, "runs", "final return", "mean return", "clip fraction", "KL from π_prox"], rows)
+
+
 def write(file: Path, title: str, lines: Sequence[str]) -> None:
     """
     :param file: CSV, beside which the report is written as Markdown, with where its numbers come from
