@@ -834,7 +834,8 @@ class EwmaMixin(SavedStateMixin):
         advantages = rollout.buffer.advantages
         if self.advantage_moments is None:
             return float(advantages.std())
-        self._moments_before = copy.deepcopy(self.advantage_moments.state_dict())
+        if self.recompute_advantages:
+            self._moments_before = copy.deepcopy(self.advantage_moments.state_dict())
         self.advantage_moments.update(th.as_tensor(advantages))
         return math.sqrt(self.advantage_moments.moments()[1])
 

@@ -10,6 +10,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
 from sb3_ppo_ewma import PPOEWMA, zoo
+from sb3_ppo_ewma.zoo import options
 from sb3_ppo_ewma.zoo.algorithms import ONE_EPOCH, hyperparameter_file
 from sb3_ppo_ewma.zoo.rescaling import as_yaml, rescaled
 
@@ -84,6 +85,8 @@ def test_parameters_of_the_command_line(capsys):
     entry = yaml.safe_load(capsys.readouterr().out.partition("\n\n")[2])["CartPole-v1"]
     assert entry["learning_rate"] == pytest.approx(1e-4 / 2**0.5)
     assert entry["n_policy_iterations"] == 10
+    assert entry["aux_batch_size"] == 2  # of None, a sixteenth of a rollout
+    assert "aux_learning_rate" not in entry  # the default, before and after
     assert entry["policy_kwargs"].startswith("dict(net_arch=[8], activation_fn=nn.ReLU, optimizer_kwargs=dict(eps=")
 
 
@@ -153,6 +156,7 @@ def test_train_says_why_not(capsys):
 
 def test_options_do_not_outlive_their_command():
     zoo.main([*TRAIN, "--algo", "ppo_ewma", "--rescale-to-n-envs", "2"])
+    assert options.current == options.Options()
     zoo.main([*TRAIN, "--algo", "ppo_ewma"])
     assert [saved_config("ppo_ewma", number)["n_envs"] for number in (1, 2)] == [2, 4]
 
