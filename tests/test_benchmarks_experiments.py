@@ -50,9 +50,26 @@ def test_quick_run_and_its_report(name, tmp_path):
     assert read(tmp_path / f"{name}.csv") == rows
 
 
+def test_quick_study_and_its_report(tmp_path):
+    module = "benchmarks.experiments.tuning"
+    execute(module, "--quick", "--jobs", 1, "--results", tmp_path)
+    rows = read(tmp_path / "tuning.csv")
+    assert [(row["env"], row["trial"], row["state"]) for row in rows] == [
+        ("CartPole-v1", "0", "COMPLETE"),
+        ("CartPole-v1", "1", "COMPLETE"),
+    ]
+    text = (tmp_path / "tuning.md").read_text()
+    assert "2 trials (2 complete)" in text
+    assert "`sb3-ppo-ewma train -optimize" in text
+    (tmp_path / "tuning.md").unlink()
+    execute(module, "--quick", "--jobs", 1, "--results", tmp_path)  # it is complete
+    assert (tmp_path / "tuning.md").read_text() == text
+    assert read(tmp_path / "tuning.csv") == rows
+
+
 @pytest.mark.parametrize("file", sorted(experiments.RESULTS.glob("*.csv")), ids=lambda file: file.stem)
 def test_stored_results_give_the_stored_report(file, tmp_path):
-    for each in (file, file.with_suffix(".json"), experiments.RESULTS / "ewma.csv"):
+    for each in (file, file.with_suffix(".json"), *experiments.RESULTS.glob("ewma.csv")):
         shutil.copy(each, tmp_path)
     execute(f"benchmarks.experiments.{file.stem}", "--report", "--results", tmp_path)
     text = (tmp_path / f"{file.stem}.md").read_text()
@@ -61,13 +78,13 @@ def test_stored_results_give_the_stored_report(file, tmp_path):
         assert file.with_suffix(suffix).is_file()
 
 
-@pytest.mark.parametrize("file", sorted(experiments.RESULTS.glob("*.csv")), ids=lambda file: file.stem)
-def test_stored_results_are_of_the_present_settings(file):
-    variants = importlib.import_module(f"benchmarks.experiments.{file.stem}").variants()
-    known = Table(file).content["settings"]
+@pytest.mark.parametrize("name", [name for name in NAMES if (experiments.RESULTS / f"{name}.csv").is_file()])
+def test_stored_results_are_of_the_present_settings(name):
+    table = Table(experiments.RESULTS / f"{name}.csv")
+    variants = importlib.import_module(f"benchmarks.experiments.{name}").variants()
     settings = {(variant.env, variant.name): variant.recorded for variant in variants}
-    for env, name, _ in Table(file).finished():
-        assert known[env][name] == settings[env, name]
+    for env, variant, _ in table.finished():
+        assert table.content["settings"][env][variant] == settings[env, variant]
 
 
 # === Runs ===

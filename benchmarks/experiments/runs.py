@@ -102,7 +102,7 @@ class Table:
                 )
             known[variant.name] = variant.recorded
         self.content["starts"].append({**start, "runs": 0})
-        self._write_metadata()
+        self.write_metadata()
 
     def add(self, variant: Variant, seed: int, result: Result) -> None:
         row = {
@@ -122,9 +122,9 @@ class Table:
                 writer.writeheader()
             writer.writerow(row)
         self.content["starts"][-1]["runs"] += 1
-        self._write_metadata()
+        self.write_metadata()
 
-    def _write_metadata(self) -> None:
+    def write_metadata(self) -> None:
         temporary = self.metadata.with_suffix(".tmp")
         temporary.write_text(json.dumps(self.content, indent=1) + "\n")
         temporary.replace(self.metadata)
