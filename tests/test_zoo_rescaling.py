@@ -212,7 +212,7 @@ def test_a_trial_is_trained_again_with_more_environments(algo, capsys):
         assert phases[0] == 2 * phases[1]
     capsys.readouterr()
     zoo.main(["rescale", *CARTPOLE, "--algo", algo, *STUDY, "--trial-id", "1", "--n-envs", "1",
-              "-params", "advantage_decay:0.8", "n_envs:2"])  # fmt: skip
+              "-params", "advantage_decay:0.8"])  # fmt: skip
     printed = yaml.safe_load(capsys.readouterr().out.partition("\n\n")[2])["CartPole-v1"]
     assert printed["learning_rate"] == config["learning_rate"]
     assert "activation_fn=nn." in printed["policy_kwargs"]

@@ -153,8 +153,7 @@ def _read_with_trial(upstream: Function, manager: Any) -> Any:
                 without_trial, _ = upstream(manager)
             trial = _completed(trial, without_trial.get("policy_kwargs"))
             given = _completed(given, trial.get("policy_kwargs"))
-            if options.current.rescale_to_n_envs is not None:
-                trial = {**_setting_of_trial(manager, trial_id), **trial}
+            trial = {**_setting_of_trial(manager, trial_id), **trial}
         # Command line arguments go before those of the trial.
         manager.custom_hyperparams = {**trial, **given}
         return upstream(manager)
