@@ -279,3 +279,12 @@ MODULES = [module.name for module in pkgutil.walk_packages(sb3_ppo_ewma.__path__
 @pytest.mark.parametrize("name", [name for name in MODULES if not name.endswith("__main__")])
 def test_docstring_examples(name: str) -> None:
     assert doctest.testmod(importlib.import_module(name)).failed == 0
+
+
+def test_the_explanation_of_rescaling_is_what_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (ROOT / "docs" / "batch_scaling.md").read_text()
+    code, printed = (re.search(rf"```{kind}\n(.*?)```", page, flags=re.DOTALL) for kind in ("python", "text"))
+    assert code is not None
+    assert printed is not None
+    exec(code[1], {})
+    assert capsys.readouterr().out == printed[1]
