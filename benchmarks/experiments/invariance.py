@@ -10,7 +10,7 @@ Runs that are in results/invariance.csv are not repeated.
 from pathlib import Path
 from typing import Any
 
-from benchmarks.experiments.runs import Variant, execute, parser
+from benchmarks.experiments.runs import QUICK_ENV, Variant, execute, parser
 from sb3_ppo_ewma import PPGEWMA, PPOEWMA
 from sb3_ppo_ewma.batch_scaling import rescale, with_defaults
 
@@ -37,15 +37,16 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "learning_rate": 1e-3,
         "ent_coef": 0.01,
     },
-    "Acrobot-v1": {
+    "Pendulum-v1": {
         **COMMON,
         "normalize": True,
-        "n_timesteps": 200_000,
-        "learning_rate": 3e-3,
+        "n_timesteps": 600_000,
+        "learning_rate": 2e-3,
+        "gamma": 0.9,
         "ent_coef": 0.0,
     },
 }
-# 12 and 6 phases of 16 * 2048 samples
+# 12 and 18 phases of 16 * 2048 samples
 PHASE = {"n_policy_iterations": 16, "aux_batch_size": 128, "aux_learning_rate": 1e-3}
 # As SB3's users have it: nothing but the number of environments changes, SB3 clips gradients and has several epochs.
 SB3 = {"n_epochs": 4, "learning_rate": 5e-4, "max_grad_norm": 0.5}
@@ -57,6 +58,8 @@ ABLATIONS = {
 }
 GRADIENT_NORM = "max_grad_norm"
 UNTRAINED = "untrained"
+# Episodes of Pendulum-v1 all have 200 steps: these are 8 of every environment, the last of which end at the very end.
+N_UNTRAINED = {"MinAtar/SpaceInvaders-v1": 50_000, "Pendulum-v1": 8 * 200 * LARGEST}
 PPO, PPO_EWMA, PPG_EWMA, CLIPPED = "PPO", "PPO-EWMA", "PPG-EWMA", "PPO-EWMA with clipped gradients"
 
 
@@ -114,9 +117,9 @@ def variants() -> list[Variant]:
         }
         settings[CLIPPED] = {**settings[PPO_EWMA], GRADIENT_NORM: 0.5}
         zoo = {PPO: "ppo", PPO_EWMA: "ppo_ewma", PPG_EWMA: "ppg_ewma", CLIPPED: "ppo_ewma"}
-        untrained = {**settings[PPO_EWMA], "learning_rate": 0.0, "n_timesteps": 50_000}
+        untrained = {**settings[PPO_EWMA], "learning_rate": 0.0, "n_timesteps": N_UNTRAINED[env]}
         found.append(Variant(env, UNTRAINED, "ppo_ewma", untrained))
-        for algorithm in runs:
+        for algorithm in runs if env == QUICK_ENV else (PPO_EWMA, PPG_EWMA, PPO):
             for adjustment, n_envs, kept in runs[algorithm]:
                 complete = adjusted(algorithm, settings[algorithm], n_envs, kept)
                 if algorithm != PPO and n_envs == LARGEST:
