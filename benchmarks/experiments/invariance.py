@@ -10,6 +10,8 @@ Runs that are in results/invariance.csv are not repeated.
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from benchmarks.experiments.runs import QUICK_ENV, Variant, execute, parser
 from sb3_ppo_ewma import PPGEWMA, PPOEWMA
 from sb3_ppo_ewma.batch_scaling import rescale, with_defaults
@@ -138,7 +140,8 @@ def report(file: Path) -> None:
     parts = runs[runs.variant != UNTRAINED].variant.str.rsplit(", ", n=2, expand=True)
     parts.columns = ["algorithm", "adjustment", "n_envs"]
     untrained = runs[runs.variant == UNTRAINED]
-    lines, panels = [], {}
+    lines: list[str] = []
+    panels: dict[str, tuple[str, Any]] = {}
     for (env, algorithm), group in runs.join(parts, how="inner").groupby(["env", "algorithm"], sort=False):
         first = "unadjusted" if algorithm == PPO else "adjusted"
         largest = name_of(algorithm, first, LARGEST)
@@ -196,7 +199,40 @@ def report(file: Path) -> None:
         "",
         images[1],
     ]
-    common.write(file, "Batch size-invariance", [*intro, *lines])
+    headings = ["algorithm", "adjusted", "tasks", "runs of each", f"return with {SMALLEST} less that with {LARGEST}"]
+    table = common.table(headings, overall(panels))
+    title = f"## From {LARGEST} environments to {SMALLEST}, mean of the tasks"
+    common.write(file, "Batch size-invariance", [*intro, "", title, "", *table, *lines])
+
+
+def overall(panels: dict[str, tuple[str, Any]]) -> list[list[Any]]:
+    """
+    :param panels: by algorithm and environment, name of the adjustment of its largest batch, normalised runs
+    :return: by algorithm and adjustment, how many tasks and seeds all of them have, and the mean difference
+    """
+    from benchmarks.experiments import report as common
+
+    rows = []
+    for algorithms, adjustment in (
+        ([PPO_EWMA, PPG_EWMA], "adjusted"),
+        ([PPO_EWMA], "adjusted"),
+        ([PPG_EWMA], "adjusted"),
+        ([PPO_EWMA, PPG_EWMA], "unadjusted"),
+        ([PPO], "unadjusted"),
+    ):
+        pairs = []
+        for name, (first, scored) in panels.items():
+            algorithm = name.partition(", ")[0]
+            wanted = [name_of(algorithm, first, LARGEST), name_of(algorithm, adjustment, SMALLEST)]
+            by_seed = scored.pivot(index="seed", columns="variant", values="score")
+            if algorithm in algorithms and set(wanted) <= set(by_seed.columns):
+                pairs.append(by_seed[wanted].dropna())
+        seeds = set.intersection(*(set(pair.index) for pair in pairs)) if pairs else set()
+        if seeds:
+            largest, smallest = np.array([pair.loc[sorted(seeds)] for pair in pairs]).transpose(2, 1, 0)
+            difference = common.difference(largest, smallest)
+            rows.append([" and ".join(algorithms), adjustment, len(pairs), len(seeds), difference])
+    return rows
 
 
 def plot_ablations(axis: Any, first: str, scored: Any) -> None:
