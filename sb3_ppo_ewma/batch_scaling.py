@@ -26,9 +26,9 @@ from stable_baselines3.common.type_aliases import Schedule
 from sb3_ppo_ewma._arguments import check_integer, check_number, check_schedule
 from sb3_ppo_ewma.ewma import (
     center_of_mass_from_decay,
-    center_of_mass_of_epoch,
     decay_from_center_of_mass,
     decay_from_span,
+    default_center_of_mass,
     span_from_decay,
 )
 from sb3_ppo_ewma.ppg import default_aux_batch_size
@@ -327,7 +327,7 @@ def _changes(old: Mapping[str, Any], ratio: Fraction, adam_betas: bool) -> list[
     changes += _optimizer_changes(old, ratio, adam_betas)
     decay: Any = old["prox_decay"]
     if decay == "auto":
-        decay = decay_from_center_of_mass(center_of_mass_of_epoch(n_samples, batch_size))
+        decay = decay_from_center_of_mass(default_center_of_mass(n_samples, batch_size))
     check_number("prox_decay", decay, 0, 1)
     new_decay = prox_decay(decay, float(ratio))
     centers = (

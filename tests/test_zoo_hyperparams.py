@@ -106,8 +106,8 @@ def test_entry_builds_its_model(algo, entry, tmp_path):
     if algo == "ppg":
         assert model.current_prox_decay is None
     else:
-        # The center of mass of "auto" is the number of minibatches of an epoch.
-        minibatches = ceil(model.n_envs * model.n_steps / model.batch_size)
+        # The center of mass of "auto" is the number of minibatches of an epoch, or of a quarter of more than four.
+        minibatches = ceil(model.n_envs * model.n_steps / model.batch_size) * max(4, model.n_epochs) / 4
         assert model.current_prox_decay == pytest.approx(1 - 1 / (1 + minibatches))
     if algo in PPG:
         check_phase(model, manager.n_timesteps, entry)
