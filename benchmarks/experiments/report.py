@@ -1,7 +1,7 @@
 """What the reports of the experiments have in common: everything is made from the CSV and the JSON beside it."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,10 @@ COLORS = ["#000000", "#0072B2", "#E69F00", "#CC79A7", "#009E73", "#D55E00", "#56
 def load(file: Path) -> pd.DataFrame:
     """
     :param file: CSV of an experiment
-    :return: a row per run
+    :return: a row per run, with its mean return of all of training as ``mean_return``
     """
-    return pd.read_csv(file).sort_values(["env", "variant", "seed"], ignore_index=True)
+    runs = pd.read_csv(file).sort_values(["env", "variant", "seed"], ignore_index=True)
+    return runs.assign(mean_return=runs[RETURNS].mean(axis=1))
 
 
 def scores(runs: pd.DataFrame) -> dict[str, np.ndarray]:
@@ -55,21 +56,33 @@ def difference(runs: np.ndarray, others: np.ndarray) -> Estimate:
     :param others: (runs, envs) scores
     :return: mean of the others less that of the runs, with the 95 % interval of a bootstrap within each environment
     """
-    pair = {"difference": (runs, others)}
-    found = estimate(pair, lambda a, b: np.array([metrics.aggregate_mean(b) - metrics.aggregate_mean(a)]), REPS)
-    return found["difference"][0]
+    return _comparison(lambda a, b: metrics.aggregate_mean(b) - metrics.aggregate_mean(a), runs, others)
 
 
-def normalized(runs: pd.DataFrame, zero: str, one: str) -> pd.DataFrame:
+def share(runs: np.ndarray, others: np.ndarray) -> Estimate:
+    """
+    :param runs: (runs, envs) scores
+    :param others: (runs, envs) scores
+    :return: mean of the others as a share of that of the runs, with an interval as of :func:`difference`
+    """
+    return _comparison(lambda a, b: metrics.aggregate_mean(b) / metrics.aggregate_mean(a), runs, others)
+
+
+def _comparison(statistic: Callable[[np.ndarray, np.ndarray], float], *scores: np.ndarray) -> Estimate:
+    return estimate({"": scores}, lambda *arrays: np.array([statistic(*arrays)]), REPS)[""][0]
+
+
+def normalized(runs: pd.DataFrame, zero: str, one: str, measure: str = "final_return") -> pd.DataFrame:
     """
     :param runs: a row per run
-    :param zero: variant whose mean final return is 0 in each environment
-    :param one: variant whose mean final return is 1
+    :param zero: variant whose mean is 0 in each environment
+    :param one: variant whose mean is 1
+    :param measure: column of the returns
     :return: the same with a column ``score``
     """
-    final = runs.groupby(["env", "variant"]).final_return.mean().unstack("variant")
-    low, high = runs.env.map(final[zero]), runs.env.map(final[one])
-    return runs.assign(score=(runs.final_return - low) / (high - low))
+    mean = runs.groupby(["env", "variant"])[measure].mean().unstack("variant")
+    low, high = runs.env.map(mean[zero]), runs.env.map(mean[one])
+    return runs.assign(score=(runs[measure] - low) / (high - low))
 
 
 def curves(runs: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
@@ -155,7 +168,7 @@ def table_of_returns(heading: str, runs: pd.DataFrame, names: Mapping[str, str])
     :return: lines of Markdown: final and mean return, and how far the policy moved
     """
     finals = means(runs.assign(score=runs.final_return))
-    areas = means(runs.assign(score=runs[RETURNS].mean(axis=1)))
+    areas = means(runs.assign(score=runs.mean_return))
     moved = runs.groupby("variant")[["clip_fraction", "approx_kl_prox"]].mean()
     rows = [
         [label, len(runs[runs.variant == name]), finals[name], areas[name]]
