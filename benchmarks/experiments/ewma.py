@@ -30,6 +30,7 @@ NAMES = {
     "half iteration": "half an iteration's",
     "iteration": "an iteration's",
 }
+AT_LEAST = {"quarter iteration": ', at least an epoch\'s (`prox_decay="auto"`)'}
 
 
 def variants() -> list[Variant]:
@@ -55,10 +56,7 @@ def variants() -> list[Variant]:
 
 def report(file: Path) -> None:
     # Here, so that training does not need what reports do.
-    from rliable import metrics
-
     from benchmarks.experiments import report as common
-    from benchmarks.statistics import estimate
 
     runs = common.load(file)
     figure, axes = common.panels(env for env in N_TIMESTEPS if env in set(runs.env))
@@ -69,25 +67,50 @@ def report(file: Path) -> None:
         lines += ["", f"## {env}", "", *common.table_of_returns("centre of mass", there, NAMES)]
     next(iter(axes.values())).legend(frameon=False, fontsize="small")
     image = common.save(figure, file)
-    complete = runs.pivot(index=["variant", "seed"], columns="env", values="final_return").dropna()
-    arrays = {name: complete.loc[name].to_numpy() for name in NAMES if name in complete.index.get_level_values(0)}
-    if "none" in arrays and len(arrays) > 1:
-        pairs = {name: (arrays[name], arrays["none"]) for name in arrays if name != "none"}
-        found = estimate(pairs, metrics.probability_of_improvement, common.REPS)
-        rows = [[NAMES[name], estimates[0]] for name, estimates in found.items()]
-        headings = [
-            "centre of mass",
-            "probability that a run ends better than one without EWMA, mean of the environments",
+    final, mean = (improvements(runs, measure) for measure in ("final_return", "mean_return"))
+    if final:
+        rows = [[NAMES[name] + AT_LEAST.get(name, ""), final[name], mean[name]] for name in final]
+        headings = ["centre of mass", "final return", "mean return"]
+        lines += [
+            "",
+            "## All environments",
+            "",
+            "Probability that a run has a higher return than one without EWMA, mean of the environments:",
+            "",
+            *common.table(headings, rows),
         ]
-        lines += ["", "## All environments", "", *common.table(headings, rows)]
     intro = [
         "PPO-EWMA with the settings of `zoo_hyperparams/ppo_ewma.yml` and smaller budgets, without EWMA and with "
         "several centres of mass, counted in gradient steps. Final return: mean of the training episodes that ended in "
-        "the last tenth of training; mean return: of all of training. Probabilities are means of the environments.",
+        "the last tenth of training; mean return: of all of training.",
         "",
         image,
     ]
     common.write(file, "EWMA against none", [*intro, *lines])
+
+
+def improvements(runs: Any, measure: str) -> dict[str, Any]:
+    """
+    :param runs: a row per run
+    :param measure: column of the returns
+    :return: by variant, probability that a run is better than one without EWMA, mean of the environments in which all
+        variants have the same seeds
+    """
+    import pandas as pd
+    from rliable import metrics
+
+    from benchmarks.experiments.report import REPS
+    from benchmarks.statistics import estimate
+
+    # Where a quarter of an iteration is no more than an epoch, that is trained once.
+    has_quarter = {variant.env for variant in variants() if variant.name == "quarter iteration"}
+    epoch = runs[(runs.variant == "epoch") & ~runs.env.isin(has_quarter)].assign(variant="quarter iteration")
+    complete = pd.concat([runs, epoch]).pivot(index=["variant", "seed"], columns="env", values=measure).dropna()
+    arrays = {name: complete.loc[name].to_numpy() for name in NAMES if name in complete.index.get_level_values(0)}
+    if "none" not in arrays:
+        return {}
+    pairs = {name: (array, arrays["none"]) for name, array in arrays.items() if name != "none"}
+    return {name: found[0] for name, found in estimate(pairs, metrics.probability_of_improvement, REPS).items()}
 
 
 def main() -> None:

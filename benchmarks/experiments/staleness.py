@@ -20,8 +20,8 @@ MODES = ["decoupled", "behavior", "proximal"]
 KEPT_AT = 4
 MEASURES = {"final": "final_return", "mean": "mean_return"}
 # Like the paper's PPO: 3 epochs of 8 minibatches. Many short iterations, so that 16 of them are a small part of a run.
-# Twice as many steps were tried for Acrobot, with one seed: all modes end alike there up to a staleness of 4 iterations,
-# however much later they learn, for -80 is as good as it gets.
+# Twice as many steps were tried for Acrobot, with one seed: all modes end alike there up to a staleness of 4
+# iterations, however much later they learn, for -80 is as good as it gets.
 SETTINGS: dict[str, dict[str, Any]] = {
     "Acrobot-v1": {
         "policy": "MlpPolicy",
