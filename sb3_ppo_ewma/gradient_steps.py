@@ -174,8 +174,11 @@ class GradientSteps:
             results = self._compiled_steps(self.compiled, loss_terms, minibatches, optimizer, average)
             for values in results:
                 statistics.add(values)
-            return all(not self._exceeds_max_kl(values) and _was_made(values["step"]) for values in results)
-        return all(self._step(loss_terms, each, optimizer, statistics, average) for each in minibatches)
+            made = all(not self._exceeds_max_kl(values) and _was_made(values["step"]) for values in results)
+        else:
+            made = all(self._step(loss_terms, each, optimizer, statistics, average) for each in minibatches)
+        self._clipped_steps(optimizer).flush_moments(len(minibatches))
+        return made
 
     def _step(
         self,

@@ -7,6 +7,12 @@ from typing import Any
 
 import torch as th
 
+# Counted by the optimiser itself, so that a training that was saved and loaded does the same
+_FLUSH_EVERY = 128
+# What a step makes of such moments is beyond the last digit of any parameter.
+_NOTHING = {"exp_avg": 1e-25, "exp_avg_sq": 1e-36}
+_SMALLEST_EPS = 1e-10
+
 
 class ClippedSteps:
     """
@@ -49,6 +55,15 @@ class ClippedSteps:
                 th.nn.utils.clip_grads_with_norm_(self._parameters, self._max_grad_norm, norm)
                 self._optimizer.step()
         return checked
+
+    def flush_moments(self, n_steps: int) -> None:
+        """
+        See :func:`flush_moments`; moments of an optimiser that is not fused stay what torch makes of them.
+
+        :param n_steps: made since the last call
+        """
+        if self._fused is not None:
+            flush_moments(self._optimizer, n_steps)
 
 
 def gradient_norm(gradients: list[th.Tensor]) -> th.Tensor:
@@ -143,6 +158,27 @@ class _FusedGroup:
             grad_scale=divisor,
             found_inf=None if made is None else 1 - made,
         )
+
+
+@th.no_grad()
+def flush_moments(optimizer: th.optim.Optimizer, n_steps: int) -> None:
+    """
+    Every 128 steps, set moments of Adam to 0 that have decayed to nothing beside its epsilon. Where gradients have
+    become 0, of units that died and inputs that are rarely seen, they would end as denormal numbers and stay there,
+    with which a CPU takes many times as long.
+
+    :param optimizer: for which :func:`can_be_fused` holds
+    :param n_steps: made since the last call
+    """
+    for group in optimizer.param_groups:
+        states = [state for parameter in group["params"] if (state := optimizer.state.get(parameter))]
+        if not states or states[0]["exp_avg"].device.type != "cpu" or group["eps"] < _SMALLEST_EPS:
+            continue
+        count = int(states[0]["step"].item())
+        if count // _FLUSH_EVERY == (count - n_steps) // _FLUSH_EVERY:
+            continue
+        for moments, limit in ((state[name], limit) for state in states for name, limit in _NOTHING.items()):
+            moments.masked_fill_(moments.abs() < limit, 0.0)
 
 
 def adam_state(optimizer: th.optim.Optimizer, parameter: th.Tensor) -> dict[str, th.Tensor]:

@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import gymnasium as gym
+import numpy as np
 import pytest
 import torch as th
 from stable_baselines3 import PPO
@@ -321,3 +323,62 @@ def test_a_group_without_gradients() -> None:
     steps.step(ZERO)
     assert first[0] < 1 == second[0]
     assert second not in optimizer.state
+
+
+# ---------------------------------------------------------------------- moments that have decayed
+
+
+class RareInput(gym.ObservationWrapper[Any, Any, Any]):
+    """The last observed number is 1 in the first rollout and 0 from then on: its weights get no gradients any more."""
+
+    count = 0
+
+    def observation(self, observation: Any) -> Any:
+        self.count += 1
+        return np.append(observation[:-1], np.float32(self.count < 64))
+
+
+def train_on_rare_input(**policy_kwargs: Any) -> PPOEWMA:
+    model = PPOEWMA(
+        "MlpPolicy", RareInput(SpaceEnv()), n_steps=64, batch_size=16, device="cpu", seed=0, policy_kwargs=policy_kwargs
+    )
+    return model.learn(30 * 64)  # 1200 gradient steps
+
+
+def denormal_moments(model: PPOEWMA) -> int:
+    found = 0
+    for state in model.policy.optimizer.state.values():
+        for moments in (state["exp_avg"], state["exp_avg_sq"]):
+            found += int(((moments != 0) & (moments.abs() < th.finfo(moments.dtype).tiny)).sum())
+    return found
+
+
+@pytest.mark.parametrize("policy_kwargs", [{}, {"activation_fn": nn.ELU}], ids=["one tensor", "several tensors"])
+def test_decayed_moments_are_no_denormal_numbers_and_change_nothing(
+    policy_kwargs: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = train_on_rare_input(**policy_kwargs)
+    assert denormal_moments(model) == 0
+    monkeypatch.setattr("sb3_ppo_ewma.optimizers._FLUSH_EVERY", 10**9)
+    other = train_on_rare_input(**policy_kwargs)
+    assert denormal_moments(other) >= 64
+    assert_same(copy_parameters(model), copy_parameters(other))
+
+
+def test_moments_stay_where_settings_of_the_optimizer_are_given() -> None:
+    assert denormal_moments(train_on_rare_input(optimizer_kwargs={"eps": 1e-5})) >= 64
+
+
+@pytest.mark.parametrize(("eps", "flushed"), [(1e-5, True), (1e-12, False)])
+def test_moments_count_beside_a_tiny_epsilon(eps: float, flushed: bool) -> None:
+    parameter = nn.Parameter(th.zeros(2))
+    optimizer = th.optim.Adam([parameter], eps=eps)
+    steps = ClippedSteps(optimizer, [parameter], MAX_GRAD_NORM, fused=True)
+    parameter.grad = th.tensor([1e-3, 1e-30])
+    moments = []
+    for _ in range(128):
+        steps.step(ZERO)
+        steps.flush_moments(1)
+        moments.append(optimizer.state[parameter]["exp_avg"].clone())
+    assert all(bool((each != 0).all()) for each in moments[:-1])
+    assert moments[-1].ne(0).tolist() == [True, not flushed]
