@@ -49,7 +49,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
 }
 # 12 and 18 phases of 16 * 2048 samples
-PHASE = {"n_policy_iterations": 16, "aux_batch_size": 128, "aux_learning_rate": 1e-3}
+PHASE: dict[str, dict[str, Any]] = {
+    env: {"n_policy_iterations": 16, "aux_batch_size": aux_batch_size, "aux_learning_rate": 1e-3}
+    for env, aux_batch_size in (("MinAtar/SpaceInvaders-v1", 128), ("Pendulum-v1", 512))
+}
 # As SB3's users have it: nothing but the number of environments changes, SB3 clips gradients and has several epochs.
 SB3 = {"n_epochs": 4, "learning_rate": 5e-4, "max_grad_norm": 0.5}
 ABLATIONS = {
@@ -114,7 +117,7 @@ def variants() -> list[Variant]:
     for env, base in SETTINGS.items():
         settings = {
             PPO_EWMA: {**base, "prox_decay": "auto"},
-            PPG_EWMA: {**base, "prox_decay": "auto", **PHASE},
+            PPG_EWMA: {**base, "prox_decay": "auto", **PHASE[env]},
             PPO: {name: value for name, value in {**base, **SB3}.items() if name != "advantage_decay"},
         }
         settings[CLIPPED] = {**settings[PPO_EWMA], GRADIENT_NORM: 0.5}
