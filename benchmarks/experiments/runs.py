@@ -10,7 +10,7 @@ import csv
 import json
 import signal
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -29,7 +29,8 @@ RETURNS = [f"return_{100 * (part + 1) // N_PARTS:02}" for part in range(N_PARTS)
 COLUMNS = ["env", "variant", "seed", "n_timesteps", "wall_seconds", "final_return", *DIAGNOSTICS, *RETURNS]
 # The environment of smoke tests, whose episodes are short
 QUICK_ENV = "MinAtar/SpaceInvaders-v1"
-# Trainings after which a process is replaced by a new one
+# Trainings after which processes are replaced by new ones. Not by max_tasks_per_child, with which an executor of
+# Python 3.11 that has been given everything at once stops for ever (CPython issue 115634).
 RUNS_PER_PROCESS = 25
 
 
@@ -201,24 +202,37 @@ def train_all(variants: Sequence[Variant], seeds: Sequence[int], table: Table, n
     use_one_thread()
     table.begin({id(v): v for v, _ in pending}.values(), {**metadata(), "jobs": n_jobs, "threads_per_run": 1})
     failures = []
-    context = get_context("spawn")
-    with ProcessPoolExecutor(n_jobs, mp_context=context, max_tasks_per_child=RUNS_PER_PROCESS) as executor:
-        futures = {executor.submit(train, v.algo, v.env, v.settings, seed): (v, seed) for v, seed in pending}
-        try:
-            for n_ended, future in enumerate(as_completed(futures), start=1):
-                variant, seed = futures[future]
-                name = f"[{n_ended}/{len(pending)}] {variant.env} {variant.name} seed {seed}"
-                error = future.exception()
-                if error is not None:
-                    failures.append(f"{name}: {error!r}")
-                    print(failures[-1], flush=True)
-                    continue
-                result = future.result()
-                table.add(variant, seed, result)
-                print(f"{name}: {result.final_return:.4g} after {result.wall_seconds:.0f} s", flush=True)
-        finally:
-            for process in list(getattr(executor, "_processes", {}).values()):
-                process.terminate()
-            executor.shutdown(cancel_futures=True)
+    for n_ended, (variant, seed, ended) in enumerate(_results(pending, n_jobs), start=1):
+        name = f"[{n_ended}/{len(pending)}] {variant.env} {variant.name} seed {seed}"
+        if isinstance(ended, BaseException):
+            failures.append(f"{name}: {ended!r}")
+            print(failures[-1], flush=True)
+        else:
+            table.add(variant, seed, ended)
+            print(f"{name}: {ended.final_return:.4g} after {ended.wall_seconds:.0f} s", flush=True)
     if failures:
         sys.exit("\n".join([f"{len(failures)} of {len(pending)} runs failed:", *failures]))
+
+
+def _results(
+    pending: Sequence[tuple[Variant, int]], n_jobs: int
+) -> Iterator[tuple[Variant, int, Result | BaseException]]:
+    """
+    :param pending: variants and seeds
+    :param n_jobs: runs at the same time
+    :return: what became of each, as they end
+    """
+    n_together = n_jobs * RUNS_PER_PROCESS
+    for start in range(0, len(pending), n_together):
+        with ProcessPoolExecutor(n_jobs, mp_context=get_context("spawn")) as executor:
+            futures = {
+                executor.submit(train, variant.algo, variant.env, variant.settings, seed): (variant, seed)
+                for variant, seed in pending[start : start + n_together]
+            }
+            try:
+                for future in as_completed(futures):
+                    yield (*futures[future], future.exception() or future.result())
+            finally:
+                for process in list(getattr(executor, "_processes", {}).values()):
+                    process.terminate()
+                executor.shutdown(cancel_futures=True)

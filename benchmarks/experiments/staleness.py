@@ -7,11 +7,11 @@ From the root of the repository:
 Runs that are in results/staleness.csv are not repeated.
 """
 
-import itertools
 from pathlib import Path
 from typing import Any
 
 from benchmarks.experiments.runs import Variant, execute, parser
+from sb3_ppo_ewma.ewma import decay_from_center_of_mass
 
 N_SEEDS = 3
 STALENESS = [0, 1, 2, 4, 8, 16]
@@ -55,14 +55,24 @@ FRESH = "decoupled, 0"
 QUICK_NAMES = [UNTRAINED, FRESH, "decoupled, 1", "behavior, 1", "proximal, 1", "proximal, 1, EWMA"]
 
 
-def name_of(mode: str, staleness: int, has_ewma: bool) -> str:
-    return f"{mode}, {staleness}" + (", EWMA" if has_ewma else "")
+# Age of the proximal policy: suffix of a variant's name, prox_decay, modes. The default is as old as 8 gradient steps;
+# 24 are an iteration. With an EWMA, "decoupled" and "behavior" are the same.
+EWMAS: dict[str, tuple[str, Any, list[str]]] = {
+    "no": ("", None, MODES),
+    "an epoch's": (", EWMA", "auto", MODES),
+    "an iteration's": (", older EWMA", decay_from_center_of_mass(24), MODES[:1]),
+}
+
+
+def name_of(mode: str, staleness: int, ewma: str) -> str:
+    # Without staleness the modes are the same.
+    return f"{mode if staleness else MODES[0]}, {staleness}{EWMAS[ewma][0]}"
 
 
 def variants() -> list[Variant]:
     """
     :return: all modes with every staleness, without and with EWMA; each makes as many gradient steps, so that the
-        iterations that wait in the queue come on top of the budget. Without staleness the modes are the same
+        iterations that wait in the queue come on top of the budget
     """
     found = []
     for env, settings in SETTINGS.items():
@@ -73,12 +83,12 @@ def variants() -> list[Variant]:
             found += [
                 Variant(
                     env,
-                    name_of(mode, staleness, has_ewma),
+                    name_of(mode, staleness, ewma),
                     "ppo_ewma",
-                    {**settings, **changed, "staleness_mode": mode, "prox_decay": "auto" if has_ewma else None},
+                    {**settings, **changed, "staleness_mode": mode, "prox_decay": prox_decay},
                 )
-                for has_ewma in (False, True)
-                for mode in (MODES if staleness > 0 else MODES[:1])
+                for ewma, (_, prox_decay, modes) in EWMAS.items()
+                for mode in (modes if staleness > 0 else MODES[:1])
             ]
     return found
 
@@ -98,39 +108,35 @@ def report(file: Path) -> None:
             scores, means = common.scores(scored), common.means(scored)
             axis = axes[f"{env}, {label} return"]
             rows = []
-            for has_ewma, mode in itertools.product((False, True), MODES):
-                names = {s: name_of(mode if s else MODES[0], s, has_ewma) for s in STALENESS}
+            for ewma, mode in ((ewma, mode) for ewma, (*_, modes) in EWMAS.items() for mode in modes):
+                names = {s: name_of(mode, s, ewma) for s in STALENESS}
                 there = {s: means[name] for s, name in names.items() if name in means}
-                plot(axis, there, mode, has_ewma)
+                plot(axis, there, mode, ewma)
                 pair = [scores[names[s]] for s in (0, KEPT_AT) if s in there]
                 kept = common.share(*pair) if len(pair) == 2 else ""
-                rows.append([mode, "yes" if has_ewma else "no", *(there.get(s, "") for s in STALENESS), kept])
+                rows.append([mode, ewma, *(there.get(s, "") for s in STALENESS), kept])
             axis.set(xlabel="staleness in iterations", ylabel=f"normalised {label} return", ylim=(-0.2, 1.4))
             headings = ["mode", "EWMA", *map(str, STALENESS), f"kept at {KEPT_AT}"]
-            lines += [
-                "",
-                f"Normalised {label} return:",
-                "",
-                *common.table(headings, rows),
-            ]
-    next(iter(axes.values())).legend(frameon=False, fontsize="small", ncols=2)
+            lines += ["", f"Normalised {label} return:", "", *common.table(headings, rows)]
+    handles = next(iter(axes.values())).get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=4, frameon=False, fontsize="small")
     intro = [
         "Final return: of the training episodes in the last tenth of training; mean return: of all of training. Both "
         "are normalised: 0 is the untrained policy, 1 the mean of fresh data without EWMA. "
         f"Kept at {KEPT_AT}: what is left at a staleness of {KEPT_AT} iterations, as a share of fresh data with the "
-        "same EWMA. With an EWMA, `decoupled` and `behavior` are the same.",
+        "same EWMA. EWMA: the age of the average; with one, `decoupled` and `behavior` are the same.",
         "",
         common.save(figure, file),
     ]
     common.write(file, "Stale data", [*intro, *lines])
 
 
-def plot(axis: Any, points: dict[int, Any], mode: str, has_ewma: bool) -> None:
+def plot(axis: Any, points: dict[int, Any], mode: str, ewma: str) -> None:
     """
     :param axis: to draw on
     :param points: estimate by staleness
     :param mode: of staleness
-    :param has_ewma: whether there is an EWMA
+    :param ewma: age of the EWMA
     """
     from benchmarks.experiments.report import COLORS
 
@@ -140,9 +146,9 @@ def plot(axis: Any, points: dict[int, Any], mode: str, has_ewma: bool) -> None:
         [point.value for point in values],
         yerr=[[point.value - point.low for point in values], [point.high - point.value for point in values]],
         color=COLORS[MODES.index(mode)],
-        linestyle="--" if has_ewma else "-",
+        linestyle=["-", "--", ":"][list(EWMAS).index(ewma)],
         capsize=2,
-        label=mode + (", EWMA" if has_ewma else ""),
+        label=mode + EWMAS[ewma][0],
     )
 
 
