@@ -152,6 +152,14 @@ def test_failed_runs_are_named_and_the_others_kept(pretend, tmp_path):
     assert [row["variant"] for row in read(table.file)] == ["2"]
 
 
+def test_processes_are_replaced(monkeypatch):
+    monkeypatch.setattr(experiments, "RUNS_PER_PROCESS", 2)
+    monkeypatch.setattr(experiments, "train", "{1} {3}".format)
+    pending = [(variant, seed) for seed in range(3) for variant in variants(1, 2)]
+    ended = [(variant.name, seed, result) for variant, seed, result in experiments._results(pending, 1)]
+    assert ended == [(variant.name, seed, f"CartPole-v1 {seed}") for variant, seed in pending]
+
+
 def test_results_of_other_settings_are_not_mixed(pretend, tmp_path):
     file = tmp_path / "x.csv"
     experiments.train_all(variants(1), [0], Table(file), 1)
