@@ -288,3 +288,12 @@ def test_the_explanation_of_rescaling_is_what_is_printed(capsys: pytest.CaptureF
     assert printed is not None
     exec(code[1], {})
     assert capsys.readouterr().out == printed[1]
+
+
+def test_results_are_those_of_the_reports() -> None:
+    page = (ROOT / "docs" / "results.md").read_text()
+    reports = "".join(file.read_text() for file in (ROOT / "benchmarks" / "experiments" / "results").glob("*.md"))
+    estimates = re.findall(r"−?[\d.]+ \[[^\]]+\]", page)
+    assert len(estimates) > 10
+    for estimate in estimates:
+        assert estimate.replace("−", "-") in reports, estimate

@@ -13,7 +13,7 @@ from typing import Any
 from benchmarks.experiments.runs import Variant, execute, parser
 from sb3_ppo_ewma.ewma import decay_from_center_of_mass
 
-N_SEEDS = 3
+N_SEEDS = 5
 STALENESS = [0, 1, 2, 4, 8, 16]
 MODES = ["decoupled", "behavior", "proximal"]
 # In iterations, where the share of what is left is reported
