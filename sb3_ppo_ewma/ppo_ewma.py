@@ -114,8 +114,8 @@ class EwmaMixin(SavedStateMixin):
 
     :param prox_decay: β_prox in [0, 1), decay of the EWMA of the parameters per gradient step. ``"auto"``: its centre
         of mass is the number of minibatches in one epoch over a rollout, max(1, ⌈n_steps·n_envs/batch_size⌉), as in
-        the paper, with more than four epochs a quarter of all those of an iteration; ``None``: no EWMA, the proximal
-        policy is the behaviour policy, as in PPO
+        the paper, with more than four epochs a quarter of all those of an iteration, with ``staleness`` all of them;
+        ``None``: no EWMA, the proximal policy is the behaviour policy, as in PPO
     :param kl_coef: β ≥ 0, weight of KL(π_prox ‖ π_θ) in the loss; can be combined with the clip or replace it
         (``clip_range=None``)
     :param kl_estimator: ``"sample"``: ½(log π_θ − log π_prox)² on the actions taken, as in the paper's released
@@ -356,8 +356,8 @@ class EwmaMixin(SavedStateMixin):
         """
         if self.prox_decay != "auto":
             return self.prox_decay
-        n_samples = self.n_steps * self.n_envs
-        return decay_from_center_of_mass(default_center_of_mass(n_samples, self.batch_size, self.n_epochs))
+        n_samples, is_stale = self.n_steps * self.n_envs, self.staleness > 0
+        return decay_from_center_of_mass(default_center_of_mass(n_samples, self.batch_size, self.n_epochs, is_stale))
 
     # ------------------------------------------------------------------ hooks of the families
 

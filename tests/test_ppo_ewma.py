@@ -59,6 +59,11 @@ def test_auto_decay_is_a_quarter_of_an_iteration_with_many_epochs(n_epochs, cent
     assert model.current_prox_decay == pytest.approx(1 - 1 / (1 + center_of_mass))
 
 
+def test_auto_decay_is_a_whole_iteration_with_stale_data():
+    model = make(n_steps=32, batch_size=16, n_epochs=3, staleness=1)
+    assert model.current_prox_decay == pytest.approx(1 - 1 / (1 + 6))
+
+
 def test_auto_decay_follows_the_environments_of_a_loaded_model(tmp_path):
     model = make().learn(32)
     assert logged(model)["train/prox_center_of_mass"] == pytest.approx(2)

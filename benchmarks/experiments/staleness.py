@@ -55,11 +55,11 @@ FRESH = "decoupled, 0"
 QUICK_NAMES = [UNTRAINED, FRESH, "decoupled, 1", "behavior, 1", "proximal, 1", "proximal, 1, EWMA"]
 
 
-# Age of the proximal policy: suffix of a variant's name, prox_decay, modes. The default is as old as 8 gradient steps;
-# 24 are an iteration. With an EWMA, "decoupled" and "behavior" are the same.
+# Age of the proximal policy: suffix of a variant's name, prox_decay, modes. An epoch has 8 gradient steps, an iteration
+# 24. With an EWMA, "decoupled" and "behavior" are the same.
 EWMAS: dict[str, tuple[str, Any, list[str]]] = {
     "no": ("", None, MODES),
-    "an epoch's": (", EWMA", "auto", MODES),
+    "an epoch's": (", EWMA", decay_from_center_of_mass(8), MODES),
     "an iteration's": (", older EWMA", decay_from_center_of_mass(24), MODES[:1]),
 }
 
