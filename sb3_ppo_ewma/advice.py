@@ -206,7 +206,7 @@ FINDINGS = (
         is_high=True,
         threshold=0.001,
         allowed=(0, 1),
-        advice="the data is too old for this policy, lower staleness, learning_rate or n_epochs",
+        advice="the data is too old for this policy, lower staleness, learning_rate or n_epochs, or raise prox_decay",
     ),
     Finding(
         "importance_ess_low",
@@ -215,7 +215,7 @@ FINDINGS = (
         is_high=False,
         threshold=0.5,
         allowed=(0, 1),
-        advice="a few samples make the gradient, lower staleness, learning_rate or n_epochs",
+        advice="a few samples make the gradient, lower staleness, learning_rate or n_epochs, or raise prox_decay",
     ),
     Finding(
         "kl_high",

@@ -352,9 +352,12 @@ def test_rewards_that_are_large_now_and_then(advantage_decay: float | None, foun
 
 
 def test_stale_data() -> None:
-    ill = {"learning_rate": 0.03, "n_epochs": 10, "max_importance_ratio": 10.0}
-    found = advice(PPOEWMA, "Pendulum-v1", 28, staleness=16, **ill)
-    assert {"importance_cap", "importance_ess_low", "kl_high"} <= found
+    ill = {"learning_rate": 0.03, "n_epochs": 10, "max_importance_ratio": 10.0, "staleness": 16}
+    young = advice(PPOEWMA, "Pendulum-v1", 28, **ill, prox_decay=0.5)
+    assert {"importance_cap", "importance_ess_low", "kl_high"} <= young
+    # The advice helps: the default is as old as an iteration.
+    old = advice(PPOEWMA, "Pendulum-v1", 28, **ill)
+    assert not {"importance_cap", "kl_high"} & old
 
 
 @pytest.mark.parametrize("cls", [PPO, PPOEWMA])
