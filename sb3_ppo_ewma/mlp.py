@@ -132,7 +132,7 @@ class MlpPolicy(forward.StandardPolicy):
         super().__init__(policy)
         self.parameters = _parameters(policy)
         # Of the actor, of both networks
-        actor, critic = (sum(len(list(module.parameters())) for module in chain) for chain in _chains(policy))
+        actor, critic = (len(_weights_and_biases(chain)) for chain in _chains(policy))
         self._n_parameters = actor, actor + critic
         self._activations, self._quick_activations = (
             [[kinds[type(module)] for module in chain if type(module) in kinds] for chain in _chains(policy)]
@@ -209,7 +209,12 @@ def is_mlp_policy(policy: Any) -> bool:
 def _parameters(policy: Any) -> list[th.Tensor]:
     actor, critic = _chains(policy)
     log_std = [policy.log_std] if hasattr(policy, "log_std") else []
-    return [*(parameter for module in (*actor, *critic) for parameter in module.parameters()), *log_std]
+    return [*_weights_and_biases(actor), *_weights_and_biases(critic), *log_std]
+
+
+def _weights_and_biases(chain: Sequence[nn.Module]) -> list[th.Tensor]:
+    # Module.parameters() would search the modules within each of these, which takes longer.
+    return [tensor for module in chain if isinstance(module, nn.Linear) for tensor in (module.weight, module.bias)]
 
 
 def _chains(policy: Any) -> tuple[list[nn.Module], list[nn.Module]]:
