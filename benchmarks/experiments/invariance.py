@@ -186,7 +186,10 @@ def report(file: Path) -> None:
     for name, axis in axes.items():
         first, scored = panels[name]
         algorithm = name.partition(",")[0]
-        common.plot_curves(axis, scored, {name_of(algorithm, first, n): f"{n} environments" for n in N_ENVS})
+        names = {name_of(algorithm, first, n): f"{n} environment{'s'[: n - 1]}" for n in N_ENVS}
+        if first == "adjusted":
+            names[name_of(algorithm, "unadjusted", SMALLEST)] = f"{SMALLEST}, unadjusted"
+        common.plot_curves(axis, scored, names)
         axis.legend(frameon=False, fontsize="small")
     images = [common.save(figure, file)]
     figure, axes = common.panels(panels)
@@ -247,11 +250,11 @@ def plot_ablations(axis: Any, first: str, scored: Any) -> None:
     from benchmarks.experiments import report as common
 
     rest = [name for name in scored.adjustment.dropna().unique() if name != first]
-    for adjustment, color in zip([first, *rest], common.COLORS, strict=False):
+    for index, (adjustment, color) in enumerate(zip([first, *rest], common.COLORS, strict=False)):
         means = scored[scored.adjustment == adjustment].groupby("n_envs").score.agg(["mean", "min", "max"])
         means = means.loc[sorted(means.index, key=int, reverse=True)]
         mean, low, high = means.to_numpy().T
-        places = [N_ENVS.index(int(n)) for n in means.index]
+        places = [N_ENVS.index(int(n)) + 0.1 * index for n in means.index]
         axis.errorbar(
             places, mean, yerr=[mean - low, high - mean], marker="o", capsize=2, color=color, label=adjustment
         )
