@@ -171,13 +171,14 @@ def flush_moments(optimizer: th.optim.Optimizer, n_steps: int) -> None:
     :param n_steps: made since the last call
     """
     for group in optimizer.param_groups:
-        states = [state for parameter in group["params"] if (state := optimizer.state.get(parameter))]
-        if not states or states[0]["exp_avg"].device.type != "cpu" or group["eps"] < _SMALLEST_EPS:
+        states = (state for parameter in group["params"] if (state := optimizer.state.get(parameter)))
+        first = next(states, None)
+        if first is None or first["exp_avg"].device.type != "cpu" or group["eps"] < _SMALLEST_EPS:
             continue
-        count = int(states[0]["step"].item())
+        count = int(first["step"].item())
         if count // _FLUSH_EVERY == (count - n_steps) // _FLUSH_EVERY:
             continue
-        for moments, limit in ((state[name], limit) for state in states for name, limit in _NOTHING.items()):
+        for moments, limit in ((state[name], limit) for state in (first, *states) for name, limit in _NOTHING.items()):
             moments.masked_fill_(moments.abs() < limit, 0.0)
 
 
