@@ -53,9 +53,14 @@ def has_hooks(policy: Any) -> bool:
     :param policy: any policy
     :return: whether a module or a parameter has a hook, which sees what passes through it
     """
-    return any(getattr(module, hooks) for module in policy.modules() for hooks in _HOOKS) or any(
-        getattr(parameter, hooks, None) for parameter in policy.parameters() for hooks in _PARAMETER_HOOKS
-    )
+    modules = [policy]
+    for module in modules:  # Module.modules() and .parameters() take several times as long
+        modules += [child for child in module._modules.values() if child is not None]
+        if any(getattr(module, hooks) for hooks in _HOOKS) or any(
+            getattr(parameter, hooks, None) for parameter in module._parameters.values() for hooks in _PARAMETER_HOOKS
+        ):
+            return True
+    return False
 
 
 class StandardPolicy:

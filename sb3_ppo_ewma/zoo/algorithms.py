@@ -14,14 +14,13 @@ ALGORITHMS: dict[str, type[BaseAlgorithm]] = {
     "ppg_ewma": PPGEWMA,
 }
 
-
-# Of ppo_ewma, with one policy epoch
-ONE_EPOCH = "ppo_ewma_one_epoch"
+# Further files of ppo_ewma: with one policy epoch, and what studies found
+ONE_EPOCH, TUNED = "ppo_ewma_one_epoch", "ppo_ewma_tuned"
 
 
 def hyperparameter_file(name: str) -> Path:
     """
-    :param name: one of ``ALGORITHMS``, or ``ONE_EPOCH``
+    :param name: one of ``ALGORITHMS``, ``ONE_EPOCH`` or ``TUNED``
     :return: its file of hyper-parameters: in the installed package, or in the repository of an editable install
     """
     package = Path(__file__).parents[1]

@@ -101,7 +101,7 @@ def as_yaml(env_id: str, entry: Mapping[str, Any]) -> str:
     :param entry: its hyper-parameters
     :return: an entry of the zoo's files
     """
-    plain = {name: value if _is_plain(value) else _source(value) for name, value in entry.items()}
+    plain = {name: value if _is_plain(value) else source(value) for name, value in entry.items()}
     return str(yaml.safe_dump({env_id: plain}, sort_keys=False, width=math.inf))
 
 
@@ -109,13 +109,13 @@ def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, str | bool | int | float | list)
 
 
-def _source(value: Any) -> str:
+def source(value: Any) -> str:
     """
     :param value: of ``policy_kwargs``, which the zoo evaluates as Python
     :return: an expression for it
     """
     if isinstance(value, Mapping):
-        return f"dict({', '.join(f'{name}={_source(each)}' for name, each in value.items())})"
+        return f"dict({', '.join(f'{name}={source(each)}' for name, each in value.items())})"
     if isinstance(value, type):
         short = {"torch.nn": "nn", "torch.optim": "th.optim"}
         return next((f"{short[p]}.{value.__name__}" for p in short if value.__module__.startswith(p)), value.__name__)
