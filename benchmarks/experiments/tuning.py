@@ -25,10 +25,10 @@ from benchmarks.metadata import REPOSITORY, metadata
 # Steps of a trial, number of trials, further arguments. The zoo's 64 environments would leave no more than one or two
 # rollouts of the longer lengths that are drawn.
 STUDIES: dict[str, tuple[int, int, list[str]]] = {
-    "CartPole-v1": (50_000, 40, []),
-    "Acrobot-v1": (100_000, 40, []),
-    "Pendulum-v1": (100_000, 40, []),
-    "MinAtar/SpaceInvaders-v1": (300_000, 30, ["-params", "n_envs:8"]),
+    "CartPole-v1": (50_000, 100, []),
+    "Acrobot-v1": (100_000, 100, []),
+    "Pendulum-v1": (100_000, 100, []),
+    "MinAtar/SpaceInvaders-v1": (300_000, 60, ["-params", "n_envs:8"]),
 }
 # A smoke test: steps, trials, and what makes every trial short
 QUICK_ENV = "CartPole-v1"
