@@ -58,7 +58,8 @@ def report(file: Path) -> None:
     axis = axes[ENV]
     image = axis.imshow(grid, origin="lower", cmap="viridis")
     for (row, column), value in np.ndenumerate(grid):
-        axis.text(column, row, f"{value:.1f}", ha="center", va="center", color="white", fontsize="small")
+        color = "black" if image.norm(value) > 0.6 else "white"
+        axis.text(column, row, f"{value:.1f}", ha="center", va="center", color=color, fontsize="small")
     axis.set(
         xlabel="KL coefficient",
         ylabel="centre of mass, gradient steps",
