@@ -8,6 +8,7 @@ Runs that are in results/ewma.csv are not repeated.
 """
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,41 +34,61 @@ NAMES = {
 AT_LEAST = {"quarter iteration": ', at least an epoch\'s (`prox_decay="auto"`)'}
 
 
+def ages(env: str, settings: dict[str, Any]) -> list[Variant]:
+    """
+    :param env: environment
+    :param settings: of PPO-EWMA
+    :return: without EWMA, and with a centre of mass of as many gradient steps as an epoch, half an iteration and an
+        iteration have, and a quarter of an iteration where that is more than an epoch
+    """
+    n_samples = settings["n_steps"] * settings["n_envs"]
+    epoch = math.ceil(n_samples / settings.get("batch_size", 64))
+    iteration = epoch * settings.get("n_epochs", 10)
+    centers = {"none": None, "epoch": epoch, "half iteration": iteration / 2, "iteration": iteration}
+    if iteration / 4 > epoch:
+        centers["quarter iteration"] = iteration / 4
+    return [
+        Variant(env, name, "ppo_ewma", {**settings, "prox_decay": None if com is None else com / (com + 1)})
+        for name, com in centers.items()
+    ]
+
+
 def variants() -> list[Variant]:
     """
-    :return: PPO-EWMA with the zoo's settings: without EWMA, and with a centre of mass of as many gradient steps as an
-        epoch, half an iteration and an iteration have, and a quarter of an iteration where that is more than an epoch
+    :return: all ages with the zoo's settings
     """
-    found = []
-    for env, n_timesteps in N_TIMESTEPS.items():
-        settings = {**zoo_settings("ppo_ewma", env), "n_timesteps": n_timesteps}
-        n_samples = settings["n_steps"] * settings["n_envs"]
-        epoch = math.ceil(n_samples / settings.get("batch_size", 64))
-        iteration = epoch * settings.get("n_epochs", 10)
-        centers = {"none": None, "epoch": epoch, "half iteration": iteration / 2, "iteration": iteration}
-        if iteration / 4 > epoch:
-            centers["quarter iteration"] = iteration / 4
-        found += [
-            Variant(env, name, "ppo_ewma", {**settings, "prox_decay": None if com is None else com / (com + 1)})
-            for name, com in centers.items()
-        ]
-    return found
+    settings = {env: {**zoo_settings("ppo_ewma", env), "n_timesteps": n} for env, n in N_TIMESTEPS.items()}
+    return [variant for env, each in settings.items() for variant in ages(env, each)]
 
 
 def report(file: Path) -> None:
+    intro = "the settings of `zoo_hyperparams/ppo_ewma.yml` and smaller budgets"
+    report_ages(file, variants(), "EWMA against none", intro)
+
+
+def report_ages(file: Path, variants: Sequence[Variant], title: str, settings: str) -> None:
+    """
+    :param file: CSV
+    :param variants: of the experiment
+    :param title: of the report
+    :param settings: what these are
+    """
     # Here, so that training does not need what reports do.
     from benchmarks.experiments import report as common
 
     runs = common.load(file)
-    figure, axes = common.panels(env for env in N_TIMESTEPS if env in set(runs.env))
+    there = set(runs.env)
+    figure, axes = common.panels(dict.fromkeys(variant.env for variant in variants if variant.env in there))
     lines = []
     for env, axis in axes.items():
-        there = runs[runs.env == env]
-        common.plot_curves(axis, there, NAMES)
-        lines += ["", f"## {env}", "", *common.table_of_returns("centre of mass", there, NAMES)]
+        in_env = runs[runs.env == env]
+        common.plot_curves(axis, in_env, NAMES)
+        lines += ["", f"## {env}", "", *common.table_of_returns("centre of mass", in_env, NAMES)]
     next(iter(axes.values())).legend(frameon=False, fontsize="small")
     image = common.save(figure, file)
-    final, mean = (improvements(runs, measure) for measure in ("final_return", "mean_return"))
+    # Where a quarter of an iteration is no more than an epoch, that is trained once.
+    has_quarter = {variant.env for variant in variants if variant.name == "quarter iteration"}
+    final, mean = (improvements(runs, measure, has_quarter) for measure in ("final_return", "mean_return"))
     if final:
         rows = [[NAMES[name] + AT_LEAST.get(name, ""), final[name], mean[name]] for name in final]
         headings = ["centre of mass", "final return", "mean return"]
@@ -80,19 +101,20 @@ def report(file: Path) -> None:
             *common.table(headings, rows),
         ]
     intro = [
-        "PPO-EWMA with the settings of `zoo_hyperparams/ppo_ewma.yml` and smaller budgets, without EWMA and with "
-        "several centres of mass, counted in gradient steps. Final return: mean of the training episodes that ended in "
-        "the last tenth of training; mean return: of all of training.",
+        f"PPO-EWMA with {settings}, without EWMA and with several centres of mass, counted in gradient steps. Final "
+        "return: mean of the training episodes that ended in the last tenth of training; mean return: of all of "
+        "training.",
         "",
         image,
     ]
-    common.write(file, "EWMA against none", [*intro, *lines])
+    common.write(file, title, [*intro, *lines])
 
 
-def improvements(runs: Any, measure: str) -> dict[str, Any]:
+def improvements(runs: Any, measure: str, has_quarter: set[str]) -> dict[str, Any]:
     """
     :param runs: a row per run
     :param measure: column of the returns
+    :param has_quarter: environments in which a quarter of an iteration is more than an epoch
     :return: by variant, probability that a run is better than one without EWMA, mean of the environments in which all
         variants have the same seeds
     """
@@ -102,8 +124,6 @@ def improvements(runs: Any, measure: str) -> dict[str, Any]:
     from benchmarks.experiments.report import REPS
     from benchmarks.statistics import estimate
 
-    # Where a quarter of an iteration is no more than an epoch, that is trained once.
-    has_quarter = {variant.env for variant in variants() if variant.name == "quarter iteration"}
     epoch = runs[(runs.variant == "epoch") & ~runs.env.isin(has_quarter)].assign(variant="quarter iteration")
     complete = pd.concat([runs, epoch]).pivot(index=["variant", "seed"], columns="env", values=measure).dropna()
     arrays = {name: complete.loc[name].to_numpy() for name in NAMES if name in complete.index.get_level_values(0)}
