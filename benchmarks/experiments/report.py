@@ -196,17 +196,26 @@ def write(file: Path, title: str, lines: Sequence[str]) -> None:
         "",
     ]
     tail = ["", "## How it was measured", "", f"`{file.stem}.json` has the settings of every variant.", ""]
-    for start in content["starts"]:
-        if not start["runs"]:
-            continue
-        versions = ", ".join(f"{name} {version}" for name, version in start["versions"].items() if version[0].isdigit())
-        changes = ", with uncommitted changes" if start["uncommitted_changes"] else ""
-        hardware = start["hardware"]
-        tail += [
-            f"- `{start['command']}`, begun {start['date']}: {start['runs']} runs; commit {start['commit']}{changes}; "
-            f"{versions}; {hardware['cpu']}, {hardware['cores']} cores, {hardware['system']}; {start['jobs']} runs "
-            "at a time, one thread each",
-        ]
+    tail += [
+        f"- `{start['command']}`, begun {start['date']}: {start['runs']} runs; {circumstances(start)}; {start['jobs']} "
+        "runs at a time, one thread each"
+        for start in content["starts"]
+        if start["runs"]
+    ]
     text = "\n".join([*head, *lines, *tail, ""])
     file.with_suffix(".md").write_text(text)
     print(text)
+
+
+def circumstances(start: Mapping[str, Any]) -> str:
+    """
+    :param start: what was recorded when runs began
+    :return: commit, versions and hardware
+    """
+    versions = ", ".join(f"{name} {version}" for name, version in start["versions"].items() if version[0].isdigit())
+    changes = ", with uncommitted changes" if start["uncommitted_changes"] else ""
+    hardware = start["hardware"]
+    return (
+        f"commit {start['commit']}{changes}; {versions}; {hardware['cpu']}, {hardware['cores']} cores, "
+        f"{hardware['system']}"
+    )

@@ -166,7 +166,9 @@ def report(file: Path) -> None:
         image,
     ]
     tail = ["", "## How it was done", ""]
-    tail += [f"- `{each}`" for each in dict.fromkeys(each for start in content["starts"] for each in start["commands"])]
+    for start in content["starts"]:
+        tail.append(f"- ended {start['date']}; {common.circumstances(start)}; at the same time, one thread each")
+        tail += [f"  - `{each}`" for each in start["commands"]]
     file.with_suffix(".md").write_text("\n".join([*head, *lines, *tail, ""]))
 
 
