@@ -16,7 +16,7 @@ from tests.test_benchmarks import execute
 
 report = pytest.importorskip("benchmarks.experiments.report", reason="needs rliable", exc_type=ImportError)
 
-NAMES = ["ewma", "one_epoch", "staleness", "invariance", "center_of_mass"]
+NAMES = ["ewma", "defaults", "one_epoch", "staleness", "invariance", "center_of_mass", "tuned"]
 CARTPOLE = {"policy": "MlpPolicy", "n_timesteps": 400, "n_envs": 2, "n_steps": 16, "batch_size": 16, "n_epochs": 1}
 
 
@@ -67,6 +67,37 @@ def test_quick_study_and_its_report(tmp_path):
     assert read(tmp_path / "tuning.csv") == rows
 
 
+def test_settings_of_a_trial():
+    from benchmarks.experiments.tuned import drawn
+
+    params = {
+        "batch_size_pow": 6, "n_steps_pow": 5, "one_minus_gamma": 0.012344, "one_minus_gae_lambda": 0.05,
+        "learning_rate": 0.00123456, "ent_coef": 1.5e-8, "clip_range": 0.2, "n_epochs": 5, "max_grad_norm": 0.51234,
+        "net_arch": "tiny", "activation_fn": "relu", "prox_center_of_mass": 8.0, "objective": "clip", "kl_coef": 3.0,
+    }  # fmt: skip
+    settings = {
+        "batch_size": 64, "n_steps": 32, "gamma": 0.9877, "gae_lambda": 0.95, "learning_rate": 0.00123,
+        "ent_coef": 1.5e-8, "clip_range": 0.2, "n_epochs": 5, "max_grad_norm": 0.512, "prox_decay": 0.888889,
+        "kl_coef": 0.0, "policy_kwargs": "dict(net_arch=dict(pi=[64], vf=[64]), activation_fn=nn.ReLU)",
+    }  # fmt: skip
+    assert drawn(params) == settings
+    assert drawn({**params, "objective": "kl"}) == {**settings, "clip_range": -1.0, "kl_coef": 3.0}
+
+
+def test_tuned_entries_are_those_of_the_best_candidates():
+    from benchmarks.experiments import tuned
+    from benchmarks.experiments.tuning import STUDIES
+
+    runs = report.load(experiments.RESULTS / "tuned.csv")
+    runs = runs[~runs.variant.isin(tuned.SETTINGS)]
+    for env in STUDIES:
+        trained, candidates = runs[runs.env == env], tuned.candidates(env)
+        assert set(trained.variant) == candidates.keys()
+        assert sorted(trained.seed) == sorted(tuned.CANDIDATE_SEEDS * len(candidates))
+        best = trained.groupby("variant").mean_return.mean().idxmax()
+        assert experiments.zoo_settings("ppo_ewma_tuned", env) == candidates[best]
+
+
 @pytest.mark.parametrize("file", sorted(experiments.RESULTS.glob("*.csv")), ids=lambda file: file.stem)
 def test_stored_results_give_the_stored_report(file, tmp_path):
     for each in (file, file.with_suffix(".json"), *experiments.RESULTS.glob("ewma.csv")):
@@ -81,7 +112,8 @@ def test_stored_results_give_the_stored_report(file, tmp_path):
 @pytest.mark.parametrize("name", [name for name in NAMES if (experiments.RESULTS / f"{name}.csv").is_file()])
 def test_stored_results_are_of_the_present_settings(name):
     table = Table(experiments.RESULTS / f"{name}.csv")
-    variants = importlib.import_module(f"benchmarks.experiments.{name}").variants()
+    experiment = importlib.import_module(f"benchmarks.experiments.{name}")
+    variants = [*experiment.variants(), *getattr(experiment, "trials", list)()]
     settings = {(variant.env, variant.name): variant.recorded for variant in variants}
     for env, variant, _ in table.finished():
         assert table.content["settings"][env][variant] == settings[env, variant]

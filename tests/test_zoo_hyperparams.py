@@ -15,7 +15,9 @@ from sb3_ppo_ewma.zoo.algorithms import ALGORITHMS, hyperparameter_file
 
 zoo.register()
 FILES = {algo: yaml.safe_load(hyperparameter_file(algo).read_text()) for algo in ALGORITHMS}
-ONE_EPOCH = yaml.safe_load(hyperparameter_file("ppo_ewma_one_epoch").read_text())
+ONE_EPOCH, TUNED = (
+    yaml.safe_load(hyperparameter_file(name).read_text()) for name in ("ppo_ewma_one_epoch", "ppo_ewma_tuned")
+)
 ZOO_PPO = yaml.safe_load((Path(rl_zoo3.__file__).parent / "hyperparams" / "ppo.yml").read_text())
 PPG = ("ppg", "ppg_ewma")
 # A task for the entries that are no task
@@ -139,3 +141,28 @@ def test_entry_trains(algo, entry, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert ("prox_center_of_mass" in printed) is (algo != "ppg")
     assert ("policy_kl" in printed) is (algo in PPG)
+
+
+def test_tuned_entries_by_name(tmp_path):
+    assert TUNED.keys() == {"CartPole-v1", "Acrobot-v1", "Pendulum-v1", "MinAtar/SpaceInvaders-v1"}
+    for env_id, settings in TUNED.items():
+        if env_id not in gym.registry:
+            continue
+        manager = ExperimentManager(
+            Namespace(),
+            "ppo_ewma",
+            env_id,
+            str(tmp_path),
+            eval_freq=-1,
+            verbose=0,
+            device="cpu",
+            config="ppo_ewma_tuned.yml",
+        )
+        model, _ = manager.setup_experiment()
+        assert manager.n_timesteps == settings["n_timesteps"]
+        for name in ("n_steps", "batch_size", "n_epochs", "gamma", "gae_lambda", "ent_coef", "max_grad_norm", "kl_coef"):
+            assert getattr(model, name) == settings[name]
+        assert model.n_envs == settings["n_envs"]
+        assert model.current_prox_decay == settings["prox_decay"]
+        model.learn(model.n_envs)
+        model.get_env().close()

@@ -29,7 +29,7 @@ STUDIES: dict[str, tuple[int, int, list[str]]] = {
     "CartPole-v1": (50_000, 100, []),
     "Acrobot-v1": (100_000, 100, []),
     "Pendulum-v1": (100_000, 100, ["-params", "normalize:True"]),
-    "MinAtar/SpaceInvaders-v1": (300_000, 60, ["-params", "n_envs:8"]),
+    "MinAtar/SpaceInvaders-v1": (300_000, 40, ["-params", "n_envs:8"]),
 }
 # A smoke test: steps, trials, and what makes every trial short
 QUICK_ENV = "CartPole-v1"
