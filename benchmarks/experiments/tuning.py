@@ -28,7 +28,7 @@ from benchmarks.metadata import REPOSITORY, metadata
 STUDIES: dict[str, tuple[int, int, list[str]]] = {
     "CartPole-v1": (50_000, 100, []),
     "Acrobot-v1": (100_000, 100, []),
-    "Pendulum-v1": (100_000, 100, ["-params", "normalize:True"]),
+    "Pendulum-v1": (100_000, 50, ["-params", "normalize:True"]),
     "MinAtar/SpaceInvaders-v1": (300_000, 40, ["-params", "n_envs:8"]),
 }
 # A smoke test: steps, trials, and what makes every trial short
