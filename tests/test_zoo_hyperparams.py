@@ -160,7 +160,7 @@ def test_tuned_entries_by_name(tmp_path):
         )
         model, _ = manager.setup_experiment()
         assert manager.n_timesteps == settings["n_timesteps"]
-        for name in ("n_steps", "batch_size", "n_epochs", "gamma", "gae_lambda", "ent_coef", "max_grad_norm", "kl_coef"):
+        for name in ("n_steps", "batch_size", "n_epochs", "gamma", "gae_lambda", "ent_coef", "kl_coef"):
             assert getattr(model, name) == settings[name]
         assert model.n_envs == settings["n_envs"]
         assert model.current_prox_decay == settings["prox_decay"]

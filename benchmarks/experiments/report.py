@@ -172,7 +172,7 @@ def table_of_returns(heading: str, runs: pd.DataFrame, names: Mapping[str, str])
     moved = runs.groupby("variant")[["clip_fraction", "approx_kl_prox"]].mean()
     rows = [
         [label, len(runs[runs.variant == name]), finals[name], areas[name]]
-        + [f"{moved.loc[name, column]:.2g}" for column in moved.columns]
+        + [f"{value:.2g}" if np.isfinite(value) else "" for value in moved.loc[name]]  # without a clip, no fraction
         for name, label in names.items()
         if name in finals
     ]

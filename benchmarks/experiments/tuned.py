@@ -104,9 +104,9 @@ def report(file: Path) -> None:
         f"The {N_CANDIDATES} trials of each study with the highest value, and those that are as good as the last of "
         f"them, were trained again, with the seeds {', '.join(map(str, CANDIDATE_SEEDS))}. The one with the highest "
         "mean return is the entry of `zoo_hyperparams/ppo_ewma_tuned.yml`, which other seeds compare with that of "
-        "`ppo_ewma.yml`, with the budget of the study. Settings of `ppo_ewma.yml` that were made for ten times the budget and more (Acrobot-v1, "
-        "MinAtar) are at a disadvantage. Final return: mean of the training episodes that ended in the last tenth of "
-        "training; mean return: of all of training.",
+        "`ppo_ewma.yml`, with the budget of the study. Settings of `ppo_ewma.yml` that were made for ten times the "
+        "budget and more (Acrobot-v1, MinAtar) are at a disadvantage. Final return: mean of the training episodes that "
+        "ended in the last tenth of training; mean return: of all of training.",
         "",
         common.save(figure, file),
     ]

@@ -23,8 +23,8 @@ from benchmarks.experiments.training import use_one_thread
 from benchmarks.metadata import REPOSITORY, metadata
 
 # Steps of a trial, number of trials, further arguments. The zoo's 64 environments of SpaceInvaders would leave no more
-# than one or two rollouts of the longer lengths that are drawn. Pendulum is learned in so few steps only with a discount
-# factor below those that are drawn, 0.97 and more, or with normalised rewards.
+# than one or two rollouts of the longer lengths that are drawn. Pendulum is learned in so few steps only with a
+# discount factor below those that are drawn, 0.97 and more, or with normalised rewards.
 STUDIES: dict[str, tuple[int, int, list[str]]] = {
     "CartPole-v1": (50_000, 100, []),
     "Acrobot-v1": (100_000, 100, []),
