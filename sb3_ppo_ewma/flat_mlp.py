@@ -80,8 +80,6 @@ class FlatMlp:
             self._stacked_actors, _, self._stacked_log_std = policy.networks(self._views(self._stack), quick=True)
         self._gradient = th.empty_like(vectors[0])
         self._gradient_views = self._views(self._gradient)
-        # Whether steps were made since the last write_back()
-        self.is_ahead = False
 
     def _make_optimizer(self) -> th.optim.Optimizer:
         (group,) = self._own_optimizer.param_groups
@@ -117,9 +115,6 @@ class FlatMlp:
     @th.no_grad()
     def write_back(self) -> None:
         """Put parameters, average and the optimiser's state to where they belong."""
-        if not self.is_ahead:
-            return
-        self.is_ahead = False
         th._foreach_copy_(self._policy.parameters, self._views(self.trained))
         if self.average is not None:
             th._foreach_copy_(self._averages, self._views(self.average))

@@ -170,8 +170,6 @@ class GradientSteps:
         :raises CompilationError: if it cannot be compiled; then nothing has changed
         """
         average = self._average if updates_average else None
-        if self._flat is not None:
-            self._flat.is_ahead = True
         if self.compiled is not None:
             results = self._compiled_steps(self.compiled, loss_terms, minibatches, optimizer, average)
             for values in results:
