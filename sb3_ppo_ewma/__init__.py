@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from sb3_ppo_ewma.advice import AdviceCallback
+from sb3_ppo_ewma.envpool_vec_env import EnvPoolVecEnv, make_envpool_vec_env
 from sb3_ppo_ewma.noise_scale import NoiseScaleCallback
 from sb3_ppo_ewma.policies import ImpalaPolicy, PPGCnnPolicy, PPGImpalaPolicy, PPGMultiInputPolicy, PPGPolicy
 from sb3_ppo_ewma.ppg import PPG, PPGEWMA, AuxiliaryPhaseMixin
@@ -25,6 +26,7 @@ __all__ = [
     "PPOEWMA",
     "AdviceCallback",
     "AuxiliaryPhaseMixin",
+    "EnvPoolVecEnv",
     "EwmaMixin",
     "ImpalaCNN",
     "ImpalaPolicy",
@@ -37,6 +39,7 @@ __all__ = [
     "RecurrentPPOEWMA",
     "SmallGridCNN",
     "__version__",
+    "make_envpool_vec_env",
 ]
 
 _CONTRIB = ("MaskablePPOEWMA", "RecurrentPPOEWMA")

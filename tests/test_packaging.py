@@ -37,7 +37,7 @@ LAYERS: list[tuple[set[str], set[str]]] = [
     ({"optimizers"}, set()),
     ({"compilation"}, set()),
     ({"_arguments", "distributions", "rollout_files"}, {"stable_baselines3"}),
-    ({"torch_layers", "rollouts", "forward", "advice"}, {"gymnasium"}),
+    ({"torch_layers", "rollouts", "forward", "advice", "envpool_vec_env"}, {"gymnasium"}),
     ({"saving", "policies"}, set()),
     ({"mlp", "parts"}, set()),
     ({"flat_mlp"}, set()),

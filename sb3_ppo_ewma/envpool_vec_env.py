@@ -1,0 +1,485 @@
+"""
+Environments that EnvPool (https://envpool.readthedocs.io) steps in C++ threads, as a vectorised environment of
+Stable-Baselines3.
+"""
+
+import contextlib
+import difflib
+import importlib
+import os
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+from gymnasium.envs.registration import EnvSpec
+from stable_baselines3.common.monitor import Monitor, ResultsWriter
+from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvObs, VecEnvStepReturn
+
+from sb3_ppo_ewma._arguments import check_choice, check_integer
+
+# EnvPool's options that are given otherwise
+_OWN_OPTIONS = {
+    "num_envs": "num_envs",
+    "seed": "seed",
+    "env_seed": "seed",
+    "render_mode": "render_mode",
+    "batch_size": "none: all environments are stepped together",
+    "gym_reset_return_info": "none: EnvPool has no other choice",
+}
+_RENDER_MODES = ("rgb_array", "human")
+# Options of rendering are no part of a specification's configuration.
+_RENDER_OPTIONS = ("from_pixels", "render_width", "render_height", "render_camera_id")
+# Seeds of EnvPool are int32.
+_N_SEEDS = 2**31
+
+
+def import_envpool() -> Any:
+    """
+    :return: module ``envpool``
+    :raises ImportError: if it is not installed, with what to install
+    """
+    try:
+        return importlib.import_module("envpool")
+    except ModuleNotFoundError as error:
+        if error.name != "envpool":
+            raise
+        raise ImportError("EnvPoolVecEnv needs EnvPool: pip install 'sb3-ppo-ewma[envpool]'") from error
+
+
+def make_envpool_vec_env(task_id: str, n_envs: int = 1, seed: int | None = None, **kwargs: Any) -> "EnvPoolVecEnv":
+    """
+    Make a vectorised environment, as :func:`stable_baselines3.common.env_util.make_vec_env` does.
+
+    :param task_id: EnvPool's name of the task
+    :param n_envs: number of environments
+    :param seed: of the first environment, that of the next is larger by 1; ``None``: drawn
+    :param kwargs: of :class:`EnvPoolVecEnv`, options of the task among them
+    :return: the environments
+    """
+    return EnvPoolVecEnv(task_id, n_envs, seed, **kwargs)
+
+
+class EnvPoolVecEnv(VecEnv):
+    """
+    One pool of EnvPool's for all environments, with the behaviour that Stable-Baselines3 expects:
+
+    - An episode's end resets its environment at once: ``infos[i]["terminal_observation"]`` has the last observation,
+      and every action acts. (EnvPool alone resets in the next step, whose action it ignores.)
+    - ``infos[i]["TimeLimit.truncated"]`` and ``infos[i]["episode"]`` are as with SB3's ``Monitor``, and so is
+      ``monitor.csv``, one file for all environments. In Atari games with ``episodic_life`` or ``reward_clip``, an
+      episode is a whole game and its return that of the game, as in SB3; its length counts the steps of the agent.
+    - ``infos[i]`` has EnvPool's information about the environment, among it ``elapsed_step``.
+    - The pool is made at the first ``reset()``, and again by one after ``seed()``: its seeds cannot be changed.
+
+    There are no Python objects of single environments: ``env_method()`` knows ``render`` and ``get_wrapper_attr``,
+    ``get_attr()`` what an environment has that was made by Gymnasium, ``set_attr()`` is refused.
+
+    :param task_id: EnvPool's name of the task, one of ``envpool.list_all_envs()``
+    :param num_envs: number of environments
+    :param seed: of the first environment, that of the next is larger by 1; ``None``: drawn
+    :param render_mode: ``"rgb_array"``, ``"human"`` (a window with all environments, needs OpenCV) or ``None``
+    :param monitor_dir: folder for ``0.monitor.csv``, made where it is missing; ``None``: no file
+    :param info_keywords: names of information that ``infos[i]["episode"]`` and the file have too
+    :param options: of the task, as ``envpool.make`` takes them: ``num_threads``, ``max_episode_steps``, …
+    :raises ImportError: if EnvPool is not installed
+    :raises ValueError: if EnvPool has no such task, the task no such option, or SB3 no such spaces
+    """
+
+    actions: np.ndarray
+
+    def __init__(
+        self,
+        task_id: str,
+        num_envs: int = 1,
+        seed: int | None = None,
+        *,
+        render_mode: str | None = None,
+        monitor_dir: str | None = None,
+        info_keywords: Sequence[str] = (),
+        **options: Any,
+    ) -> None:
+        envpool = import_envpool()
+        check_integer("num_envs", num_envs, minimum=1)
+        if render_mode is not None:
+            check_choice("render_mode", render_mode, _RENDER_MODES, "None")
+        _check_task(task_id, envpool.list_all_envs())
+        self.task_id = task_id
+        self._pool: Any = None
+        self._is_stepping = False
+        self._options_of_task = {"num_envs": num_envs, **options}
+        pool_spec = _make_spec(envpool, task_id, options, num_envs)
+        if getattr(pool_spec.config, "max_num_players", 1) > 1:
+            raise ValueError(f"{task_id} has several players, which SB3 has no algorithm for")
+        self.spec = EnvSpec(
+            task_id,
+            max_episode_steps=getattr(pool_spec.config, "max_episode_steps", None),
+            reward_threshold=getattr(pool_spec.config, "reward_threshold", None),
+        )
+        # SB3 shows pictures in a window itself.
+        self._shows = render_mode == "human"
+        self.render_mode = None if render_mode is None else "rgb_array"
+        with _silent_precision():
+            observation_space = _checked_observations(task_id, pool_spec.observation_space)
+            action_space = _checked_actions(task_id, pool_spec.action_space)
+        # Rewards may be clipped, and episodes end where a life does: statistics are about the game.
+        state = pool_spec.state_array_spec
+        self._has_games = "info:terminated" in state and "info:reward" in state and "info:lives" in state
+        super().__init__(num_envs, observation_space, action_space)
+        self.seed(seed)
+        self._start = time.time()
+        self._info_keywords = tuple(info_keywords)
+        self._writer: ResultsWriter | None = None
+        if monitor_dir is not None:
+            header: dict[str, Any] = {"t_start": self._start, "env_id": task_id}
+            self._writer = ResultsWriter(os.path.join(monitor_dir, "0"), header, self._info_keywords)
+        self._returns = np.zeros(num_envs)
+        self._lengths = np.zeros(num_envs, dtype=np.int64)
+
+    # Life cycle ------------------------------------------------------------------------------------------------------
+
+    def seed(self, seed: int | None = None) -> list[int | None]:
+        """
+        Set the seeds for the next ``reset()``, which makes a new pool.
+
+        :param seed: of the first environment; ``None``: drawn from NumPy's global generator, as SB3 does
+        :return: of all environments, within EnvPool's range of 0 to 2³¹ − 1
+        """
+        super().seed(seed)
+        self._seeds = [None if each is None else each % _N_SEEDS for each in self._seeds]
+        return self._seeds
+
+    def set_options(self, options: list[dict[str, Any]] | dict[str, Any] | None = None) -> None:
+        """
+        :param options: none: EnvPool's are given when it is made
+        :raises ValueError: if there are any
+        """
+        if any(options if isinstance(options, list) else [options]):
+            raise ValueError(f"EnvPool takes no options at a reset, got {options!r}: give them to EnvPoolVecEnv")
+
+    def reset(self) -> VecEnvObs:
+        """
+        Start new episodes.
+
+        :return: their first observations, (num_envs, …)
+        """
+        if self._is_stepping:
+            self._receive()
+        if self._pool is None or self._seeds[0] is not None:
+            self._make_pool()
+        observations, info = self._pool.reset()
+        self._reset_seeds()
+        self.reset_infos = self._infos(info)
+        self._returns[:] = 0
+        self._lengths[:] = 0
+        return cast(VecEnvObs, observations)
+
+    def _make_pool(self) -> None:
+        """
+        Make the pool with the seeds that wait for a reset.
+        """
+        if self._seeds[0] is None:
+            self.seed()
+        self._close_pool()
+        rendered = {} if self.render_mode is None else {"render_mode": self.render_mode}
+        with _silent_precision():
+            self._pool = import_envpool().make_gymnasium(
+                self.task_id, seed=list(self._seeds), **rendered, **self._options_of_task
+            )
+            # EnvPool keeps it from now on, and would warn about its bounds later.
+            _ = self._pool.observation_space
+
+    def close(self) -> None:
+        """
+        End the threads of the pool and close the file. May be called again; a ``reset()`` makes a new pool.
+        """
+        self._close_pool()
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def _close_pool(self) -> None:
+        if self._pool is not None:
+            if self._is_stepping:
+                self._receive()
+            self._pool.close()
+            self._pool = None  # its threads end with it
+
+    # Steps -----------------------------------------------------------------------------------------------------------
+
+    def step_async(self, actions: np.ndarray) -> None:
+        """
+        Start a step of all environments in the pool's threads.
+
+        :param actions: (num_envs, …)
+        :raises RuntimeError: before the first ``reset()``, and if a step has begun already
+        :raises ValueError: if their shape or, for discrete ones, their values do not belong to the action space
+        """
+        if self._pool is None:
+            raise RuntimeError("step() before the first reset()")
+        if self._is_stepping:
+            raise RuntimeError("step_async() was called again before step_wait()")
+        self.actions = self._checked(np.asarray(actions))
+        self._pool.send(self.actions)
+        self._is_stepping = True
+
+    def step_wait(self) -> VecEnvStepReturn:
+        """
+        Wait for the step, and reset the environments whose episodes ended.
+
+        :return: observations (num_envs, …), rewards (num_envs,), ends of episodes (num_envs,), information
+        :raises RuntimeError: if no step has begun
+        """
+        if not self._is_stepping:
+            raise RuntimeError("step_wait() was called before step_async()")
+        observations, rewards, terminated, truncated, info = self._receive()
+        dones = terminated | truncated
+        infos = self._infos({**info, "TimeLimit.truncated": truncated & ~terminated})
+        self._returns += info["reward"] if self._has_games else rewards
+        self._lengths += 1
+        if dones.any():
+            ended = np.flatnonzero(dones)
+            over = info["terminated"].astype(bool) | truncated if self._has_games else dones
+            for index in ended.tolist():
+                infos[index]["terminal_observation"] = _row(observations, index)
+                if over[index]:
+                    self._record_episode(index, infos[index])
+            # A step of an environment whose episode has ended only resets it, whatever the action. EnvPool's reset()
+            # would also end a game of Atari that goes on after a life is lost.
+            first, _, _, _, reset_info = self._pool.step(self.actions[ended], ended)
+            for index, each in zip(ended.tolist(), self._infos(reset_info), strict=True):
+                self.reset_infos[index] = each
+            _set_rows(observations, ended, first)
+        return observations, rewards.astype(np.float32, copy=False), dones, infos
+
+    def _receive(self) -> Any:
+        self._is_stepping = False
+        return self._pool.recv(reset=False, return_info=True)
+
+    def _checked(self, actions: np.ndarray) -> np.ndarray:
+        """
+        :param actions: of all environments
+        :return: the same
+        :raises ValueError: if C++ code would read past their end, or by them past the end of something else
+        """
+        expected = (self.num_envs, *(self.action_space.shape or ()))
+        if actions.shape != expected:
+            raise ValueError(f"actions must have shape {expected}, got {actions.shape}")
+        space = self.action_space
+        if isinstance(space, (spaces.Discrete, spaces.MultiDiscrete)):
+            first = space.start
+            end = first + (space.n if isinstance(space, spaces.Discrete) else space.nvec)
+            if (actions < first).any() or (actions >= end).any():
+                raise ValueError(f"actions must lie in {space}, got {actions}")
+        return actions
+
+    def _infos(self, info: dict[str, Any]) -> list[dict[str, Any]]:
+        """
+        :param info: arrays by name, (environments, …)
+        :return: one dict per environment
+        """
+        arrays = {name: value for name, value in info.items() if name not in ("env_id", "players")}
+        rows = zip(*(value.tolist() if value.ndim == 1 else value for value in arrays.values()), strict=True)
+        return [dict(zip(arrays, row, strict=True)) for row in rows]
+
+    def _record_episode(self, index: int, info: dict[str, Any]) -> None:
+        """
+        :param index: of an environment whose episode ended
+        :param info: of its last step, to which the statistics are added
+        """
+        episode = {
+            "r": round(float(self._returns[index]), 6),
+            "l": int(self._lengths[index]),
+            "t": round(time.time() - self._start, 6),
+        }
+        episode.update((name, info[name]) for name in self._info_keywords)
+        info["episode"] = episode
+        if self._writer is not None:
+            self._writer.write_row(episode)
+        self._returns[index] = 0
+        self._lengths[index] = 0
+
+    # Single environments ---------------------------------------------------------------------------------------------
+
+    def render(self, mode: str | None = None) -> np.ndarray | None:
+        """
+        :param mode: ``"rgb_array"`` or ``"human"``; ``None``: that of ``render_mode``
+        :return: a picture of all environments, (height, width, 3), uint8; ``None`` if it went to a window
+        """
+        return super().render(mode or ("human" if self._shows else None))
+
+    def get_images(self) -> Sequence[np.ndarray | None]:
+        """
+        :return: a picture of every environment, (height, width, 3), uint8
+        """
+        return self._images(None)
+
+    def _images(self, indices: VecEnvIndices) -> list[np.ndarray | None]:
+        chosen = np.asarray(list(self._get_indices(indices)), dtype=np.int32)
+        if self.render_mode is None:
+            warnings.warn("Nothing is rendered without render_mode='rgb_array'", stacklevel=3)
+            return [None for _ in chosen]
+        if self._pool is None:
+            raise RuntimeError("render() before the first reset()")
+        return list(self._pool.render(chosen))
+
+    def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:
+        """
+        :param attr_name: ``spec``, ``render_mode``, ``metadata``, ``observation_space`` or ``action_space``
+        :param indices: of environments
+        :return: the attribute for each of them
+        :raises AttributeError: for others
+        """
+        known: dict[str, Any] = {
+            "spec": self.spec,
+            "render_mode": self.render_mode,
+            "metadata": {"render_modes": list(_RENDER_MODES)},
+        }
+        if attr_name in ("observation_space", "action_space"):
+            known[attr_name] = getattr(self, attr_name)
+        if attr_name not in known:
+            raise AttributeError(
+                f"EnvPool's environments are no Python objects and have no attribute {attr_name!r}, only "
+                f"{', '.join([*known, 'observation_space', 'action_space'])}"
+            )
+        return [known[attr_name] for _ in self._get_indices(indices)]
+
+    def set_attr(self, attr_name: str, value: Any, indices: VecEnvIndices = None) -> None:
+        """
+        :param attr_name: any
+        :param value: any
+        :param indices: any
+        :raises AttributeError: always
+        """
+        raise AttributeError(
+            f"EnvPool's environments are no Python objects: {attr_name!r} cannot be set. "
+            "Options are given to EnvPoolVecEnv"
+        )
+
+    def env_method(
+        self, method_name: str, *method_args: Any, indices: VecEnvIndices = None, **method_kwargs: Any
+    ) -> list[Any]:
+        """
+        :param method_name: ``render`` or ``get_wrapper_attr``
+        :param method_args: its arguments
+        :param indices: of environments
+        :param method_kwargs: its arguments by name
+        :return: what it returns for each of them
+        :raises AttributeError: for others
+        """
+        if method_name == "get_wrapper_attr":
+            (name,) = (*method_args, *method_kwargs.values())
+            return self.get_attr(name, indices)
+        if method_name != "render":
+            raise AttributeError(
+                f"EnvPool's environments are no Python objects and have no method {method_name!r}, only render"
+            )
+        return self._images(indices)
+
+    def env_is_wrapped(self, wrapper_class: type[gym.Wrapper], indices: VecEnvIndices = None) -> list[bool]:
+        """
+        :param wrapper_class: of Gymnasium or SB3
+        :param indices: of environments
+        :return: whether they behave as if wrapped: with ``Monitor``, whose statistics they have
+        """
+        return [wrapper_class is Monitor for _ in self._get_indices(indices)]
+
+
+def _check_task(task_id: str, known: Sequence[str]) -> None:
+    if task_id not in known:
+        by_lower = {name.lower(): name for name in known}
+        near = difflib.get_close_matches(str(task_id).lower(), by_lower, n=5, cutoff=0.5)
+        hint = f". Near: {', '.join(by_lower[name] for name in near)}" if near else ""
+        raise ValueError(f"EnvPool has no task {task_id!r}{hint}. envpool.list_all_envs() lists all")
+
+
+def _make_spec(envpool: Any, task_id: str, options: dict[str, Any], num_envs: int) -> Any:
+    """
+    :param envpool: the module
+    :param task_id: name of a task
+    :param options: of the task
+    :param num_envs: number of environments
+    :return: EnvPool's specification
+    :raises ValueError: if there is no such option
+    """
+    for name in options:
+        if name in _OWN_OPTIONS:
+            raise ValueError(f"{name} is no option here, use {_OWN_OPTIONS[name]}")
+    known = {*envpool.make_spec(task_id).config._fields, *_RENDER_OPTIONS}
+    unknown = [name for name in options if name not in known]
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], known, n=1)
+        hint = f". Did you mean {near[0]!r}?" if near else ""
+        allowed = ", ".join(sorted(known - _OWN_OPTIONS.keys()))
+        raise ValueError(f"{task_id} has no option {unknown[0]!r}{hint}. It has {allowed}")
+    return envpool.make_spec(task_id, num_envs=num_envs, **options)
+
+
+def _checked_observations(task_id: str, space: Any) -> spaces.Space[Any]:
+    """
+    :param task_id: name of the task
+    :param space: EnvPool's observation space
+    :return: the same
+    :raises ValueError: if SB3 has no such space
+    """
+    parts = space.spaces.values() if isinstance(space, spaces.Dict) else [space]
+    supported = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
+    if not all(isinstance(part, supported) for part in parts):
+        raise ValueError(f"Observations of {task_id} are {space}: SB3 has no tuples and no dicts within dicts")
+    return cast("spaces.Space[Any]", space)
+
+
+def _checked_actions(task_id: str, space: Any) -> spaces.Space[Any]:
+    """
+    :param task_id: name of the task
+    :param space: EnvPool's action space
+    :return: the same, boxes in float32 as in Gymnasium, so that models go from one to the other, and vectors of whole
+        numbers, which EnvPool has as boxes too, as what they are
+    :raises ValueError: if SB3 has no such space
+    """
+    if isinstance(space, spaces.Box) and np.issubdtype(space.dtype, np.floating):
+        with np.errstate(over="ignore"):
+            return spaces.Box(space.low.astype(np.float32), space.high.astype(np.float32), dtype=np.float32)
+    if isinstance(space, spaces.Box) and len(space.shape) == 1 and not space.low.any():
+        return spaces.MultiDiscrete(space.high.astype(np.int64) + 1)
+    if not isinstance(space, (spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)):
+        raise ValueError(f"Actions of {task_id} are {space}: SB3 has neither dicts nor tuples of actions")
+    return cast("spaces.Space[Any]", space)
+
+
+@contextlib.contextmanager
+def _silent_precision() -> Iterator[None]:
+    """
+    Without Gymnasium's warning that bounds of a space, which EnvPool gives in double precision, become float32.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*precision lowered by casting.*")
+        yield
+
+
+def _row(observations: Any, index: int) -> Any:
+    """
+    :param observations: array or dict of arrays, (num_envs, …)
+    :param index: of an environment
+    :return: a copy of its observation
+    """
+    if isinstance(observations, dict):
+        return {name: values[index].copy() for name, values in observations.items()}
+    return observations[index].copy()
+
+
+def _set_rows(observations: Any, indices: np.ndarray, rows: Any) -> None:
+    """
+    :param observations: array or dict of arrays, (num_envs, …), changed
+    :param indices: of environments
+    :param rows: their new observations
+    """
+    if isinstance(observations, dict):
+        for name, values in observations.items():
+            values[indices] = rows[name]
+    else:
+        observations[indices] = rows
