@@ -8,6 +8,7 @@ The recurrent and the maskable algorithm need sb3-contrib and are imported on fi
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from sb3_ppo_ewma import envpool_env as _envpool_env
 from sb3_ppo_ewma.advice import AdviceCallback
 from sb3_ppo_ewma.envpool_vec_env import EnvPoolVecEnv, make_envpool_vec_env
 from sb3_ppo_ewma.noise_scale import NoiseScaleCallback
@@ -41,6 +42,9 @@ __all__ = [
     "__version__",
     "make_envpool_vec_env",
 ]
+
+# Gymnasium's make() finds the games, by EnvPool's names, once this package is imported.
+_envpool_env.register(_envpool_env.PROCGEN)
 
 _CONTRIB = ("MaskablePPOEWMA", "RecurrentPPOEWMA")
 

@@ -107,7 +107,7 @@ class EnvPoolVecEnv(VecEnv):
         check_integer("num_envs", num_envs, minimum=1)
         if render_mode is not None:
             check_choice("render_mode", render_mode, _RENDER_MODES, "None")
-        _check_task(task_id, envpool.list_all_envs())
+        check_task(task_id, envpool.list_all_envs())
         self.task_id = task_id
         self._pool: Any = None
         self._is_stepping = False
@@ -389,7 +389,12 @@ class EnvPoolVecEnv(VecEnv):
         return [wrapper_class is Monitor for _ in self._get_indices(indices)]
 
 
-def _check_task(task_id: str, known: Sequence[str]) -> None:
+def check_task(task_id: str, known: Sequence[str]) -> None:
+    """
+    :param task_id: name of a task
+    :param known: names of all tasks
+    :raises ValueError: if it is none of them, with those that are near
+    """
     if task_id not in known:
         by_lower = {name.lower(): name for name in known}
         near = difflib.get_close_matches(str(task_id).lower(), by_lower, n=5, cutoff=0.5)

@@ -38,7 +38,7 @@ LAYERS: list[tuple[set[str], set[str]]] = [
     ({"compilation"}, set()),
     ({"_arguments", "distributions", "rollout_files"}, {"stable_baselines3"}),
     ({"torch_layers", "rollouts", "forward", "advice", "envpool_vec_env"}, {"gymnasium"}),
-    ({"saving", "policies"}, set()),
+    ({"saving", "policies", "envpool_env"}, set()),
     ({"mlp", "parts"}, set()),
     ({"flat_mlp"}, set()),
     ({"gradient_steps"}, set()),

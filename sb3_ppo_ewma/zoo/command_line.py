@@ -104,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
 def _run(script: str, arguments: list[str]) -> None:
     importlib.import_module("rl_zoo3")  # first: where it is missing, so is what else the modules below import
     # Here, so that the scripts are listed without rl_zoo3.
-    from sb3_ppo_ewma.zoo import child_processes, hub, options, registration
+    from sb3_ppo_ewma.zoo import child_processes, hub, options, registration, vec_envs
 
     registration.register()
     hub.mend()
@@ -117,10 +117,12 @@ def _run(script: str, arguments: list[str]) -> None:
     warnings.filterwarnings("ignore", message=".*found in sys.modules after import of package", module="runpy")
     with contextlib.ExitStack() as stack:
         stack.enter_context(child_processes.brought_home())
-        if script == "train":
-            sys.argv[1:] = stack.enter_context(options.taken_from(arguments, sys.argv[0]))
+        if script in options.SCRIPTS:
+            sys.argv[1:] = stack.enter_context(options.taken_from(arguments, script, sys.argv[0]))
             if wants_help:
-                stack.callback(lambda: print(f"\n{options.help_text(sys.argv[0])}"))
+                stack.callback(lambda: print(f"\n{options.help_text(script, sys.argv[0])}"))
+            elif options.current.vec_env == options.ENVPOOL:
+                vec_envs.register_tasks()
         runpy.run_module(SCRIPTS[script][0], run_name="__main__")
 
 

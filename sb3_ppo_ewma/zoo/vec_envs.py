@@ -1,0 +1,197 @@
+"""
+``--vec-env envpool``: the zoo's scripts with environments of EnvPool. The zoo makes environments of Gymnasium by
+``make_vec_env`` and wraps what comes from there; here something else comes from there.
+"""
+
+import contextlib
+import functools
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import rl_zoo3.utils
+import yaml
+from rl_zoo3 import exp_manager
+from rl_zoo3.exp_manager import ExperimentManager
+
+from sb3_ppo_ewma import envpool_env
+from sb3_ppo_ewma.envpool_vec_env import EnvPoolVecEnv, check_task, import_envpool
+from sb3_ppo_ewma.zoo import options
+from sb3_ppo_ewma.zoo.mending import Function, replace
+
+_ATARI = "envpool.atari"
+_NO_FRAMESKIP = re.compile(r"(\w+)NoFrameskip-v4")
+_ATARI_WRAPPER = "stable_baselines3.common.atari_wrappers.AtariWrapper"
+# Arguments of SB3's AtariWrapper: EnvPool's options
+_ATARI_OPTIONS = {
+    "noop_max": ("noop_max",),
+    "frame_skip": ("frame_skip",),
+    "screen_size": ("img_height", "img_width"),
+    "terminal_on_life_loss": ("episodic_life",),
+    "clip_reward": ("reward_clip",),
+    "action_repeat_probability": ("repeat_action_probability",),
+}
+# What that wrapper does and EnvPool by default does not
+_ATARI_DEFAULTS = {"episodic_life": True, "reward_clip": True}
+
+
+@functools.cache  # once
+def mend() -> None:
+    """Put EnvPool's environments where the zoo makes its own, wherever the option asks for it."""
+    replace(ExperimentManager, "__init__", _init)
+    replace(ExperimentManager, "_preprocess_hyperparams", _preprocess_hyperparams)
+    replace(ExperimentManager, "create_envs", _create_envs)
+    replace(rl_zoo3.utils, "create_test_env", _create_test_env)
+    replace(rl_zoo3.utils, "get_model_path", _get_model_path)
+    rl_zoo3.create_test_env = rl_zoo3.utils.create_test_env  # where the scripts import it from
+
+
+@functools.cache  # once
+def register_tasks() -> None:
+    """
+    Make Gymnasium know all tasks of EnvPool, since the zoo looks names up there.
+
+    :raises ImportError: if EnvPool is not installed
+    """
+    names = set(import_envpool().list_all_envs())
+    games = {name for name in names if _is_atari(name)}
+    envpool_env.register(sorted(games), envpool_env.EnvPoolAtariEnv)
+    envpool_env.register(sorted(names - games))
+
+
+def _is_atari(task_id: str) -> bool:
+    return bool(import_envpool().registration.registry.specs[task_id][0] == _ATARI)
+
+
+def _init(upstream: Function, manager: Any, *args: Any, **kwargs: Any) -> None:
+    upstream(manager, *args, **kwargs)
+    manager.wrapper_names = None
+    if options.current.vec_env == options.ENVPOOL:
+        _task_of(manager.env_name.gym_id)  # refused now rather than after a folder was made
+        if manager.args is not None:
+            manager.args.vec_env = options.ENVPOOL  # goes to args.yml, where enjoy finds it
+
+
+def _preprocess_hyperparams(upstream: Function, manager: Any, hyperparams: dict[str, Any]) -> Any:
+    # Upstream makes a function of them.
+    manager.wrapper_names = hyperparams.get("env_wrapper")
+    return upstream(manager, hyperparams)
+
+
+def _create_envs(upstream: Function, manager: Any, *args: Any, **kwargs: Any) -> Any:
+    if options.current.vec_env != options.ENVPOOL:
+        return upstream(manager, *args, **kwargs)
+    frame_stack = manager.frame_stack
+    task_id, task_options = _task_with_options(manager.env_name.gym_id, manager.wrapper_names, frame_stack)
+    if "stack_num" in task_options:
+        manager.frame_stack = None
+    try:
+        with _instead_of(exp_manager, task_id, task_options):
+            return upstream(manager, *args, **kwargs)
+    finally:
+        manager.frame_stack = frame_stack
+
+
+def _create_test_env(upstream: Function, env_id: str, *args: Any, **kwargs: Any) -> Any:
+    if options.current.vec_env != options.ENVPOOL:
+        return upstream(env_id, *args, **kwargs)
+    hyperparams = kwargs.get("hyperparams") or {}
+    task_id, task_options = _task_with_options(
+        env_id, hyperparams.get("env_wrapper"), hyperparams.get("frame_stack") or None
+    )
+    if "stack_num" in task_options:
+        hyperparams["frame_stack"] = 0
+    with _instead_of(rl_zoo3.utils, task_id, task_options):
+        return upstream(env_id, *args, **kwargs)
+
+
+def _get_model_path(upstream: Function, exp_id: int, folder: str, algo: str, env_name: Any, *args: Any) -> Any:
+    result = upstream(exp_id, folder, algo, env_name, *args)
+    arguments = Path(result[2], env_name, "args.yml")
+    if arguments.is_file() and yaml.load(arguments.read_text(), Loader=yaml.UnsafeLoader)["vec_env"] == options.ENVPOOL:
+        register_tasks()
+        # An agent is watched in the environments that it was trained in, unless the option says otherwise.
+        if options.current.vec_env is None:
+            options.current.vec_env = options.ENVPOOL
+    return result
+
+
+@contextlib.contextmanager
+def _instead_of(module: Any, task_id: str, task_options: dict[str, Any]) -> Iterator[None]:
+    """
+    While it is open, a module of the zoo makes environments of EnvPool.
+
+    :param module: that calls ``make_vec_env``
+    :param task_id: EnvPool's name of the task
+    :param task_options: its options, before which those of the zoo's ``env_kwargs`` go
+    """
+
+    def make_vec_env(
+        _: Any,
+        n_envs: int,
+        seed: int | None,
+        env_kwargs: dict[str, Any],
+        monitor_dir: str | None,
+        monitor_kwargs: dict[str, Any] | None = None,
+        **of_gymnasium: Any,
+    ) -> EnvPoolVecEnv:
+        allowed = {"info_keywords": ()}
+        unknown = set(monitor_kwargs or {}) - set(allowed)
+        if unknown:
+            raise ValueError(f"monitor_kwargs: EnvPool's statistics know {', '.join(allowed)}, not {unknown.pop()}")
+        return EnvPoolVecEnv(
+            task_id,
+            n_envs,
+            seed,
+            monitor_dir=monitor_dir,
+            **{**allowed, **(monitor_kwargs or {})},
+            **{**task_options, **env_kwargs},
+        )
+
+    upstream, module.make_vec_env = module.make_vec_env, make_vec_env
+    try:
+        yield
+    finally:
+        module.make_vec_env = upstream
+
+
+def _task_of(gym_id: str) -> str:
+    """
+    :param gym_id: name of an environment in Gymnasium
+    :return: EnvPool's name of the same
+    :raises ValueError: if EnvPool has none
+    """
+    known = import_envpool().list_all_envs()
+    match = _NO_FRAMESKIP.fullmatch(gym_id)
+    task_id = f"{match[1]}-v5" if match else gym_id
+    check_task(task_id, known)
+    return task_id
+
+
+def _task_with_options(gym_id: str, env_wrapper: Any, frame_stack: int | None) -> tuple[str, dict[str, Any]]:
+    """
+    :param gym_id: name of an environment in Gymnasium
+    :param env_wrapper: of the hyper-parameters: names of classes, or dicts of a name and arguments
+    :param frame_stack: of the hyper-parameters
+    :return: EnvPool's name of the task, and options that do what wrapper and stack do
+    :raises ValueError: if it has no such task, or nothing in the place of a wrapper
+    """
+    task_id = _task_of(gym_id)
+    is_atari = _is_atari(task_id)
+    found: dict[str, Any] = {}
+    wrappers = env_wrapper if isinstance(env_wrapper, list) else [env_wrapper] if env_wrapper else []
+    for wrapper in wrappers:
+        name, arguments = next(iter(wrapper.items())) if isinstance(wrapper, dict) else (wrapper, {})
+        if not is_atari or name != _ATARI_WRAPPER:
+            raise ValueError(
+                f"env_wrapper {name} cannot wrap EnvPool's environments, which are no Python objects"
+                f"{f': only {_ATARI_WRAPPER} has options in its place' if is_atari else ''}. "
+                "Take --vec-env dummy, or hyper-parameters without it (env_wrapper:None)"
+            )
+        found |= _ATARI_DEFAULTS
+        found |= {ours: value for key, value in arguments.items() for ours in _ATARI_OPTIONS[key]}
+    if is_atari:
+        # EnvPool stacks frames itself; the zoo shall not stack them once more.
+        found["stack_num"] = frame_stack or 1
+    return task_id, found
