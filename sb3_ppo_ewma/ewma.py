@@ -43,32 +43,33 @@ def center_of_mass_from_decay(decay: float) -> float:
 
 
 # The clip moves on with the average: in an iteration of n centres of mass the policy may get some n clip ranges away
-# from its data. The paper has up to 3; 10 were too many where it was tried, 3 with data that is old already.
-_CENTERS_PER_ITERATION, _CENTERS_PER_STALE_ITERATION = 4, 1
+# from its data. The paper has up to 3, and 5 are good too; 10 are too many, and so are 3 with data that is old already.
+_FEW_EPOCHS = 5
 
 
 def default_center_of_mass(n_samples: int, batch_size: int | None, n_epochs: int = 1, is_stale: bool = False) -> float:
     """
     The centre of mass that ``prox_decay="auto"`` stands for: as many gradient steps as one epoch has minibatches, as in
-    the paper; with more than four epochs, a quarter of an iteration's; with stale data, an iteration's.
+    the paper; with more than five epochs, half an iteration's; with stale data, an iteration's.
 
     >>> default_center_of_mass(256 * 256, 8192)
     8.0
     >>> default_center_of_mass(2048, 64, n_epochs=10)
-    80.0
+    160.0
 
-    Source: Hilton et al. 2022 for one to three epochs; for more ``benchmarks/experiments/results/ewma.md``, for stale
-    data ``staleness.md`` beside it.
+    Source: Hilton et al. 2022 for one to three epochs; for more ``ewma.md`` and ``defaults.md`` in
+    ``benchmarks/experiments/results``, for stale data ``staleness.md`` there.
 
     :param n_samples: of a rollout
     :param batch_size: of a minibatch; ``None``: the rollout
     :param n_epochs: policy epochs per rollout
     :param is_stale: whether rollouts wait for iterations before they are trained on
-    :return: max(1, E/4)·⌈n_samples/batch_size⌉, at least 1; E·⌈n_samples/batch_size⌉ with stale data
+    :return: ⌈n_samples/batch_size⌉, at least 1, times 1; times E/2 with more than five epochs; times E with stale data
     """
     n_minibatches = max(1, math.ceil(n_samples / (batch_size or n_samples)))
-    n_centers = _CENTERS_PER_STALE_ITERATION if is_stale else _CENTERS_PER_ITERATION
-    return n_minibatches * max(1.0, n_epochs / n_centers)
+    if is_stale:
+        return float(n_minibatches * n_epochs)
+    return n_minibatches * (n_epochs / 2 if n_epochs > _FEW_EPOCHS else 1.0)
 
 
 def decay_from_span(span: float) -> float:

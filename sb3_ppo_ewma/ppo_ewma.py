@@ -114,7 +114,7 @@ class EwmaMixin(SavedStateMixin):
 
     :param prox_decay: β_prox in [0, 1), decay of the EWMA of the parameters per gradient step. ``"auto"``: its centre
         of mass is the number of minibatches in one epoch over a rollout, max(1, ⌈n_steps·n_envs/batch_size⌉), as in
-        the paper, with more than four epochs a quarter of all those of an iteration, with ``staleness`` all of them;
+        the paper, with more than five epochs half of all those of an iteration, with ``staleness`` all of them;
         ``None``: no EWMA, the proximal policy is the behaviour policy, as in PPO
     :param kl_coef: β ≥ 0, weight of KL(π_prox ‖ π_θ) in the loss; can be combined with the clip or replace it
         (``clip_range=None``)

@@ -108,8 +108,9 @@ def test_entry_builds_its_model(algo, entry, tmp_path):
     if algo == "ppg":
         assert model.current_prox_decay is None
     else:
-        # The center of mass of "auto" is the number of minibatches of an epoch, or of a quarter of more than four.
-        minibatches = ceil(model.n_envs * model.n_steps / model.batch_size) * max(4, model.n_epochs) / 4
+        # The center of mass of "auto" is the number of minibatches of an epoch, or of half of more than five.
+        minibatches = ceil(model.n_envs * model.n_steps / model.batch_size)
+        minibatches *= 1 if model.n_epochs <= 5 else model.n_epochs / 2
         assert model.current_prox_decay == pytest.approx(1 - 1 / (1 + minibatches))
     if algo in PPG:
         check_phase(model, manager.n_timesteps, entry)

@@ -31,7 +31,7 @@ NAMES = {
     "half iteration": "half an iteration's",
     "iteration": "an iteration's",
 }
-AT_LEAST = {"quarter iteration": ', at least an epoch\'s (`prox_decay="auto"`)'}
+AUTO, AUTO_NAME = "auto", "one epoch's, with more than five epochs half an iteration's (`prox_decay=\"auto\"`)"
 
 
 def ages(env: str, settings: dict[str, Any]) -> list[Variant]:
@@ -86,11 +86,10 @@ def report_ages(file: Path, variants: Sequence[Variant], title: str, settings: s
         lines += ["", f"## {env}", "", *common.table_of_returns("centre of mass", in_env, NAMES)]
     next(iter(axes.values())).legend(frameon=False, fontsize="small")
     image = common.save(figure, file)
-    # Where a quarter of an iteration is no more than an epoch, that is trained once.
-    has_quarter = {variant.env for variant in variants if variant.name == "quarter iteration"}
-    final, mean = (improvements(runs, measure, has_quarter) for measure in ("final_return", "mean_return"))
+    has_many = {variant.env for variant in variants if variant.settings.get("n_epochs", 10) > 5}
+    final, mean = (improvements(runs, measure, has_many) for measure in ("final_return", "mean_return"))
     if final:
-        rows = [[NAMES[name] + AT_LEAST.get(name, ""), final[name], mean[name]] for name in final]
+        rows = [[NAMES.get(name, AUTO_NAME), final[name], mean[name]] for name in final]
         headings = ["centre of mass", "final return", "mean return"]
         lines += [
             "",
@@ -110,11 +109,11 @@ def report_ages(file: Path, variants: Sequence[Variant], title: str, settings: s
     common.write(file, title, [*intro, *lines])
 
 
-def improvements(runs: Any, measure: str, has_quarter: set[str]) -> dict[str, Any]:
+def improvements(runs: Any, measure: str, has_many: set[str]) -> dict[str, Any]:
     """
     :param runs: a row per run
     :param measure: column of the returns
-    :param has_quarter: environments in which a quarter of an iteration is more than an epoch
+    :param has_many: environments with more than five epochs
     :return: by variant, probability that a run is better than one without EWMA, mean of the environments in which all
         variants have the same seeds
     """
@@ -124,9 +123,12 @@ def improvements(runs: Any, measure: str, has_quarter: set[str]) -> dict[str, An
     from benchmarks.experiments.report import REPS
     from benchmarks.statistics import estimate
 
-    epoch = runs[(runs.variant == "epoch") & ~runs.env.isin(has_quarter)].assign(variant="quarter iteration")
-    complete = pd.concat([runs, epoch]).pivot(index=["variant", "seed"], columns="env", values=measure).dropna()
-    arrays = {name: complete.loc[name].to_numpy() for name in NAMES if name in complete.index.get_level_values(0)}
+    if 0 < runs.env.isin(has_many).mean() < 1:  # or else this is one of the others
+        chosen = runs[runs.variant == runs.env.map(lambda env: "half iteration" if env in has_many else "epoch")]
+        runs = pd.concat([runs, chosen.assign(variant=AUTO)])
+    complete = runs.pivot(index=["variant", "seed"], columns="env", values=measure).dropna()
+    present = complete.index.get_level_values(0)
+    arrays = {name: complete.loc[name].to_numpy() for name in (*NAMES, AUTO) if name in present}
     if "none" not in arrays:
         return {}
     pairs = {name: (array, arrays["none"]) for name, array in arrays.items() if name != "none"}
