@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.experiments.runs import Variant, execute, parser, zoo_settings
+from sb3_ppo_ewma.ewma import default_center_of_mass
 
 # Steps of a run: rl-zoo3's, or fewer where learning is over before or a run would take more than some minutes
 N_TIMESTEPS = {
@@ -53,6 +54,17 @@ def ages(env: str, settings: dict[str, Any]) -> list[Variant]:
     ]
 
 
+def auto(settings: dict[str, Any]) -> str:
+    """
+    :param settings: of PPO-EWMA
+    :return: name of the age that ``prox_decay="auto"`` means with these
+    """
+    n_samples, batch_size = settings["n_steps"] * settings["n_envs"], settings.get("batch_size", 64)
+    epoch = default_center_of_mass(n_samples, batch_size)
+    found = default_center_of_mass(n_samples, batch_size, settings.get("n_epochs", 10))
+    return "epoch" if found == epoch else "half iteration"
+
+
 def variants() -> list[Variant]:
     """
     :return: all ages with the zoo's settings
@@ -86,8 +98,8 @@ def report_ages(file: Path, variants: Sequence[Variant], title: str, settings: s
         lines += ["", f"## {env}", "", *common.table_of_returns("centre of mass", in_env, NAMES)]
     next(iter(axes.values())).legend(frameon=False, fontsize="small")
     image = common.save(figure, file)
-    has_many = {variant.env for variant in variants if variant.settings.get("n_epochs", 10) > 5}
-    final, mean = (improvements(runs, measure, has_many) for measure in ("final_return", "mean_return"))
+    default = {variant.env: auto(variant.settings) for variant in variants}
+    final, mean = (improvements(runs, measure, default) for measure in ("final_return", "mean_return"))
     if final:
         rows = [[NAMES.get(name, AUTO_NAME), final[name], mean[name]] for name in final]
         headings = ["centre of mass", "final return", "mean return"]
@@ -109,11 +121,11 @@ def report_ages(file: Path, variants: Sequence[Variant], title: str, settings: s
     common.write(file, title, [*intro, *lines])
 
 
-def improvements(runs: Any, measure: str, has_many: set[str]) -> dict[str, Any]:
+def improvements(runs: Any, measure: str, default: dict[str, str]) -> dict[str, Any]:
     """
     :param runs: a row per run
     :param measure: column of the returns
-    :param has_many: environments with more than five epochs
+    :param default: by environment, name of the age that is the default
     :return: by variant, probability that a run is better than one without EWMA, mean of the environments in which all
         variants have the same seeds
     """
@@ -123,8 +135,8 @@ def improvements(runs: Any, measure: str, has_many: set[str]) -> dict[str, Any]:
     from benchmarks.experiments.report import REPS
     from benchmarks.statistics import estimate
 
-    if 0 < runs.env.isin(has_many).mean() < 1:  # or else this is one of the others
-        chosen = runs[runs.variant == runs.env.map(lambda env: "half iteration" if env in has_many else "epoch")]
+    if len(set(default.values())) > 1:  # or else it is one of the others
+        chosen = runs[runs.variant == runs.env.map(default)]
         runs = pd.concat([runs, chosen.assign(variant=AUTO)])
     complete = runs.pivot(index=["variant", "seed"], columns="env", values=measure).dropna()
     present = complete.index.get_level_values(0)

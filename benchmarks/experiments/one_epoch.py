@@ -20,7 +20,7 @@ N_SEEDS = 3
 NAMES = {
     "same rate": "one epoch, the same learning rate",
     "rate / sqrt(epochs)": "one epoch, the rate divided by the root of the epochs",
-    "epoch": "several epochs, PPO-EWMA",
+    ewma.AUTO: "several epochs, PPO-EWMA",
     "none": "several epochs, PPO",
 }
 # Advantages are normalised over as many samples at least, and over as many iterations as leave one of them when the
@@ -83,8 +83,10 @@ def report(file: Path) -> None:
     several = file.with_name("ewma.csv")
     if several.is_file():
         before = common.load(several)
-        before = before[before.variant.isin(["none", "epoch"]) & before.env.isin(runs.env)]
-        runs = pd.concat([runs, before[before.n_timesteps == before.env.map(runs.groupby("env").n_timesteps.first())]])
+        before = before[before.n_timesteps == before.env.map(runs.groupby("env").n_timesteps.first())]
+        default = {env: ewma.auto(zoo_settings("ppo_ewma", env)) for env in ewma.N_TIMESTEPS}
+        averaged = before[before.variant == before.env.map(default)].assign(variant=ewma.AUTO)
+        runs = pd.concat([runs, before[before.variant == "none"], averaged])
     figure, axes = common.panels(env for env in ewma.N_TIMESTEPS if env in set(runs.env))
     lines = []
     for env, axis in axes.items():
