@@ -23,6 +23,7 @@ _PACKAGES = [
     "minatar",
     "mujoco",
     "ale_py",
+    "envpool",
     "numpy",
 ]
 # What a number depends on; results and documentation may change without it.

@@ -288,3 +288,22 @@ def test_memory(tmp_path):
     assert result["rss_peak_bytes"] >= result["rss_before_bytes"] > 50e6  # torch alone takes more
     assert f"stored = {result['ratio']:.3f}" in ended.stdout
     assert result["command"].startswith("python -m benchmarks.memory --n-envs 2")
+
+
+# === EnvPool ===
+
+
+def test_envpool(tmp_path):
+    pytest.importorskip("envpool")
+    few = ["--n-envs", 2, "--rounds", 2, "--seconds", 0.2, "--iterations", 1, "--output", tmp_path / "envpool.json"]
+    ended = execute("benchmarks.envpool", *few)
+    (result,) = json.loads((tmp_path / "envpool.json").read_text())["results"]
+    assert result["n_envs"] == 2
+    speeds = result["steps_per_second"]
+    assert speeds.keys() == {"EnvPoolVecEnv", "DummyVecEnv", "SubprocVecEnv"}
+    assert all(len(rounds) == 2 and min(rounds) > 0 for rounds in speeds.values())
+    for index, ratio in enumerate(result["ratios"]):
+        best = max(speeds["DummyVecEnv"][index], speeds["SubprocVecEnv"][index])
+        assert ratio == pytest.approx(speeds["EnvPoolVecEnv"][index] / best, rel=0.02)
+    assert result["learning_steps_per_second"].keys() == speeds.keys()
+    assert "while training" in ended.stdout
