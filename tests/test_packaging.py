@@ -28,7 +28,7 @@ else:
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "sb3_ppo_ewma"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-HYPERPARAMETER_FILES = sorted((ROOT / "zoo_hyperparams").glob("*.yml"))
+HYPERPARAMETER_FILES = sorted((ROOT / "zoo_hyperparams").rglob("*.yml"))
 
 # Modules from the bottom up, each with the packages beside the standard library that its layer adds to those below.
 LAYERS: list[tuple[set[str], set[str]]] = [
@@ -219,7 +219,7 @@ def test_signature_of_ppg_is_that_of_ppo_with_the_papers_defaults(cls: type, pro
 
 def test_every_hyperparameter_file_is_found() -> None:
     names = [*ALGORITHMS, ONE_EPOCH, TUNED]
-    assert [file.stem for file in HYPERPARAMETER_FILES] == sorted(names)
+    assert [file.stem for file in HYPERPARAMETER_FILES if file.parent.name == "zoo_hyperparams"] == sorted(names)
     for name in names:
         settings = yaml.safe_load(hyperparameter_file(name).read_text())
         assert ("default" in settings) is (name != TUNED)  # what was searched for some tasks is for no other
@@ -263,7 +263,7 @@ def run_elsewhere(folder: Path, *command: str) -> str:
 def test_wheel_has_everything(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     sources = {str(file.relative_to(ROOT)) for file in PACKAGE.rglob("*.py")}
-    data = {f"sb3_ppo_ewma/zoo_hyperparams/{file.name}" for file in HYPERPARAMETER_FILES}
+    data = {f"sb3_ppo_ewma/{file.relative_to(ROOT)}" for file in HYPERPARAMETER_FILES}
     metadata = {name for name in names if ".dist-info/" in name}
     assert names - metadata == sources | data | {"sb3_ppo_ewma/py.typed"}
     assert any(name.endswith("licenses/LICENSE") for name in metadata)

@@ -20,8 +20,9 @@ ONE_EPOCH, TUNED = "ppo_ewma_one_epoch", "ppo_ewma_tuned"
 
 def hyperparameter_file(name: str) -> Path:
     """
-    :param name: one of ``ALGORITHMS``, ``ONE_EPOCH`` or ``TUNED``
-    :return: its file of hyper-parameters: in the installed package, or in the repository of an editable install
+    :param name: one of ``ALGORITHMS``, ``ONE_EPOCH``, ``TUNED``, or of a file in a folder, as ``procgen/ppg_256``
+    :return: its file of hyper-parameters, which need not exist: in the installed package, or in the repository of an
+        editable install
     """
     package = Path(__file__).parents[1]
     installed = package / "zoo_hyperparams" / f"{name}.yml"

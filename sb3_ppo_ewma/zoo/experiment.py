@@ -26,7 +26,7 @@ from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
 from rl_zoo3.utils import ALGOS, StoreDict
 
 from sb3_ppo_ewma.zoo import options
-from sb3_ppo_ewma.zoo.algorithms import ALGORITHMS, ONE_EPOCH, TUNED, hyperparameter_file
+from sb3_ppo_ewma.zoo.algorithms import ALGORITHMS, hyperparameter_file
 from sb3_ppo_ewma.zoo.mending import Function, replace
 from sb3_ppo_ewma.zoo.rescaling import rescaled
 from sb3_ppo_ewma.zoo.search_space import BUDGET, N_ENVS
@@ -34,7 +34,6 @@ from sb3_ppo_ewma.zoo.search_space import BUDGET, N_ENVS
 _BARE_WORD = re.compile(r"[A-Za-z_][\w.+-]*")
 _SCHEDULES = ("learning_rate", "clip_range", "clip_range_vf", "delta_std")
 _OWN_SCHEDULES = ("aux_learning_rate",)
-_FURTHER_FILES = tuple(f"{name}.yml" for name in (ONE_EPOCH, TUNED))
 _ADVICE = "sb3_ppo_ewma.AdviceCallback"
 # What hyper-parameters can raise: NaNs and refused values, overflows, too little memory (in torch a RuntimeError)
 _BAD_TRIAL = (ValueError, TypeError, AssertionError, ArithmeticError, RuntimeError, MemoryError)
@@ -64,8 +63,9 @@ def _init(upstream: Function, manager: Any, *args: Any, **kwargs: Any) -> None:
     if manager.algo in ALGORITHMS and Path(manager.config) == default:
         manager.config = str(hyperparameter_file(manager.algo))
     # A name of ours, where there is no such file
-    elif manager.config in _FURTHER_FILES and not Path(manager.config).exists():
-        manager.config = str(hyperparameter_file(Path(manager.config).stem))
+    elif manager.config.endswith(".yml") and not Path(manager.config).exists():
+        ours = hyperparameter_file(manager.config.removesuffix(".yml"))
+        manager.config = str(ours) if ours.is_file() else manager.config
 
 
 def _entry_point(upstream: Function, env_id: str) -> str:
