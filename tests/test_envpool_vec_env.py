@@ -9,6 +9,7 @@ import os
 import sys
 import threading
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ import gymnasium as gym
 import numpy as np
 import pytest
 from stable_baselines3 import PPO
+from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import Monitor, load_results
-from stable_baselines3.common.vec_env import VecMonitor, VecNormalize, VecTransposeImage
+from stable_baselines3.common.vec_env import VecEnv, VecMonitor, VecNormalize, VecTransposeImage
 
 from sb3_ppo_ewma import PPOEWMA
 from sb3_ppo_ewma.envpool_vec_env import EnvPoolVecEnv, make_envpool_vec_env
@@ -412,3 +414,15 @@ def test_closing_leaves_no_threads_and_files(tmp_path: Path) -> None:
         once(index)
     gc.collect()
     assert (n_threads(), files()) == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("make_env", [make_envpool_vec_env, make_vec_env], ids=["EnvPool", "Gymnasium"])
+def test_cartpole_is_learned_from_either(make_env: Callable[..., VecEnv], seed: int) -> None:
+    env = make_env("CartPole-v1", 8, seed=seed)
+    model = PPOEWMA("MlpPolicy", env, n_steps=128, batch_size=256, learning_rate=1e-3, gamma=0.98, seed=seed)
+    model.learn(60_000)
+    for test_env in (make_envpool_vec_env("CartPole-v1", 4, seed=100), make_vec_env("CartPole-v1", 4, seed=100)):
+        mean, _ = evaluate_policy(model, test_env, n_eval_episodes=20)
+        assert mean > 475  # of 500
