@@ -222,7 +222,8 @@ def rescale(
     :param hyperparameters: ``n_envs`` and keyword arguments of an algorithm, as of :func:`settings_of` or completed by
         :func:`with_defaults`. Learning rates are numbers, schedules or the zoo's ``lin_NUMBER``
     :param ratio: new number of environments / old one
-    :param adam_betas: adjust β₁ and β₂ of Adam as well, which the paper did not need
+    :param adam_betas: adjust β₁ and β₂ of Adam as well, which the paper did not need; with PPG also those of the
+        auxiliary phase, whose Adam has the policy's settings
     :param critical_batch_size: in samples, of :class:`~sb3_ppo_ewma.NoiseScaleCallback`, if it is known; above it there
         is no invariance
     :return: new hyper-parameters and an explanation
