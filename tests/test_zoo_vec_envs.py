@@ -133,9 +133,23 @@ def test_others_are_stacked_by_sb3(monkeypatch: pytest.MonkeyPatch, made: list[E
     assert set(shapes) == {(12,)}
 
 
-def test_a_search_uses_it(made: list[EnvPoolVecEnv]) -> None:
+@pytest.mark.parametrize("n_jobs", ["1", "2"])
+def test_a_search_uses_it(n_jobs: str, made: list[EnvPoolVecEnv]) -> None:
     command = ["train", "--algo", "ppo_ewma", "--env", "CartPole-v1", "--vec-env", "envpool", "-n", "64", "-optimize"]
-    command += ["--n-trials", "2", "--storage", "study.log", "--study-name", "s", "--n-evaluations", "1", "--seed", "0"]
+    command += [
+        "--n-trials",
+        "2",
+        "--n-jobs",
+        n_jobs,
+        "--storage",
+        "study.log",
+        "--study-name",
+        "s",
+        "--n-evaluations",
+        "1",
+        "--seed",
+        "0",
+    ]
     command += ["--fix", "n_steps_pow:5", "n_epochs:1", "--no-optim-plots", "--eval-episodes", "1", "--device", "cpu"]
     zoo.main(command)
     assert len(made) == 1 + 2 * 2

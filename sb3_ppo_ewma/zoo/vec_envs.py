@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import contextvars
 import functools
 import re
 from collections.abc import Iterator
@@ -35,6 +36,11 @@ _ATARI_OPTIONS = {
 # What that wrapper does and EnvPool by default does not
 _ATARI_DEFAULTS = {"episodic_life": True, "reward_clip": True}
 
+# EnvPool's name of a task, and its options
+Task = tuple[str, dict[str, Any]]
+# Of a thread: searches with --n-jobs have several.
+_task: contextvars.ContextVar[Task | None] = contextvars.ContextVar("task", default=None)
+
 
 @functools.cache  # once
 def mend() -> None:
@@ -42,6 +48,8 @@ def mend() -> None:
     replace(ExperimentManager, "__init__", _init)
     replace(ExperimentManager, "_preprocess_hyperparams", _preprocess_hyperparams)
     replace(ExperimentManager, "create_envs", _create_envs)
+    replace(exp_manager, "make_vec_env", _make_vec_env)
+    replace(rl_zoo3.utils, "make_vec_env", _make_vec_env)
     replace(rl_zoo3.utils, "create_test_env", _create_test_env)
     replace(rl_zoo3.utils, "get_model_path", _get_model_path)
     rl_zoo3.create_test_env = rl_zoo3.utils.create_test_env  # where the scripts import it from
@@ -66,7 +74,7 @@ def _is_atari(task_id: str) -> bool:
 
 def _init(upstream: Function, manager: Any, *args: Any, **kwargs: Any) -> None:
     upstream(manager, *args, **kwargs)
-    manager.wrapper_names = None
+    manager.envpool_task = None
     if options.current.vec_env == options.ENVPOOL:
         _task_of(manager.env_name.gym_id)  # refused now rather than after a folder was made
         if manager.args is not None:
@@ -74,35 +82,28 @@ def _init(upstream: Function, manager: Any, *args: Any, **kwargs: Any) -> None:
 
 
 def _preprocess_hyperparams(upstream: Function, manager: Any, hyperparams: dict[str, Any]) -> Any:
-    # Upstream makes a function of them.
-    manager.wrapper_names = hyperparams.get("env_wrapper")
-    return upstream(manager, hyperparams)
+    wrapper = hyperparams.get("env_wrapper")  # upstream makes a function of it
+    result = upstream(manager, hyperparams)
+    if options.current.vec_env == options.ENVPOOL:
+        manager.envpool_task = _task_with_options(manager.env_name.gym_id, wrapper, manager.frame_stack)
+        if "stack_num" in manager.envpool_task[1]:
+            manager.frame_stack = None
+    return result
 
 
 def _create_envs(upstream: Function, manager: Any, *args: Any, **kwargs: Any) -> Any:
-    if options.current.vec_env != options.ENVPOOL:
+    with _made_of(manager.envpool_task):
         return upstream(manager, *args, **kwargs)
-    frame_stack = manager.frame_stack
-    task_id, task_options = _task_with_options(manager.env_name.gym_id, manager.wrapper_names, frame_stack)
-    if "stack_num" in task_options:
-        manager.frame_stack = None
-    try:
-        with _instead_of(exp_manager, task_id, task_options):
-            return upstream(manager, *args, **kwargs)
-    finally:
-        manager.frame_stack = frame_stack
 
 
 def _create_test_env(upstream: Function, env_id: str, *args: Any, **kwargs: Any) -> Any:
-    if options.current.vec_env != options.ENVPOOL:
-        return upstream(env_id, *args, **kwargs)
-    hyperparams = kwargs.get("hyperparams") or {}
-    task_id, task_options = _task_with_options(
-        env_id, hyperparams.get("env_wrapper"), hyperparams.get("frame_stack") or None
-    )
-    if "stack_num" in task_options:
-        hyperparams["frame_stack"] = 0
-    with _instead_of(rl_zoo3.utils, task_id, task_options):
+    task = None
+    if options.current.vec_env == options.ENVPOOL:
+        hyperparams = kwargs["hyperparams"]
+        task = _task_with_options(env_id, hyperparams.get("env_wrapper"), hyperparams.get("frame_stack") or None)
+        if "stack_num" in task[1]:
+            hyperparams["frame_stack"] = 0
+    with _made_of(task):
         return upstream(env_id, *args, **kwargs)
 
 
@@ -118,42 +119,28 @@ def _get_model_path(upstream: Function, exp_id: int, folder: str, algo: str, env
 
 
 @contextlib.contextmanager
-def _instead_of(module: Any, task_id: str, task_options: dict[str, Any]) -> Iterator[None]:
+def _made_of(task: Task | None) -> Iterator[None]:
     """
-    While it is open, a module of the zoo makes environments of EnvPool.
-
-    :param module: that calls ``make_vec_env``
-    :param task_id: EnvPool's name of the task
-    :param task_options: its options, before which those of the zoo's ``env_kwargs`` go
+    :param task: of which the zoo makes environments within the context; ``None``: Gymnasium's
     """
-
-    def make_vec_env(
-        _: Any,
-        n_envs: int,
-        seed: int | None,
-        env_kwargs: dict[str, Any],
-        monitor_dir: str | None,
-        monitor_kwargs: dict[str, Any] | None = None,
-        **of_gymnasium: Any,
-    ) -> EnvPoolVecEnv:
-        allowed = {"info_keywords": ()}
-        unknown = set(monitor_kwargs or {}) - set(allowed)
-        if unknown:
-            raise ValueError(f"monitor_kwargs: EnvPool's statistics know {', '.join(allowed)}, not {unknown.pop()}")
-        return EnvPoolVecEnv(
-            task_id,
-            n_envs,
-            seed,
-            monitor_dir=monitor_dir,
-            **{**allowed, **(monitor_kwargs or {})},
-            **{**task_options, **env_kwargs},
-        )
-
-    upstream, module.make_vec_env = module.make_vec_env, make_vec_env
+    token = _task.set(task)
     try:
         yield
     finally:
-        module.make_vec_env = upstream
+        _task.reset(token)
+
+
+def _make_vec_env(upstream: Function, *args: Any, **kwargs: Any) -> Any:
+    task = _task.get()
+    if task is None:
+        return upstream(*args, **kwargs)
+    monitor_kwargs = kwargs.get("monitor_kwargs") or {}
+    unknown = monitor_kwargs.keys() - {"info_keywords"}
+    if unknown:
+        raise ValueError(f"monitor_kwargs: EnvPool's statistics know info_keywords, not {unknown.pop()}")
+    task_id, task_options = task
+    given = {"monitor_dir": kwargs["monitor_dir"], **monitor_kwargs, **task_options, **kwargs["env_kwargs"]}
+    return EnvPoolVecEnv(task_id, kwargs["n_envs"], kwargs["seed"], **given)
 
 
 def _task_of(gym_id: str) -> str:
@@ -169,7 +156,7 @@ def _task_of(gym_id: str) -> str:
     return task_id
 
 
-def _task_with_options(gym_id: str, env_wrapper: Any, frame_stack: int | None) -> tuple[str, dict[str, Any]]:
+def _task_with_options(gym_id: str, env_wrapper: Any, frame_stack: int | None) -> Task:
     """
     :param gym_id: name of an environment in Gymnasium
     :param env_wrapper: of the hyper-parameters: names of classes, or dicts of a name and arguments
