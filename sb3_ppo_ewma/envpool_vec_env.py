@@ -418,9 +418,9 @@ def _make_spec(envpool: Any, task_id: str, options: dict[str, Any], num_envs: in
     unknown = [name for name in options if name not in known]
     if unknown:
         near = difflib.get_close_matches(unknown[0], known, n=1)
-        hint = f". Did you mean {near[0]!r}?" if near else ""
+        hint = f". Did you mean {near[0]!r}?" if near else "."
         allowed = ", ".join(sorted(known - _OWN_OPTIONS.keys()))
-        raise ValueError(f"{task_id} has no option {unknown[0]!r}{hint}. It has {allowed}")
+        raise ValueError(f"{task_id} has no option {unknown[0]!r}{hint} It has {allowed}")
     return envpool.make_spec(task_id, num_envs=num_envs, **options)
 
 

@@ -6,16 +6,15 @@ from typing import Any
 
 import pytest
 import yaml
-from stable_baselines3 import PPO
+from rl_zoo3 import ALGOS
 
-from sb3_ppo_ewma import PPG, PPGEWMA, PPOEWMA, zoo
+from sb3_ppo_ewma import zoo
 from sb3_ppo_ewma.envpool_env import PROCGEN
 from sb3_ppo_ewma.zoo.algorithms import hyperparameter_file
 from sb3_ppo_ewma.zoo.rescaling import rescaled
 from tests.test_envpool_vec_env import needs_procgen
 
 zoo.register()
-ALGORITHMS = {"ppo": PPO, "ppo_ewma": PPOEWMA, "ppg": PPG, "ppg_ewma": PPGEWMA}
 VARIANTS = ["ppo", *(f"{algo}{suffix}" for algo in ("ppo_ewma", "ppg", "ppg_ewma") for suffix in ("", "_kl"))]
 FILES = sorted(f"{variant}_{n_envs}" for variant in VARIANTS for n_envs in (256, 64))
 
@@ -78,7 +77,7 @@ def test_it_trains(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         small += ["n_policy_iterations:1", "n_aux_epochs:1", "aux_batch_size:8"]
     zoo.main(["train", *arguments, "-n", "16", "--eval-freq", "-1", "--device", "cpu", "-f", "logs", "-params", *small])
     run = Path("logs", algo, "StarpilotHard-v0_1")
-    model = ALGORITHMS[algo].load(run / "StarpilotHard-v0.zip", device="cpu")
+    model = ALGOS[algo].load(run / "StarpilotHard-v0.zip", device="cpu")
     assert model.num_timesteps == 16
     assert type(model.policy.features_extractor).__name__ == "ImpalaCNN"
     assert (run / "StarpilotHard-v0" / "vecnormalize.pkl").exists()

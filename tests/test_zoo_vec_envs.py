@@ -124,6 +124,25 @@ def test_arguments_of_the_atari_wrapper_are_options(made: list[EnvPoolVecEnv]) -
     assert made[0].observation_space.shape == (1, 42, 42)
 
 
+def test_a_misspelled_argument_of_the_atari_wrapper_is_refused() -> None:
+    entry = {"n_timesteps": 64, "policy": "MlpPolicy", "env_wrapper": [{ATARI_WRAPPER: {"noop": 5}}]}
+    Path("my.yml").write_text(yaml.safe_dump({"Pong-v5": entry}))
+    command = [
+        "train",
+        "--algo",
+        "ppo_ewma",
+        "--env",
+        "Pong-v5",
+        "--vec-env",
+        "envpool",
+        "-f",
+        "logs",
+        "-conf",
+        "my.yml",
+    ]
+    assert "AtariWrapper has noop_max, frame_skip, screen_size" in refusal(command)
+
+
 def test_others_are_stacked_by_sb3(monkeypatch: pytest.MonkeyPatch, made: list[EnvPoolVecEnv]) -> None:
     shapes = []
     reset = VecFrameStack.reset
@@ -136,20 +155,8 @@ def test_others_are_stacked_by_sb3(monkeypatch: pytest.MonkeyPatch, made: list[E
 @pytest.mark.parametrize("n_jobs", ["1", "2"])
 def test_a_search_uses_it(n_jobs: str, made: list[EnvPoolVecEnv]) -> None:
     command = ["train", "--algo", "ppo_ewma", "--env", "CartPole-v1", "--vec-env", "envpool", "-n", "64", "-optimize"]
-    command += [
-        "--n-trials",
-        "2",
-        "--n-jobs",
-        n_jobs,
-        "--storage",
-        "study.log",
-        "--study-name",
-        "s",
-        "--n-evaluations",
-        "1",
-        "--seed",
-        "0",
-    ]
+    command += ["--n-trials", "2", "--n-jobs", n_jobs, "--storage", "study.log", "--study-name", "s"]
+    command += ["--n-evaluations", "1", "--seed", "0"]
     command += ["--fix", "n_steps_pow:5", "n_epochs:1", "--no-optim-plots", "--eval-episodes", "1", "--device", "cpu"]
     zoo.main(command)
     assert len(made) == 1 + 2 * 2

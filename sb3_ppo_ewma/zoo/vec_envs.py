@@ -110,7 +110,10 @@ def _create_test_env(upstream: Function, env_id: str, *args: Any, **kwargs: Any)
 def _get_model_path(upstream: Function, exp_id: int, folder: str, algo: str, env_name: Any, *args: Any) -> Any:
     result = upstream(exp_id, folder, algo, env_name, *args)
     arguments = Path(result[2], env_name, "args.yml")
-    if arguments.is_file() and yaml.load(arguments.read_text(), Loader=yaml.UnsafeLoader)["vec_env"] == options.ENVPOOL:
+    if (
+        arguments.is_file()
+        and yaml.load(arguments.read_text(), Loader=yaml.UnsafeLoader).get("vec_env") == options.ENVPOOL
+    ):
         register_tasks()
         # An agent is watched in the environments that it was trained in, unless the option says otherwise.
         if options.current.vec_env is None:
@@ -176,6 +179,9 @@ def _task_with_options(gym_id: str, env_wrapper: Any, frame_stack: int | None) -
                 f"{f': only {_ATARI_WRAPPER} has options in its place' if is_atari else ''}. "
                 "Take --vec-env dummy, or hyper-parameters without it (env_wrapper:None)"
             )
+        unknown = arguments.keys() - _ATARI_OPTIONS.keys()
+        if unknown:
+            raise ValueError(f"AtariWrapper has {', '.join(_ATARI_OPTIONS)}, not {unknown.pop()}")
         found |= _ATARI_DEFAULTS
         found |= {ours: value for key, value in arguments.items() for ours in _ATARI_OPTIONS[key]}
     if is_atari:
