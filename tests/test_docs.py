@@ -131,7 +131,8 @@ def test_defaults_of_the_features_extractors(name: str) -> None:
     stated = dict(pair.split("=", 1) for pair in re.findall(r"`(\w+=[^`]+)`", item[1]))
     for parameter, value in stated.items():
         assert ast.literal_eval(value) == parameters(FEATURES_EXTRACTORS[name])[parameter].default
-    assert set(stated) | {"observation_space", "channels_last"} == set(parameters(FEATURES_EXTRACTORS[name]))
+    elsewhere = {"observation_space", "channels_last", "mixed_precision"}
+    assert set(stated) | elsewhere == set(parameters(FEATURES_EXTRACTORS[name]))
 
 
 class Keys(KVWriter):

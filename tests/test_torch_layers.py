@@ -1,5 +1,7 @@
 """Features extractors: sizes, parameters and values worked out in the open, and their use in Stable-Baselines3."""
 
+import warnings
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -11,6 +13,8 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, Combine
 from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack
 from torch import nn
 
+from sb3_ppo_ewma import PPG, PPOEWMA
+from sb3_ppo_ewma.policies import ImpalaPolicy, PPGImpalaPolicy
 from sb3_ppo_ewma.torch_layers import (
     FEATURES_EXTRACTORS,
     ImpalaCNN,
@@ -363,6 +367,7 @@ COMMON_ERRORS = [
     ({"channels": "16"}, TypeError, "every number in channels must be an integer >= 1, got '1'"),
     ({"channels": 16}, TypeError, "channels must be a sequence of integers >= 1, got 16"),
     ({"channels_last": "first"}, TypeError, "channels_last must be True, False or None, got 'first'"),
+    ({"mixed_precision": "bfloat16"}, TypeError, "mixed_precision must be True or False, got 'bfloat16'"),
 ]
 
 
@@ -429,8 +434,9 @@ def test_neither_name_nor_class(value):
 
 @pytest.mark.parametrize("extractor_class", EXTRACTORS)
 @pytest.mark.parametrize("channels_last", [True, False])
-def test_compiles_into_one_graph(extractor_class, channels_last):
-    extractor = extractor_class(grid(7, 7, 7), channels_last=channels_last)
+@pytest.mark.parametrize("mixed_precision", [True, False])
+def test_compiles_into_one_graph(extractor_class, channels_last, mixed_precision):
+    extractor = extractor_class(grid(7, 7, 7), channels_last=channels_last, mixed_precision=mixed_precision)
     observations = th.rand(2, 7, 7, 7)
     compiled = th.compile(extractor, backend="eager", fullgraph=True)
     th.testing.assert_close(compiled(observations), extractor(observations))
@@ -444,6 +450,63 @@ def test_double_precision(extractor_class):
     double = extractor.double()(observations.double())
     assert double.dtype == th.float64
     th.testing.assert_close(double.float(), single, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("extractor_class", EXTRACTORS)
+def test_mixed_precision(extractor_class):
+    """bfloat16 has 8 significant bits, and gradients are sums over many cells, in which its errors average out."""
+    exact = extractor_class(grid(10, 10, 4))
+    mixed = extractor_class(grid(10, 10, 4), mixed_precision=True)
+    mixed.load_state_dict(exact.state_dict())
+    observations = th.rand(64, 10, 10, 4)
+    dtypes = []
+    mixed.linear.register_forward_hook(lambda module, inputs, output: dtypes.append((inputs[0].dtype, output.dtype)))
+    found, expected = mixed(observations), exact(observations)
+    largest = float(expected.detach().max())
+    assert dtypes == [(th.bfloat16, th.bfloat16)]
+    assert found.dtype == th.float32
+    th.testing.assert_close(found, expected, rtol=0.02, atol=0.02 * largest)
+    for features in (found, expected):
+        features.square().mean().backward()
+    for parameter, other in zip(mixed.parameters(), exact.parameters(), strict=True):
+        assert parameter.grad.dtype == parameter.dtype == th.float32
+        assert th.cosine_similarity(parameter.grad.flatten(), other.grad.flatten(), dim=0) > 0.999
+    # Nothing is left of the context: no cast weights, whose updates would be missed, and nothing around is cast.
+    with th.no_grad():
+        for parameter in mixed.parameters():
+            parameter.zero_()
+    assert not mixed(observations).any()
+    assert (th.ones(1, 1) @ th.ones(1, 1)).dtype == th.float32
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "options"),
+    [
+        pytest.param(PPO, {}, id="PPO"),
+        pytest.param(PPOEWMA, {}, id="PPOEWMA"),
+        pytest.param(PPG, {}, id="PPG"),
+        pytest.param(PPOEWMA, {"torch_compile": True}, id="compiled", marks=pytest.mark.slow),
+    ],
+)
+def test_training_in_mixed_precision(algorithm, options, tmp_path):
+    policy = PPGImpalaPolicy if algorithm is PPG else ImpalaPolicy
+    own = {"n_policy_iterations": 1, "aux_batch_size": 16} if algorithm is PPG else {}
+    extractor = {"features_dim": 16, "channels": [4], "n_blocks": 1, "mixed_precision": True}
+    model = algorithm(policy, RandomImages(image(3, 8, 8)), n_steps=32, batch_size=16, n_epochs=1, seed=0,
+                      policy_kwargs={"features_extractor_kwargs": extractor}, **own, **options)  # fmt: skip
+    before = {name: value.clone() for name, value in model.policy.state_dict().items()}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="torch_compile")  # has no effect
+        model.learn(32)
+    after = model.policy.state_dict()
+    assert {value.dtype for value in after.values()} == {th.float32}
+    assert all(value.isfinite().all() and not th.equal(value, before[name]) for name, value in after.items())
+    model.save(tmp_path / "agent")
+    loaded = algorithm.load(tmp_path / "agent")
+    assert loaded.policy.pi_features_extractor.mixed_precision
+    observations = np.stack([image(3, 8, 8).sample() for _ in range(8)])
+    np.testing.assert_array_equal(loaded.predict(observations, deterministic=True)[0],
+                                  model.predict(observations, deterministic=True)[0])  # fmt: skip
 
 
 @pytest.mark.parametrize("extractor_class", EXTRACTORS)
