@@ -241,6 +241,12 @@ def test_means_and_differences():
     assert difference.high - difference.low == pytest.approx(4 * 0.005 * 2**0.5, rel=0.15)
 
 
+def test_distance_has_no_sign():
+    runs, others = np.zeros((2, 2)), np.array([[0.2, -0.3], [0.4, -0.5]])
+    assert report.distance(runs, others).value == pytest.approx((0.3 + 0.4) / 2)
+    assert report.difference(runs, others).value == pytest.approx((0.3 - 0.4) / 2)
+
+
 def test_gaps_in_a_curve_are_interpolated():
     returns = np.full((1, len(RETURNS)), np.nan)
     returns[0, [1, 3]] = [10.0, 20.0]

@@ -61,6 +61,7 @@ ABLATIONS = {
     "advantage span": "advantage_decay",
     "policy iterations": "n_policy_iterations",
 }
+PHASES_ONLY = "policy iterations"  # PPO-EWMA has none
 GRADIENT_NORM = "max_grad_norm"
 UNTRAINED = "untrained"
 # Episodes of Pendulum-v1 all have 200 steps: these are 8 of every environment, the last of which end at the very end.
@@ -108,7 +109,7 @@ def variants() -> list[Variant]:
     unadjusted = ("unadjusted", SMALLEST, everything)
     without = {name: (f"all but the {name}", SMALLEST, {each}) for name, each in ABLATIONS.items()}
     runs = {
-        PPO_EWMA: [*down, unadjusted, *(each for name, each in without.items() if name != "policy iterations")],
+        PPO_EWMA: [*down, unadjusted, *(each for name, each in without.items() if name != PHASES_ONLY)],
         PPG_EWMA: [*down, unadjusted, *without.values()],
         PPO: [("unadjusted", n, everything) for n in N_ENVS],
         CLIPPED: [down[0], down[-1], ("all but the gradient norm", SMALLEST, {GRADIENT_NORM})],
@@ -206,6 +207,7 @@ def report(file: Path) -> None:
         images[1],
     ]
     headings = ["algorithm", "adjusted", "tasks", "runs of each", f"return with {SMALLEST} less that with {LARGEST}"]
+    headings.append("either way")
     table = common.table(headings, overall(panels))
     title = f"## From {LARGEST} environments to {SMALLEST}, mean of the tasks"
     common.write(file, "Batch size-invariance", [*intro, "", title, "", *table, *lines])
@@ -214,18 +216,18 @@ def report(file: Path) -> None:
 def overall(panels: dict[str, tuple[str, Any]]) -> list[list[Any]]:
     """
     :param panels: by algorithm and environment, name of the adjustment of its largest batch, normalised runs
-    :return: by algorithm and adjustment, how many tasks and seeds all of them have, and the mean difference
+    :return: by algorithm and adjustment, how many tasks and seeds all of them have, the mean difference, and that of
+        the tasks' differences without their signs
     """
     from benchmarks.experiments import report as common
 
+    both = [PPO_EWMA, PPG_EWMA]
+    adjustments = [(both, "adjusted"), ([PPO_EWMA], "adjusted"), ([PPG_EWMA], "adjusted"), (both, "unadjusted")]
+    for name in ABLATIONS:
+        adjustments.append(([PPG_EWMA] if name == PHASES_ONLY else both, f"all but the {name}"))
+    adjustments.append(([PPO], "unadjusted"))
     rows = []
-    for algorithms, adjustment in (
-        ([PPO_EWMA, PPG_EWMA], "adjusted"),
-        ([PPO_EWMA], "adjusted"),
-        ([PPG_EWMA], "adjusted"),
-        ([PPO_EWMA, PPG_EWMA], "unadjusted"),
-        ([PPO], "unadjusted"),
-    ):
+    for algorithms, adjustment in adjustments:
         pairs = []
         for name, (first, scored) in panels.items():
             algorithm = name.partition(", ")[0]
@@ -236,8 +238,8 @@ def overall(panels: dict[str, tuple[str, Any]]) -> list[list[Any]]:
         seeds = set.intersection(*(set(pair.index) for pair in pairs)) if pairs else set()
         if seeds:
             largest, smallest = np.array([pair.loc[sorted(seeds)] for pair in pairs]).transpose(2, 1, 0)
-            difference = common.difference(largest, smallest)
-            rows.append([" and ".join(algorithms), adjustment, len(pairs), len(seeds), difference])
+            comparisons = common.difference(largest, smallest), common.distance(largest, smallest)
+            rows.append([" and ".join(algorithms), adjustment, len(pairs), len(seeds), *comparisons])
     return rows
 
 

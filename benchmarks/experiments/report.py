@@ -59,6 +59,16 @@ def difference(runs: np.ndarray, others: np.ndarray) -> Estimate:
     return _comparison(lambda a, b: metrics.aggregate_mean(b) - metrics.aggregate_mean(a), runs, others)
 
 
+def distance(runs: np.ndarray, others: np.ndarray) -> Estimate:
+    """
+    :param runs: (runs, envs) scores
+    :param others: (runs, envs) scores
+    :return: mean over the environments of how far the means are apart, in whatever direction, with an interval as of
+        :func:`difference`; chance alone makes it larger than 0
+    """
+    return _comparison(lambda a, b: float(np.abs(b.mean(axis=0) - a.mean(axis=0)).mean()), runs, others)
+
+
 def share(runs: np.ndarray, others: np.ndarray) -> Estimate:
     """
     :param runs: (runs, envs) scores
