@@ -300,10 +300,11 @@ def test_envpool(tmp_path):
     (result,) = json.loads((tmp_path / "envpool.json").read_text())["results"]
     assert result["n_envs"] == 2
     speeds = result["steps_per_second"]
-    assert speeds.keys() == {"EnvPoolVecEnv", "DummyVecEnv", "SubprocVecEnv"}
+    assert speeds.keys() == {"EnvPoolVecEnv", "EnvPoolVecEnv, pinned", "DummyVecEnv", "SubprocVecEnv"}
     assert all(len(rounds) == 2 and min(rounds) > 0 for rounds in speeds.values())
-    for index, ratio in enumerate(result["ratios"]):
+    for index, (ratio, pinned) in enumerate(zip(result["ratios"], result["pinned_ratios"], strict=True)):
         best = max(speeds["DummyVecEnv"][index], speeds["SubprocVecEnv"][index])
         assert ratio == pytest.approx(speeds["EnvPoolVecEnv"][index] / best, rel=0.02)
+        assert pinned == pytest.approx(speeds["EnvPoolVecEnv, pinned"][index] / best, rel=0.02)
     assert result["learning_steps_per_second"].keys() == speeds.keys()
     assert "while training" in ended.stdout
