@@ -35,9 +35,11 @@ def train(tmp_path, monkeypatch):
     """Trains up to a number of steps; returns the curve."""
     monkeypatch.setattr(network, "_SECONDS", 0.0)
 
-    def run_until(run: Run, n_steps: int, seconds: float = 600.0, checkpoint_steps: int = ITERATION) -> Curve:
+    def run_until(
+        run: Run, n_steps: int, seconds: float = 600.0, checkpoint_steps: int = ITERATION, **changes: float
+    ) -> Curve:
         plan = Plan(
-            training.settings_of(run, TINY, mixed_precision=False),
+            training.settings_of(run, {**TINY, **changes}, mixed_precision=False),
             n_steps=n_steps,
             row_steps=2 * ITERATION,
             checkpoint_steps=checkpoint_steps,
@@ -81,6 +83,14 @@ def test_training_goes_on_from_its_checkpoint(train, tmp_path, algorithm):
     assert whole.settings == first.settings
     statistics = tmp_path / "logs" / run.name / f"checkpoint_{5 * ITERATION}" / run.env_id / "vecnormalize.pkl"
     assert statistics.is_file()
+
+
+@needs_procgen
+def test_a_checkpoint_of_other_settings_is_refused(train):
+    run = Run("ppo", 64, "coinrun", 0)
+    train(run, ITERATION)
+    with pytest.raises(ValueError, match=f"checkpoint_{ITERATION} is of a run with other settings"):
+        train(run, 2 * ITERATION, learning_rate=1e-4)
 
 
 @needs_procgen

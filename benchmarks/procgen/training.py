@@ -253,6 +253,7 @@ def train(run: Run, plan: Plan) -> None:
 
     :param run: a run
     :param plan: how it is trained
+    :raises ValueError: if there is a checkpoint of other settings
     """
     if plan.n_threads is not None:
         th.set_num_threads(plan.n_threads)
@@ -261,6 +262,8 @@ def train(run: Run, plan: Plan) -> None:
     checkpoints = Checkpoints(plan.logs / run.name, run.env_id)
     checkpoints.folder.mkdir(parents=True, exist_ok=True)
     curve = checkpoints.curve()
+    if curve.settings not in (None, plan.settings):
+        raise ValueError(f"{checkpoints.last} is of a run with other settings: give another folder with --logs")
     curve.settings = plan.settings
     # Other levels and actions than those of the beginning
     seed = int(np.random.SeedSequence([run.seed, curve.n_steps]).generate_state(1)[0] // 2)
