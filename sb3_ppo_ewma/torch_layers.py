@@ -177,8 +177,8 @@ class ImpalaCNN(_ConvolutionalExtractor):
     :param n_blocks: residual blocks of each stage
     :param channels_last: order of the axes of ``observation_space`` as the policy sees it, after SB3 has moved the
         channels of images to the front; None to guess it by :func:`is_channels_last`
-    :param mixed_precision: whether convolutions and dense layer compute in bfloat16, by ``torch.autocast``, about twice
-        as fast on hardware made for it; parameters, their gradients and what follows the features stay as they are
+    :param mixed_precision: whether convolutions and dense layer compute in bfloat16, by ``torch.autocast``, faster on
+        hardware made for it; parameters, their gradients and what follows the features stay as they are
     :raises ValueError: if the space is no ``Box`` with three axes, or a number is out of its range
     :raises TypeError: if a parameter has the wrong type
     """
@@ -230,8 +230,8 @@ class SmallGridCNN(_ConvolutionalExtractor):
     :param kernel_size: height and width of the filters
     :param channels_last: order of the axes of ``observation_space`` as the policy sees it, after SB3 has moved the
         channels of images to the front; None to guess it by :func:`is_channels_last`
-    :param mixed_precision: whether convolutions and dense layer compute in bfloat16, by ``torch.autocast``, about twice
-        as fast on hardware made for it; parameters, their gradients and what follows the features stay as they are
+    :param mixed_precision: whether convolutions and dense layer compute in bfloat16, by ``torch.autocast``, faster on
+        hardware made for it; parameters, their gradients and what follows the features stay as they are
     :raises ValueError: if the space is no ``Box`` with three axes, the grid is smaller than the convolutions need, or a
         number is out of its range
     :raises TypeError: if a parameter has the wrong type
