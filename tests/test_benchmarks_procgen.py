@@ -170,6 +170,14 @@ def execute(*arguments: object, check: bool = True) -> subprocess.CompletedProce
     return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=check)
 
 
+def test_a_hyperparameter_that_no_algorithm_has_is_refused(tmp_path, monkeypatch):
+    arguments = ["--algorithms", "ppo", "ppg", "--results", tmp_path, "--params", "n_policy_iterations:8", "n_polcy:8"]
+    monkeypatch.setattr(sys, "argv", ["procgen", *map(str, arguments)])
+    with pytest.raises(SystemExit, match=r"--params: none of ppo, ppg has n_polcy$"):
+        program.main()
+    assert not list(tmp_path.iterdir())
+
+
 @needs_procgen
 def test_quick_run(tmp_path):
     folders = ["--results", tmp_path / "results", "--logs", tmp_path / "logs"]

@@ -104,12 +104,15 @@ def train_all(args: argparse.Namespace) -> None:
     from benchmarks.procgen.processes import train_in_processes
     from benchmarks.procgen.training import Plan, Run, settings_of
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # which ends the other processes
     chosen = itertools.product(args.seeds, args.games, args.algorithms)  # what there is after a while is balanced
     runs = [Run(algorithm, args.n_envs, game, seed) for seed, game, algorithm in chosen]
+    settings_by_run = {run: settings_of(run, args.changes, args.mixed_precision) for run in runs}
+    known = set().union(*settings_by_run.values())
+    unknown = [] if args.quick else sorted(args.changes.keys() - known)
+    if unknown:
+        sys.exit(f"--params: none of {', '.join(args.algorithms)} has {', '.join(unknown)}")
     pending = {}
-    for run in runs:
-        settings = settings_of(run, args.changes, args.mixed_precision)
+    for run, settings in settings_by_run.items():
         curve = Curve.read(args.results / run.name)
         if curve.settings not in (None, settings):
             sys.exit(
@@ -136,6 +139,7 @@ def train_all(args: argparse.Namespace) -> None:
         )
         for run, settings in pending.items()
     }
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # which ends the other processes
     failures = []
     for n_ended, (run, failure) in enumerate(train_in_processes(plans, args.jobs), start=1):
         n_done = Curve.read(args.results / run.name).n_steps
