@@ -280,6 +280,8 @@ prox_decay.
     :raises ValueError: for an unknown finding or a value out of its range
     """
 
+    rank_0_only = True  # of a data-parallel training, whose log it is
+
     def __init__(
         self, patience: int = 10, thresholds: Mapping[str, float | None] | None = None, verbose: int = 1
     ) -> None:

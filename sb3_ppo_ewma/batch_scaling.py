@@ -33,11 +33,14 @@ from sb3_ppo_ewma.ewma import (
 )
 from sb3_ppo_ewma.ppg import default_aux_batch_size
 from sb3_ppo_ewma.ppo_ewma import EwmaMixin
+from sb3_ppo_ewma.ranks import world_size
 
 _PAPER = "Hilton et al. 2022"
 # What the rules depend on, and what they depend on where an algorithm has it
 _NEEDED = ("n_envs", "n_steps", "batch_size", "n_epochs", "learning_rate", "prox_decay", "advantage_decay")
 _OPTIONAL = ("n_policy_iterations", "aux_batch_size", "aux_learning_rate", "max_grad_norm")
+# What the processes of a data-parallel training share, where an algorithm has it
+_SHARED = {"n_envs": "environments", "batch_size": "samples", "aux_batch_size": "samples"}
 # Arguments of the constructor that are no settings, or are given anew
 _NO_SETTINGS = ("policy", "env", "_init_setup_model")
 # What is built where no optimiser settings are given
@@ -244,13 +247,50 @@ def rescale(
 def settings_of(model: BaseAlgorithm) -> dict[str, Any]:
     """
     :param model: of an algorithm of this package
-    :return: ``n_envs`` and the keyword arguments with which the same model could be built for other environments
+    :return: ``n_envs`` and the keyword arguments with which the same model could be built for other environments; of a
+        data-parallel training, those of one process that does the work of all
     :raises TypeError: if it is no such model
     """
     if not isinstance(model, EwmaMixin):
         raise TypeError(f"model must be one of this package's algorithms, got {type(model).__name__}")
     names = [name for name in inspect.signature(type(model)).parameters if name not in _NO_SETTINGS]
-    return {"n_envs": model.n_envs, **{name: getattr(model, name) for name in names if hasattr(model, name)}}
+    settings = {"n_envs": model.n_envs, **{name: getattr(model, name) for name in names if hasattr(model, name)}}
+    shared = {name: settings[name] * world_size() for name in _SHARED if settings.get(name) is not None}
+    return {**settings, **shared}
+
+
+def per_process(hyperparameters: Mapping[str, Any], n_processes: int) -> dict[str, Any]:
+    """
+    What each process of a data-parallel training is built with, so that together they do the same as one: the
+    environments and the samples of a minibatch are divided between them.
+
+    >>> from sb3_ppo_ewma.batch_scaling import per_process
+    >>> per_process(dict(n_envs=64, n_steps=256, batch_size=2048), 4)
+    {'n_envs': 16, 'n_steps': 256, 'batch_size': 512}
+
+    :param hyperparameters: of all, ``n_envs`` and ``batch_size`` among them (see :func:`with_defaults`)
+    :param n_processes: at least 1
+    :return: of one
+    :raises TypeError: if the number of processes is no integer
+    :raises ValueError: if something cannot be divided, or there is no ``n_envs`` or ``batch_size``
+    """
+    check_integer("n_processes", n_processes, minimum=1)
+    missing = [name for name in ("n_envs", "batch_size") if name not in hyperparameters]
+    if missing:
+        raise ValueError(f"hyperparameters must have {', '.join(missing)}: with_defaults() adds what is not given")
+    parts = dict(hyperparameters)
+    for name, unit in _SHARED.items():
+        number = parts.get(name)
+        if number is None:
+            continue
+        check_integer(name, number, minimum=1)
+        if number % n_processes:
+            raise ValueError(
+                f"{name}={number} {unit} cannot be divided between {n_processes} processes: it must be a multiple of "
+                f"{n_processes}"
+            )
+        parts[name] = number // n_processes
+    return parts
 
 
 def with_defaults(algorithm: type[BaseAlgorithm], hyperparameters: Mapping[str, Any]) -> dict[str, Any]:

@@ -83,6 +83,8 @@ class EnvPoolVecEnv(VecEnv):
     :param num_envs: number of environments
     :param seed: of the first environment, that of the next is larger by 1; ``None``: drawn
     :param render_mode: ``"rgb_array"``, ``"human"`` (a window with all environments, needs OpenCV) or ``None``
+    :param start_index: number of the first environment among those of several pools, which is added to the seed and
+        names the file of statistics
     :param monitor_dir: folder for ``0.monitor.csv``, made where it is missing; ``None``: no file
     :param info_keywords: names of information that ``infos[i]["episode"]`` and the file have too
     :param options: of the task, as ``envpool.make`` takes them: ``num_threads``, ``max_episode_steps``, …
@@ -99,12 +101,14 @@ class EnvPoolVecEnv(VecEnv):
         seed: int | None = None,
         *,
         render_mode: str | None = None,
+        start_index: int = 0,
         monitor_dir: str | None = None,
         info_keywords: Sequence[str] = (),
         **options: Any,
     ) -> None:
         envpool = import_envpool()
         check_integer("num_envs", num_envs, minimum=1)
+        check_integer("start_index", start_index, minimum=0)
         if render_mode is not None:
             check_choice("render_mode", render_mode, _RENDER_MODES, "None")
         check_task(task_id, envpool.list_all_envs())
@@ -130,13 +134,13 @@ class EnvPoolVecEnv(VecEnv):
         state = pool_spec.state_array_spec
         self._has_games = "info:terminated" in state and "info:reward" in state and "info:lives" in state
         super().__init__(num_envs, observation_space, action_space)
-        self.seed(seed)
+        self.seed(None if seed is None else seed + start_index)
         self._start = time.time()
         self._info_keywords = tuple(info_keywords)
         self._writer: ResultsWriter | None = None
         if monitor_dir is not None:
             header: dict[str, Any] = {"t_start": self._start, "env_id": task_id}
-            self._writer = ResultsWriter(os.path.join(monitor_dir, "0"), header, self._info_keywords)
+            self._writer = ResultsWriter(os.path.join(monitor_dir, str(start_index)), header, self._info_keywords)
         self._returns = np.zeros(num_envs)
         self._lengths = np.zeros(num_envs, dtype=np.int64)
 

@@ -15,6 +15,7 @@ from sb3_ppo_ewma.ewma import ParameterEwma
 from sb3_ppo_ewma.flat_mlp import FlatMlp
 from sb3_ppo_ewma.losses import LossTerms
 from sb3_ppo_ewma.optimizers import ClippedSteps, can_be_fused
+from sb3_ppo_ewma.ranks import Ranks
 
 
 class TrainStatistics:
@@ -110,6 +111,7 @@ class GradientSteps:
     :param may_fuse: whether steps of Adam may round differently from those of its ``step()``
     :param compiled: makes the steps as compiled graphs
     :param flat: the policy as one long vector, whose optimiser :meth:`step` is then to be given
+    :param ranks: whose gradients are averaged; not of compiled steps
     """
 
     def __init__(
@@ -123,6 +125,7 @@ class GradientSteps:
         may_fuse: bool,
         compiled: CompiledSteps | None,
         flat: FlatMlp | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         self._policy, self._average = policy, average
         self._max_grad_norm, self._max_kl = max_grad_norm, math.inf if max_kl is None else max_kl
@@ -130,6 +133,7 @@ class GradientSteps:
         self._may_fuse = may_fuse
         self.compiled = compiled
         self._flat = flat
+        self._ranks = ranks
         self._parameters = list(policy.parameters()) if flat is None else [flat.trained]
         self._optimizers: dict[int, ClippedSteps] = {}
         # The KL divergence that ended the training
@@ -227,13 +231,17 @@ class GradientSteps:
     def _clipped_steps(self, optimizer: th.optim.Optimizer) -> ClippedSteps:
         if id(optimizer) not in self._optimizers:
             fused = self._may_fuse and can_be_fused(optimizer)
-            self._optimizers[id(optimizer)] = ClippedSteps(optimizer, self._parameters, self._max_grad_norm, fused)
+            self._optimizers[id(optimizer)] = ClippedSteps(
+                optimizer, self._parameters, self._max_grad_norm, fused, self._ranks
+            )
         return self._optimizers[id(optimizer)]
 
     def _exceeds_max_kl(self, statistics: dict[str, th.Tensor]) -> bool:
         # SB3 measures it against the behaviour policy. Against the EWMA, a refused step would never be caught up with.
         if "approx_kl" not in statistics:
             return False
+        if self._ranks is not None:
+            self._ranks.average([statistics["approx_kl"]])
         approx_kl = statistics["approx_kl"].item()
         if not approx_kl > self._max_kl:  # a NaN goes on, to be named
             return False

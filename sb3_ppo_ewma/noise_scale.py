@@ -109,6 +109,8 @@ class NoiseScaleCallback(BaseCallback):
     :raises ValueError: for a value out of its range; before training, if a rollout has fewer than m samples
     """
 
+    rank_0_only = True  # it changes nothing but the log
+
     def __init__(self, n_batches: int = 16, every: int = 1, decay: float = 0.9) -> None:
         super().__init__()
         check_integer("n_batches", n_batches, minimum=2)

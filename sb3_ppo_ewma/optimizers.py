@@ -7,6 +7,8 @@ from typing import Any
 
 import torch as th
 
+from sb3_ppo_ewma.ranks import Ranks
+
 # Counted by the optimiser itself, so that a training that was saved and loaded does the same
 _FLUSH_EVERY = 128
 # What a step makes of such moments is beyond the last digit of any parameter.
@@ -23,15 +25,22 @@ class ClippedSteps:
     :param parameters: whose gradients are clipped
     :param max_grad_norm: largest norm of all gradients together
     :param fused: step with :class:`FusedAdam`; the optimiser must be one that :func:`can_be_fused`
+    :param ranks: processes over which gradients and losses are averaged first; ``None``: this one is alone
     """
 
     def __init__(
-        self, optimizer: th.optim.Optimizer, parameters: Sequence[th.Tensor], max_grad_norm: float, fused: bool
+        self,
+        optimizer: th.optim.Optimizer,
+        parameters: Sequence[th.Tensor],
+        max_grad_norm: float,
+        fused: bool,
+        ranks: Ranks | None = None,
     ) -> None:
         self._optimizer = optimizer
         self._parameters = parameters
         self._max_grad_norm = max_grad_norm
         self._fused = FusedAdam(optimizer) if fused else None
+        self._ranks = ranks
         self._divisor = th.ones((), device="cpu")
 
     @th.no_grad()
@@ -40,7 +49,11 @@ class ClippedSteps:
         :param loss: shape ()
         :return: norm of the gradients before clipping plus loss, shape (), NaN or Inf where no step was made
         """
-        norm = gradient_norm([parameter.grad for parameter in self._parameters if parameter.grad is not None])
+        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        if self._ranks is not None:
+            loss = loss.clone()
+            self._ranks.average([*gradients, loss])
+        norm = gradient_norm(gradients)
         checked = norm + loss
         # SB3's factor is max/(norm + 1e-6), at most 1; the kernel divides.
         if self._fused is not None and checked.device.type != "cpu":

@@ -36,6 +36,7 @@ from sb3_ppo_ewma._arguments import (
     warn_caller,
 )
 from sb3_ppo_ewma.compilation import UNROLLED, CompilationError, CompiledSteps
+from sb3_ppo_ewma.data_parallel import DataParallelMixin
 from sb3_ppo_ewma.distributions import standard_deviation, torch_distributions
 from sb3_ppo_ewma.ewma import (
     MomentsEwma,
@@ -61,7 +62,7 @@ from sb3_ppo_ewma.rollouts import (
     is_finite,
     observations_at,
 )
-from sb3_ppo_ewma.saving import SavedStateMixin, uncompiled
+from sb3_ppo_ewma.saving import uncompiled
 from sb3_ppo_ewma.torch_layers import with_features_extractor
 
 KlEstimator = Literal["sample", "analytic"]
@@ -104,7 +105,7 @@ class Epoch(NamedTuple):
     value: bool
 
 
-class EwmaMixin(SavedStateMixin):
+class EwmaMixin(DataParallelMixin):
     """
     Decouples the proximal from the behaviour policy in a PPO-like SB3 algorithm. Place it first:
     ``class PPOEWMA(EwmaMixin, PPO)``. Collection, ``learn`` and ``predict`` stay the algorithm's; families differ in
@@ -155,7 +156,7 @@ class EwmaMixin(SavedStateMixin):
     target_kl: float | None
 
     _own_states: ClassVar[tuple[str, ...]] = (
-        *SavedStateMixin._own_states,
+        *DataParallelMixin._own_states,
         "policy_ewma",
         "advantage_moments",
         "value_optimizer",
@@ -490,6 +491,7 @@ class EwmaMixin(SavedStateMixin):
         statistics.check_finite(_BLAME, f"after {self._n_updates} epochs and {self.num_timesteps} steps")
         self._log_training(rollout, advantage_std, statistics)
         self._end_iteration(rollout)
+        self._pool_log()
 
     def _train_epochs(self, rollout: Rollout, statistics: TrainStatistics) -> None:
         data = self._training_data(rollout)
@@ -628,6 +630,7 @@ class EwmaMixin(SavedStateMixin):
                 may_fuse=self._is_fast,
                 compiled=compiled,
                 flat=self._flat,
+                ranks=self._ranks,
             )
             with self._steps.training():
                 yield
@@ -666,6 +669,9 @@ class EwmaMixin(SavedStateMixin):
 
     def _compiler(self) -> CompiledSteps | None:
         if not self.torch_compile or self._gave_up_compiling:
+            return None
+        if self._ranks is not None:
+            self._give_up_compiling(CompilationError("data-parallel training averages gradients outside of graphs"))
             return None
         if self._compiled_steps is None:
             try:
@@ -838,8 +844,16 @@ class EwmaMixin(SavedStateMixin):
             return float(advantages.std())
         if self.recompute_advantages:
             self._moments_before = copy.deepcopy(self.advantage_moments.state_dict())
-        self.advantage_moments.update(th.as_tensor(advantages))
+        self._include_advantages(advantages)
         return math.sqrt(self.advantage_moments.moments()[1])
+
+    def _include_advantages(self, advantages: np.ndarray) -> None:
+        moments = cast(MomentsEwma, self.advantage_moments)
+        if self._ranks is None:
+            moments.update(th.as_tensor(advantages))
+            return
+        mean, squares, count = self._ranks.moments(th.as_tensor(advantages, dtype=th.float64).flatten())
+        moments.update_from_moments(mean.item(), squares.item() / count, count)
 
     def _normalized_advantages(
         self, advantages: th.Tensor, mask: th.Tensor | None, coefficients: Coefficients
@@ -848,7 +862,10 @@ class EwmaMixin(SavedStateMixin):
             return advantages
         if coefficients.advantage_scale is not None:
             return standardize(advantages, *coefficients.advantage_scale)
-        return losses.normalize_advantages(advantages, mask)
+        if self._ranks is None:
+            return losses.normalize_advantages(advantages, mask)
+        mean, squares, count = self._ranks.moments(losses.valid(advantages, mask))
+        return advantages if count == 1 else standardize(advantages, mean, (squares / (count - 1)).sqrt() + 1e-8)
 
     @th.no_grad()
     def _recompute_advantages(self, rollout: Rollout) -> None:
@@ -862,7 +879,7 @@ class EwmaMixin(SavedStateMixin):
         if self.advantage_moments is not None:
             # A rollout counts once, with its latest advantages.
             self.advantage_moments.load_state_dict(self._moments_before)
-            self.advantage_moments.update(th.as_tensor(buffer.advantages))
+            self._include_advantages(buffer.advantages)
 
     # ------------------------------------------------------------------ schedules and logs
 
@@ -932,6 +949,7 @@ class EwmaMixin(SavedStateMixin):
         # load() and attributes set by hand bypass the constructor.
         self._check_own_parameters()
         self._check_built_parameters()
+        result = super()._setup_learn(*args, **kwargs)
         queue = self.stale_rollouts
         if queue is not None and len(queue) < min(self.staleness, self._n_rollouts):
             warn_caller(
@@ -939,7 +957,7 @@ class EwmaMixin(SavedStateMixin):
                 "collected without training. To continue where training stopped, write it with save_replay_buffer() "
                 "beside the model and read it with load_replay_buffer()."
             )
-        return super()._setup_learn(*args, **kwargs)
+        return result
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "_recent_policy", "_moments_before", *_PROCESS]

@@ -315,6 +315,10 @@ class StaleRollouts:
         """
         return len(self.waiting)
 
+    def clear(self) -> None:
+        """Drop the waiting rollouts."""
+        self.waiting.clear()
+
     def pieces(self) -> Iterator[Rollout]:
         """
         :return: the waiting rollouts, oldest first

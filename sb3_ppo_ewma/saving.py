@@ -2,8 +2,10 @@
 
 import copy
 import io
+import os
 import pathlib
 import warnings
+from collections.abc import Iterable
 from typing import Any, ClassVar, TypeVar, cast
 
 import torch as th
@@ -167,6 +169,32 @@ class SavedStateMixin(OnPolicyAlgorithm):
         """
         buffers = {name: getattr(self, name) for name in self._own_buffers}
         return {name: buffer for name, buffer in buffers.items() if buffer is not None} or None
+
+    def save(
+        self,
+        path: str | pathlib.Path | io.BufferedIOBase,
+        exclude: Iterable[str] | None = None,
+        include: Iterable[str] | None = None,
+    ) -> None:
+        """
+        Save everything to a zip file, as in SB3. Atomic when ``path`` is a file name: a run that is killed leaves the
+        old file whole.
+
+        :param path: file name (``.zip`` is added where there is no suffix) or open binary file
+        :param exclude: attributes that are not saved beside SB3's choice
+        :param include: attributes that are saved against SB3's choice
+        """
+        if not isinstance(path, str | pathlib.Path):
+            super().save(path, exclude, include)
+            return
+        target = pathlib.Path(path).resolve()
+        target = target if target.suffix else target.with_suffix(".zip")
+        temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+        try:
+            super().save(temporary, exclude, include)
+            temporary.replace(target)
+        finally:
+            temporary.unlink(missing_ok=True)
 
     def _step(self) -> Step:
         return Step(self.num_timesteps, self._n_rollouts)

@@ -343,6 +343,33 @@ def test_settings_of_another_algorithm():
         with_defaults(PPO, {})
 
 
+def test_processes_share_environments_and_minibatches():
+    shared = scaling.per_process({**SETTINGS, "batch_size": 64}, 4)
+    assert (shared["n_envs"], shared["batch_size"], shared["aux_batch_size"]) == (2, 16, 6)
+    changed = {name for name in SETTINGS if shared[name] != SETTINGS[name]}
+    assert changed == {"n_envs", "batch_size", "aux_batch_size"}
+    assert scaling.per_process(PAPER, 2)["aux_batch_size"] is None
+    assert scaling.per_process(SETTINGS, 1) == SETTINGS
+
+
+@pytest.mark.parametrize(
+    ("changed", "n_processes", "message"),
+    [
+        ({"n_envs": 6}, 4, "n_envs=6 environments cannot be divided between 4 processes: it must be a multiple of 4"),
+        ({"batch_size": 65}, 2, "batch_size=65 samples cannot be divided"),
+        ({}, 0, "n_processes must be >= 1, got 0"),
+    ],
+)
+def test_what_processes_cannot_share(changed, n_processes, message):
+    with pytest.raises(ValueError, match=message):
+        scaling.per_process({**SETTINGS, **changed}, n_processes)
+
+
+def test_processes_need_both_numbers():
+    with pytest.raises(ValueError, match="hyperparameters must have batch_size"):
+        scaling.per_process({"n_envs": 4}, 2)
+
+
 def test_defaults():
     assert with_defaults(PPGEWMA, {"n_steps": 5}) | {"max_grad_norm": None} == {
         "n_envs": 1,

@@ -212,8 +212,8 @@ def zoo_commands(page: Path) -> Iterator[list[str]]:
             words = line.removeprefix("$ ").split()
             if words[:1] == ["sb3-ppo-ewma"]:
                 yield words[1:]
-            elif words[:3] == ["python", "-m", "sb3_ppo_ewma.zoo"]:
-                yield words[3:]
+            elif "sb3_ppo_ewma.zoo" in words:  # python -m, torchrun ... -m
+                yield words[words.index("sb3_ppo_ewma.zoo") + 1 :]
 
 
 def source_of(module: str) -> str:

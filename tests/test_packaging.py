@@ -33,13 +33,13 @@ HYPERPARAMETER_FILES = sorted((ROOT / "zoo_hyperparams").rglob("*.yml"))
 # Modules from the bottom up, each with the packages beside the standard library that its layer adds to those below.
 LAYERS: list[tuple[set[str], set[str]]] = [
     ({"losses", "ewma"}, {"torch"}),
-    ({"random_state", "memory"}, {"numpy"}),
+    ({"random_state", "memory", "ranks"}, {"numpy"}),
     ({"optimizers"}, set()),
     ({"compilation"}, set()),
     ({"_arguments", "distributions", "rollout_files"}, {"stable_baselines3"}),
     ({"torch_layers", "rollouts", "forward", "advice", "envpool_vec_env"}, {"gymnasium"}),
     ({"saving", "policies", "envpool_env"}, set()),
-    ({"mlp", "parts"}, set()),
+    ({"mlp", "parts", "data_parallel"}, set()),
     ({"flat_mlp"}, set()),
     ({"gradient_steps"}, set()),
     ({"ppo_ewma"}, set()),

@@ -97,3 +97,26 @@ def test_saving_does_not_disturb_training(tmp_path):
             stop(model, tmp_path / "run")
         finals.append(go_on(model))
     assert differences(*finals) == []
+
+
+def test_a_model_that_cannot_be_saved_leaves_the_old_file(tmp_path, monkeypatch):
+    model = start("ewma")
+    path = tmp_path / "agent.zip"
+    model.save(tmp_path / "agent")
+    before = path.read_bytes()
+
+    def fails(*args, **kwargs):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(th, "save", fails)
+    with pytest.raises(OSError, match="no space left"):
+        model.save(path)
+    assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["agent.zip"]
+
+
+def test_a_model_is_saved_where_a_link_leads(tmp_path):
+    (tmp_path / "link.zip").symlink_to(tmp_path / "agent.zip")
+    start("ewma").save(tmp_path / "link.zip")
+    assert (tmp_path / "link.zip").is_symlink()
+    assert (tmp_path / "agent.zip").stat().st_size > 0

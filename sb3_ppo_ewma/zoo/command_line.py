@@ -104,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
 def _run(script: str, arguments: list[str]) -> None:
     importlib.import_module("rl_zoo3")  # first: where it is missing, so is what else the modules below import
     # Here, so that the scripts are listed without rl_zoo3.
-    from sb3_ppo_ewma.zoo import child_processes, hub, options, registration, vec_envs
+    from sb3_ppo_ewma.zoo import child_processes, data_parallel, hub, options, registration, vec_envs
 
     registration.register()
     hub.mend()
@@ -117,6 +117,8 @@ def _run(script: str, arguments: list[str]) -> None:
     warnings.filterwarnings("ignore", message=".*found in sys.modules after import of package", module="runpy")
     with contextlib.ExitStack() as stack:
         stack.enter_context(child_processes.brought_home())
+        if script == "train" and not wants_help:
+            stack.enter_context(data_parallel.process_group())
         if script in options.SCRIPTS:
             sys.argv[1:] = stack.enter_context(options.taken_from(arguments, script, sys.argv[0]))
             if wants_help:

@@ -9,7 +9,7 @@ from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
 from rl_zoo3.utils import ALGOS
 
 from sb3_ppo_ewma.torch_layers import FEATURES_EXTRACTORS
-from sb3_ppo_ewma.zoo import experiment, vec_envs
+from sb3_ppo_ewma.zoo import data_parallel, experiment, vec_envs
 from sb3_ppo_ewma.zoo.algorithms import ALGORITHMS
 from sb3_ppo_ewma.zoo.search_space import SEARCH_SPACES
 
@@ -26,6 +26,7 @@ def register() -> None:
         HYPERPARAMS_CONVERTER.setdefault(name, converter)
     experiment.mend()
     vec_envs.mend()
+    data_parallel.mend()  # last: it divides what the others find
     _name_features_extractors()
     _register_minatar()
 

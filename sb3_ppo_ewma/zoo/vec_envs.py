@@ -142,7 +142,8 @@ def _make_vec_env(upstream: Function, *args: Any, **kwargs: Any) -> Any:
     if unknown:
         raise ValueError(f"monitor_kwargs: EnvPool's statistics know info_keywords, not {unknown.pop()}")
     task_id, task_options = task
-    given = {"monitor_dir": kwargs["monitor_dir"], **monitor_kwargs, **task_options, **kwargs["env_kwargs"]}
+    of_zoo = {name: kwargs[name] for name in ("monitor_dir", "start_index") if name in kwargs}
+    given = {**of_zoo, **monitor_kwargs, **task_options, **kwargs["env_kwargs"]}
     return EnvPoolVecEnv(task_id, kwargs["n_envs"], kwargs["seed"], **given)
 
 

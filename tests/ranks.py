@@ -1,0 +1,391 @@
+"""
+What the processes of data-parallel trainings do in the tests, and how they are started::
+
+    python -m tests.ranks NAME FOLDER RANK WORLD_SIZE
+
+runs one of the functions below in a process group; what it returns goes to ``FOLDER/NAME_RANK.pkl``.
+"""
+
+import hashlib
+import os
+import pickle
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch as th
+import torch.distributed as dist
+from sb3_contrib.common.envs import InvalidActionEnvDiscrete
+from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.callbacks import (
+    BaseCallback,
+    CheckpointCallback,
+    EvalCallback,
+    EveryNTimesteps,
+    StopTrainingOnMaxEpisodes,
+)
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.envs import SimpleMultiObsEnv
+from stable_baselines3.common.logger import configure
+from stable_baselines3.common.vec_env import VecNormalize
+
+import sb3_ppo_ewma
+from sb3_ppo_ewma import PPOEWMA
+from sb3_ppo_ewma.batch_scaling import settings_of
+
+ROOT = Path(__file__).parents[1]
+# Of the trainings on the same data: environments and steps of all processes, and what each is built with
+N_ENVS, N_STEPS, N_ITERATIONS = 4, 32, 4
+CASES: dict[str, dict[str, Any]] = {
+    # Normalised per minibatch; the policy is trained as one long vector
+    "ppo_ewma": {"algorithm": "PPOEWMA", "n_epochs": 3, "batch_size": 32},
+    "ppo_ewma_adam": {  # to SB3's bit, one by one
+        "algorithm": "PPOEWMA",
+        "n_epochs": 2,
+        "batch_size": 48,  # the last minibatch is smaller
+        "policy_kwargs": {"optimizer_kwargs": {"eps": 1e-5}},
+        "n_epochs_value": 3,
+        "recompute_advantages": True,
+        "advantage_decay": 0.5,
+    },
+    "ppo_ewma_target_kl": {
+        "algorithm": "PPOEWMA",
+        "n_epochs": 20,
+        "batch_size": 32,
+        "target_kl": 0.002,
+        "learning_rate": 3e-3,
+    },
+    "ppo_ewma_stale": {"algorithm": "PPOEWMA", "n_epochs": 1, "batch_size": 32, "staleness": 1, "kl_coef": 0.1},
+    "ppg_ewma": {"algorithm": "PPGEWMA", "n_policy_iterations": 2, "n_aux_epochs": 2, "batch_size": 64},
+}
+
+
+def start(name: str, folder: Path, world_size: int = 2, **env: str) -> list[subprocess.Popen[str]]:
+    """
+    :param name: of a function of this module
+    :param folder: for what the processes write
+    :param world_size: number of processes
+    :param env: further variables of the environment
+    :return: the processes, by rank
+    """
+    arguments = [sys.executable, "-m", "tests.ranks", name, str(folder)]
+    return [
+        subprocess.Popen(
+            [*arguments, str(rank), str(world_size)],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1", **env},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(world_size)
+    ]
+
+
+def results(name: str, folder: Path, world_size: int = 2) -> list[Any]:
+    """
+    :param name: of a function of this module
+    :param folder: for what the processes write
+    :param world_size: number of processes
+    :return: what it returned in each, by rank
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    processes = start(name, folder, world_size)
+    for process in processes:
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+    return [pickle.loads((folder / f"{name}_{rank}.pkl").read_bytes()) for rank in range(world_size)]
+
+
+def parameters_of(model: Any) -> np.ndarray:
+    """
+    :param model: of any algorithm
+    :return: all parameters, those of the average too
+    """
+    modules = [model.policy] if model.policy_ewma is None else [model.policy, model.policy_ewma]
+    return np.concatenate([each.detach().numpy().ravel() for module in modules for each in module.parameters()])
+
+
+# === The same data ===
+
+
+class Recording:
+    """Rollouts of one process with all environments, of which several get their parts."""
+
+    def __init__(self) -> None:
+        self.rollouts: list[dict[str, Any]] = []
+
+
+def trained_on(
+    case: str, recording: Recording, rank: int, world_size: int
+) -> tuple[list[np.ndarray], list[dict[str, Any]]]:
+    """
+    :param case: name of a training
+    :param recording: filled where one process trains, else read
+    :param rank: of this process
+    :param world_size: number of processes
+    :return: parameters and log after every iteration
+    """
+    settings = dict(CASES[case])
+    algorithm = getattr(sb3_ppo_ewma, settings.pop("algorithm"))
+    settings["batch_size"] //= world_size
+    history: list[np.ndarray] = []
+    log: list[dict[str, Any]] = []
+    n_envs = N_ENVS // world_size
+    mine = slice(rank * n_envs, (rank + 1) * n_envs)
+
+    class OfRecording(algorithm):  # type: ignore[misc, valid-type]
+        def collect_rollouts(self, *args: Any, **kwargs: Any) -> bool:
+            result = super().collect_rollouts(*args, **kwargs)
+            buffer: RolloutBuffer = self.rollout_buffer
+            names = ("observations", "actions", "rewards", "episode_starts", "values", "log_probs", "advantages")
+            names = (*names, "returns")
+            if world_size == 1:
+                arrays = {name: getattr(buffer, name).copy() for name in names}
+                last = {"_last_obs": self._last_obs.copy(), "_last_episode_starts": self._last_episode_starts.copy()}
+                recording.rollouts.append({"buffer": arrays, "last": last})
+            else:
+                recorded = recording.rollouts[len(history)]
+                for name in names:
+                    setattr(buffer, name, recorded["buffer"][name][:, mine].copy())
+                for name, array in recorded["last"].items():
+                    setattr(self, name, array[mine].copy())
+            return result
+
+        def train(self) -> None:
+            super().train()
+            log.append(dict(self.logger.name_to_value))
+            history.append(parameters_of(self))
+
+    env = make_vec_env("CartPole-v1", n_envs, seed=0)
+    model = OfRecording("MlpPolicy", env, n_steps=N_STEPS, seed=0, device="cpu", **settings)
+    with permutations(rank, world_size):
+        model.learn(N_ITERATIONS * N_ENVS * N_STEPS)
+    assert model.num_timesteps == N_ITERATIONS * N_ENVS * N_STEPS
+    return history, log
+
+
+@contextmanager
+def permutations(rank: int, world_size: int) -> Iterator[None]:
+    """
+    Within the context, minibatches of one process are those of two together.
+
+    :param rank: of this process
+    :param world_size: 1 or 2
+    """
+    n_calls = 0
+    part = N_ENVS * N_STEPS // 2
+
+    def of_part(n_samples: int, which: int) -> np.ndarray:
+        return np.random.RandomState(1000 * n_calls + which).permutation(n_samples)
+
+    def permutation(n_samples: int) -> np.ndarray:
+        nonlocal n_calls
+        n_calls += 1
+        if world_size == 2:
+            return of_part(n_samples, rank)
+        # Every second sample is one of the other process, whose environments come behind those of the first within
+        # a rollout.
+        both = [of_part(n_samples // 2, which) for which in range(2)]
+        both = [each // part * 2 * part + which * part + each % part for which, each in enumerate(both)]
+        return np.stack(both, axis=1).flatten()
+
+    original, np.random.permutation = np.random.permutation, permutation
+    try:
+        yield
+    finally:
+        np.random.permutation = original
+
+
+def same_data(folder: Path, rank: int, world_size: int) -> dict[str, Any]:
+    recordings = pickle.loads((folder / "recordings.pkl").read_bytes())
+    return {case: trained_on(case, recording, rank, world_size) for case, recording in recordings.items()}
+
+
+# === Data of their own ===
+
+
+class Watch(BaseCallback):
+    """Runs in every process."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps: list[int] = []
+        self.hashes: list[str] = []
+        self.observations: list[np.ndarray] = []
+
+    def _on_step(self) -> bool:
+        self.steps.append(self.num_timesteps)
+        return True
+
+    def _on_rollout_start(self) -> None:
+        # Of what the training before left
+        self.hashes.append(hashlib.sha256(parameters_of(self.model).tobytes()).hexdigest())
+
+    def _on_rollout_end(self) -> None:
+        self.observations.append(self.model.rollout_buffer.observations.copy())
+
+
+class StopsAt(BaseCallback):
+    def __init__(self, n_calls: int, of_rank: int) -> None:
+        super().__init__()
+        self._at, self._of_rank = n_calls, of_rank
+
+    def _on_step(self) -> bool:
+        return not (dist.get_rank() == self._of_rank and self.n_calls == self._at)
+
+
+def training(folder: Path, rank: int, world_size: int) -> dict[str, Any]:
+    """Everything around: environments, statistics, callbacks, log."""
+    del world_size
+    env = VecNormalize(make_vec_env("CartPole-v1", 2, seed=0))
+    raw: list[np.ndarray] = []
+    reset, step_wait = env.venv.reset, env.venv.step_wait
+
+    def recorded_reset() -> Any:
+        raw.append(reset())
+        return raw[-1]
+
+    def recorded_step() -> Any:
+        result = step_wait()
+        raw.append(result[0])
+        return result
+
+    env.venv.reset, env.venv.step_wait = recorded_reset, recorded_step
+    watch = Watch()
+    evaluation = EvalCallback(VecNormalize(make_vec_env("CartPole-v1", 1), training=False), eval_freq=32, verbose=0)
+    callbacks = [
+        watch,
+        CheckpointCallback(64, str(folder / "checkpoints"), save_replay_buffer=True, save_vecnormalize=True),
+        EveryNTimesteps(128, CheckpointCallback(1, str(folder / "every"))),
+    ]
+    model = sb3_ppo_ewma.PPGEWMA(
+        "MlpPolicy",
+        env,
+        n_steps=32,
+        batch_size=32,
+        n_policy_iterations=3,
+        n_aux_epochs=1,
+        seed=7,
+        device="cpu",
+        tensorboard_log=None,
+    )
+    model.set_logger(configure(str(folder / f"log_{rank}"), ["csv"]))
+    model.learn(4 * 128, [*callbacks, evaluation])
+    return {
+        "steps": watch.steps,
+        "hashes": watch.hashes,
+        "observations": watch.observations,
+        "statistics": [(each.mean, each.var, each.count) for each in (env.obs_rms, env.ret_rms)],
+        "raw": np.concatenate(raw),
+        "n_evaluations": evaluation.n_calls // 32,
+        "lengths": [episode["l"] for episode in model.ep_info_buffer],
+        "seeds": [each.unwrapped.np_random_seed for each in env.venv.envs],
+    }
+
+
+def stopping(folder: Path, rank: int, world_size: int) -> list[int]:
+    """A callback of the second process stops in the middle of a rollout; episodes of one process count alone."""
+    del folder, rank, world_size
+    found = []
+    for callback in (StopsAt(40, of_rank=1), StopTrainingOnMaxEpisodes(1)):
+        model = PPOEWMA("MlpPolicy", make_vec_env("CartPole-v1", 2), n_steps=32, batch_size=32, seed=0, device="cpu")
+        model.learn(1024, callback)
+        found.append(model.num_timesteps)
+    return found
+
+
+def differing(folder: Path, rank: int, world_size: int) -> tuple[str, dict[str, Any]]:
+    """Settings that are not the same, and what they are of all processes."""
+    del folder, world_size
+    env = make_vec_env("CartPole-v1", 2)
+    model = PPOEWMA("MlpPolicy", env, n_steps=32, batch_size=32, n_epochs=1 + rank, device="cpu")
+    try:
+        model.learn(64)
+    except ValueError as error:
+        return str(error), settings_of(model)
+    return "", {}
+
+
+def resuming(folder: Path, rank: int, world_size: int) -> dict[str, Any]:
+    """From a checkpoint with the rollouts of a phase, then from one in which those of a process are missing."""
+    del world_size
+    found: dict[str, Any] = {}
+    settings: dict[str, Any] = {"n_steps": 16, "batch_size": 16, "n_policy_iterations": 4, "device": "cpu"}
+    model = sb3_ppo_ewma.PPGEWMA("MlpPolicy", make_vec_env("CartPole-v1", 2, seed=0), seed=0, **settings)
+    model.learn(3 * 64)
+    if rank == 0:
+        model.save(folder / "agent")
+    model.save_replay_buffer(folder / "rollouts")
+    dist.barrier()
+    for has_rollouts in (True, False):
+        model = sb3_ppo_ewma.PPGEWMA.load(folder / "agent", make_vec_env("CartPole-v1", 2, seed=rank), device="cpu")
+        if has_rollouts or rank == 0:
+            model.load_replay_buffer(folder / "rollouts")
+        model.learn(64, reset_num_timesteps=False)
+        found[f"n_phases_{has_rollouts}"] = model._n_phases
+        found[f"actions_{has_rollouts}"] = model.rollout_buffer.actions.flatten().tolist()
+    return found
+
+
+def families(folder: Path, rank: int, world_size: int) -> dict[str, str]:
+    """Other families, spaces and ways to collect: parameters at the end."""
+    del folder, rank, world_size
+    discrete = {"n_steps": 32, "batch_size": 32, "n_epochs": 2, "seed": 0, "device": "cpu"}
+    cartpole = make_vec_env("CartPole-v1", 2)
+    masked = make_vec_env(lambda: InvalidActionEnvDiscrete(dim=5, n_invalid_actions=2), 2)
+    dictionary = VecNormalize(make_vec_env(SimpleMultiObsEnv, 2), norm_obs_keys=["vec"])
+    models = {
+        "recurrent": sb3_ppo_ewma.RecurrentPPOEWMA("MlpLstmPolicy", cartpole, **discrete),
+        "maskable": sb3_ppo_ewma.MaskablePPOEWMA("MlpPolicy", masked, **discrete),
+        "dictionary": PPOEWMA("MultiInputPolicy", dictionary, **discrete),
+        "sde": PPOEWMA("MlpPolicy", make_vec_env("Pendulum-v1", 2), use_sde=True, **discrete),
+        "compiled": PPOEWMA("MlpPolicy", cartpole, torch_compile=True, **discrete),
+    }
+    found = {}
+    for name, model in models.items():
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            model.learn(3 * 128)
+        found[name] = hashlib.sha256(parameters_of(model).tobytes()).hexdigest()
+        found[f"warnings of {name}"] = " ".join(str(each.message) for each in caught)
+    return found
+
+
+def dying(folder: Path, rank: int, world_size: int) -> None:
+    """The second process is killed when it has made a checkpoint's steps."""
+    del world_size
+
+    class Dies(BaseCallback):
+        def _on_step(self) -> bool:
+            if self.num_timesteps >= 512 and rank == 1:
+                os.kill(os.getpid(), 9)
+            return True
+
+    env = make_vec_env("CartPole-v1", 2)
+    model = PPOEWMA("MlpPolicy", env, n_steps=32, batch_size=32, device="cpu")
+    model.learn(100_000, [CheckpointCallback(64, str(folder)), Dies()])
+
+
+FUNCTIONS: dict[str, Callable[[Path, int, int], Any]] = {
+    function.__name__: function for function in (same_data, training, stopping, differing, resuming, families, dying)
+}
+
+
+def main() -> None:
+    name, folder, rank, world_size = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+    th.set_num_threads(1)
+    store = f"file://{folder / f'{name}_store'}"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size)
+    result = FUNCTIONS[name](folder, rank, world_size)
+    (folder / f"{name}_{rank}.pkl").write_bytes(pickle.dumps(result))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,225 @@
+"""Data-parallel training: two processes against one, and what they have to agree on."""
+
+import csv
+import os
+import pickle
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from stable_baselines3.common.running_mean_std import RunningMeanStd
+
+from sb3_ppo_ewma import PPOEWMA
+from sb3_ppo_ewma.data_parallel import _pooled
+from tests import ranks
+
+
+@pytest.fixture(scope="module")
+def on_same_data(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Parameters and log after every iteration, of one process and of two."""
+    folder = tmp_path_factory.mktemp("same_data")
+    recordings = {case: ranks.Recording() for case in ranks.CASES}
+    alone = {case: ranks.trained_on(case, recording, 0, 1) for case, recording in recordings.items()}
+    (folder / "recordings.pkl").write_bytes(pickle.dumps(recordings))
+    return alone, ranks.results("same_data", folder)
+
+
+@pytest.mark.parametrize("case", ranks.CASES)
+@pytest.mark.filterwarnings("ignore:You have specified a mini-batch size")
+def test_two_ranks_are_one_process(case: str, on_same_data: tuple[dict[str, Any], list[dict[str, Any]]]) -> None:
+    (alone, _), by_rank = on_same_data[0][case], [rank[case][0] for rank in on_same_data[1]]
+    assert len(alone) == ranks.N_ITERATIONS
+    for one, first, second in zip(alone, *by_rank, strict=True):
+        np.testing.assert_array_equal(first, second)
+        np.testing.assert_allclose(first, one, rtol=0, atol=2e-6)
+    assert np.abs(alone[-1] - alone[0]).max() > 1e-3
+
+
+@pytest.mark.parametrize("case", ranks.CASES)
+@pytest.mark.filterwarnings("ignore:You have specified a mini-batch size")
+def test_log_of_two_ranks_is_that_of_one(case: str, on_same_data: tuple[dict[str, Any], list[dict[str, Any]]]) -> None:
+    (_, alone), first = on_same_data[0][case], on_same_data[1][0][case][1]
+    # Of the rollouts, not of minibatches: with these, means over processes are something else than of one.
+    others = {"train/explained_variance", "train/advantage_std"}
+    for one, two in zip(alone, first, strict=True):
+        compared = {name for name in one if name.startswith(("train/", "aux/"))} - others
+        assert two == pytest.approx(two | {name: one[name] for name in compared}, rel=1e-3, abs=1e-5, nan_ok=True)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    """Folder, and what each of two processes found."""
+    folder = tmp_path_factory.mktemp("training")
+    return folder, ranks.results("training", folder)
+
+
+def test_parameters_are_the_same_after_every_iteration(trained: tuple[Path, list[dict[str, Any]]]) -> None:
+    first, second = trained[1]
+    assert first["hashes"] == second["hashes"]
+    assert len(set(first["hashes"])) == 4  # also through an auxiliary phase
+
+
+def test_steps_count_all_ranks(trained: tuple[Path, list[dict[str, Any]]]) -> None:
+    for rank in trained[1]:
+        assert rank["steps"] == list(range(4, 4 * 128 + 4, 4))
+
+
+def test_ranks_see_other_environments(trained: tuple[Path, list[dict[str, Any]]]) -> None:
+    first, second = trained[1]
+    # Those of four environments of one process
+    assert first["seeds"] == [7, 8]
+    assert second["seeds"] == [9, 10]
+    assert not np.array_equal(first["observations"][0], second["observations"][0])
+
+
+def test_normalization_is_that_of_all_observations(trained: tuple[Path, list[dict[str, Any]]]) -> None:
+    first, second = trained[1]
+    for ours, others in zip(first["statistics"], second["statistics"], strict=True):
+        for one, other in zip(ours, others, strict=True):
+            np.testing.assert_array_equal(one, other)
+    mean, variance, count = first["statistics"][0]
+    seen = np.concatenate([first["raw"], second["raw"]])
+    assert count == pytest.approx(len(seen), abs=1e-3)
+    np.testing.assert_allclose(mean, seen.mean(0), atol=1e-5)
+    np.testing.assert_allclose(variance, seen.var(0), rtol=1e-4)
+
+
+def test_pooled_statistics_do_not_cancel() -> None:
+    before, own = RunningMeanStd(shape=()), [RunningMeanStd(shape=()) for _ in range(3)]
+    rng = np.random.RandomState(0)
+    past, new = rng.normal(1e6, 1e-2, 1000), rng.normal(1e6, 1e-2, (3, 100))
+    before.update(past)
+    for each, samples in zip(own, new, strict=True):
+        each.combine(before)
+        each.update(samples)
+    alone = before.copy()
+    alone.update(new.flatten())
+    start = (before.mean, before.var, before.count)
+    for each in own:  # combine() adds what an empty one counts
+        each.mean, each.var, each.count = start
+    for each, samples in zip(own, new, strict=True):
+        each.update(samples)
+    mean, variance, count = _pooled(start, [(each.mean, each.var, each.count) for each in own])
+    assert count == pytest.approx(alone.count)
+    assert mean == pytest.approx(alone.mean, abs=1e-7)
+    assert variance == pytest.approx(alone.var, rel=1e-6)
+
+
+def test_first_rank_evaluates_and_saves(trained: tuple[Path, list[dict[str, Any]]]) -> None:
+    folder, (first, second) = trained
+    assert first["n_evaluations"] == 4
+    assert second["n_evaluations"] == 0
+    files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.suffix in (".zip", ".pkl")}
+    written = {name for name in files if "/" in name}
+    expected = set()
+    for steps in (256, 512):
+        expected |= {
+            f"checkpoints/rl_model_{steps}_steps.zip",
+            f"checkpoints/rl_model_vecnormalize_{steps}_steps.pkl",
+            f"checkpoints/rl_model_replay_buffer_{steps}_steps.pkl",
+            f"checkpoints/rl_model_replay_buffer_{steps}_steps.rank1.pkl",
+        }
+    assert {name for name in written if name.startswith("checkpoints")} == expected
+    every = {name for name in written if name.startswith("every")}
+    assert every == {f"every/rl_model_{steps}_steps.zip" for steps in (128, 256, 384, 512)}
+
+
+def test_log_is_of_all_ranks(trained: tuple[Path, list[dict[str, Any]]]) -> None:
+    folder, by_rank = trained
+    assert not (folder / "log_1" / "progress.csv").read_text()
+    with (folder / "log_0" / "progress.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    iterations = [row for row in rows if row["time/iterations"]]
+    assert [int(row["time/total_timesteps"]) for row in iterations] == [128, 256, 384, 512]
+    lengths = [length for rank in by_rank for length in rank["lengths"]]
+    assert float(iterations[-1]["rollout/ep_len_mean"]) == pytest.approx(np.mean(lengths))
+    assert np.mean(lengths) != pytest.approx(np.mean(by_rank[0]["lengths"]))
+
+
+def test_a_wish_to_stop_ends_all(tmp_path: Path) -> None:
+    first, second = ranks.results("stopping", tmp_path)
+    # Both at the end of the rollout with the step in question
+    assert first == second
+    assert first[0] == 2 * 128
+    assert first[1] % 128 == 0
+    assert first[1] < 1024
+
+
+def test_settings_must_agree(tmp_path: Path) -> None:
+    for message, settings in ranks.results("differing", tmp_path):
+        assert (settings["n_envs"], settings["batch_size"], settings["n_steps"]) == (4, 64, 32)
+        assert message == (
+            "all processes of a data-parallel training need the same n_epochs: rank 0 has 1, rank 1 has 2"
+        )
+
+
+def test_a_phase_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
+    first, second = ranks.results("resuming", tmp_path)
+    for rank in (first, second):
+        assert rank["n_phases_True"] == 1  # the fourth rollout
+        assert rank["n_phases_False"] == 0  # it begins anew, in both
+    # The same generators were loaded
+    assert first["actions_True"] != second["actions_True"]
+
+
+def test_all_families_train_in_two_ranks(tmp_path: Path) -> None:
+    first, second = ranks.results("families", tmp_path)
+    assert first == second
+    assert len(first) == 2 * 5
+    assert "data-parallel training averages gradients" in first["warnings of compiled"]
+
+
+def test_a_killed_rank_ends_the_others(tmp_path: Path) -> None:
+    processes = ranks.start("dying", tmp_path)
+    assert processes[1].wait(timeout=120) == -9
+    died = time.monotonic()
+    _, errors = processes[0].communicate(timeout=60)
+    assert processes[0].returncode == 1
+    assert time.monotonic() - died < 60
+    assert "Another process of the data-parallel training has ended" in errors
+    checkpoints = sorted(tmp_path.glob("*.zip"))
+    assert checkpoints
+    for path in checkpoints:
+        assert PPOEWMA.load(path, device="cpu").num_timesteps == int(path.stem.split("_")[2])
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds processes in /proc")
+def test_a_script_of_the_documentation_goes_on_after_a_crash(tmp_path: Path) -> None:
+    page = (ranks.ROOT / "docs" / "data_parallel.md").read_text()
+    code = re.findall(r"^```python\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)[-1]
+    for old, new in (("total_timesteps=100_000", "total_timesteps=24_576"), ("save_freq=1024", "save_freq=256")):
+        assert old in code
+        code = code.replace(old, new)
+    code += "\nPath(f'result_{rank}').write_text(f'{checkpoints[-1].stem} {model.num_timesteps}')\n"
+    (tmp_path / "train.py").write_text(code)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    with subprocess.Popen(
+        [*torchrun, "--max-restarts", "1", "train.py"],
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        while not list(tmp_path.glob("checkpoints/*.zip")):
+            assert process.poll() is None
+            time.sleep(0.1)
+        workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        assert len(workers) == 2
+        os.kill(int(workers[1]), signal.SIGKILL)
+        try:
+            output, _ = process.communicate(timeout=120)
+        finally:
+            process.terminate()  # and its workers
+    assert process.returncode == 0, output
+    for rank in range(2):
+        began, ended = re.findall(r"\d+", (tmp_path / f"result_{rank}").read_text())
+        assert 2048 <= int(began) < 24_576 <= int(ended)

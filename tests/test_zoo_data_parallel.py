@@ -1,0 +1,85 @@
+"""One training of the zoo in two processes, which ``torchrun`` starts."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from stable_baselines3.common.monitor import load_results
+
+from sb3_ppo_ewma import PPOEWMA, zoo
+
+zoo.register()
+
+ENTRY: dict[str, Any] = {
+    "n_envs": 4,
+    "n_timesteps": 512,
+    "policy": "MlpPolicy",
+    "n_steps": 16,
+    "batch_size": 32,
+    "n_epochs": 1,
+    "advantage_decay": 0.5,
+    "normalize": True,
+}
+TRAIN = ["train", "--env", "CartPole-v1", "--conf-file", "entries.yml", "-f", "logs", "--device", "cpu"]
+
+
+def in_two_processes(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    (folder / "entries.yml").write_text(yaml.safe_dump({"CartPole-v1": ENTRY}))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    return subprocess.run(
+        [*torchrun, "-m", "sb3_ppo_ewma.zoo", *arguments],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_train_leaves_what_one_process_leaves(tmp_path: Path) -> None:
+    frequencies = ["--eval-freq", "128", "--save-freq", "256", "--seed", "3"]
+    rescaling = ["--rescale-to-n-envs", "8"]
+    result = in_two_processes(tmp_path, *TRAIN, "--algo", "ppo_ewma", *frequencies, *rescaling)
+    assert result.returncode == 0, result.stderr
+    runs = list((tmp_path / "logs" / "ppo_ewma").iterdir())
+    assert [run.name for run in runs] == ["CartPole-v1_1"]
+    names = {path.name for path in runs[0].iterdir()}
+    # 8 environments are of both, with a file each
+    assert names == {
+        *(f"{i}.monitor.csv" for i in range(8)),
+        *(f"rl_model_{steps}_steps.zip" for steps in (256, 512)),
+        *("CartPole-v1.zip", "CartPole-v1", "best_model.zip", "evaluations.npz"),
+    }
+    saved = dict(yaml.unsafe_load((runs[0] / "CartPole-v1" / "config.yml").read_text()))
+    assert (saved["n_envs"], saved["batch_size"]) == (8, 64)
+    model = PPOEWMA.load(runs[0] / "CartPole-v1.zip", device="cpu")
+    assert (model.n_envs, model.batch_size, model.num_timesteps, model.seed) == (4, 32, 512, 3)
+    assert list(np.load(runs[0] / "evaluations.npz")["timesteps"]) == [128, 256, 384, 512]
+    # Only the first process prints.
+    assert result.stdout.count("Log path:") == 1
+    assert load_results(str(runs[0]))["l"].sum() <= 512
+
+
+def test_what_cannot_be_divided_is_refused(tmp_path: Path) -> None:
+    result = in_two_processes(tmp_path, *TRAIN, "--algo", "ppo_ewma", "-params", "n_envs:3")
+    assert result.returncode != 0
+    assert "n_envs=3 environments cannot be divided between 2 processes: it must be a multiple of 2" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--algo", "ppo"], "ppo cannot train in several processes, only ppo_ewma"),
+        (["--algo", "ppo_ewma", "-optimize"], "processes that have the same --storage share a search"),
+    ],
+)
+def test_what_has_no_ranks_is_refused(tmp_path: Path, arguments: list[str], message: str) -> None:
+    result = in_two_processes(tmp_path, *TRAIN, *arguments)
+    assert result.returncode != 0
+    assert message in result.stderr
+    assert not (tmp_path / "logs").exists()
