@@ -35,7 +35,7 @@ from stable_baselines3.common.logger import configure
 from stable_baselines3.common.vec_env import VecNormalize
 
 import sb3_ppo_ewma
-from sb3_ppo_ewma import PPOEWMA
+from sb3_ppo_ewma import PPOEWMA, zoo
 from sb3_ppo_ewma.batch_scaling import settings_of
 
 ROOT = Path(__file__).parents[1]
@@ -96,9 +96,13 @@ def results(name: str, folder: Path, world_size: int = 2) -> list[Any]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     processes = start(name, folder, world_size)
-    for process in processes:
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors
+    try:
+        for process in processes:
+            _, errors = process.communicate(timeout=150)
+            assert process.returncode == 0, errors
+    finally:
+        for process in processes:
+            process.kill()  # if it waits for another one
     return [pickle.loads((folder / f"{name}_{rank}.pkl").read_bytes()) for rank in range(world_size)]
 
 
@@ -357,6 +361,32 @@ def families(folder: Path, rank: int, world_size: int) -> dict[str, str]:
     return found
 
 
+def refusals(folder: Path, rank: int, world_size: int) -> list[str]:
+    """What the zoo says of what cannot be shared."""
+    del rank, world_size
+    zoo.register()
+    (folder / "entries.yml").write_text("CartPole-v1: {n_envs: 4, n_timesteps: 64, policy: MlpPolicy}")
+    train = ["train", "--env", "CartPole-v1", "--conf-file", str(folder / "entries.yml"), "-f", str(folder / "logs")]
+    found = []
+    for arguments in (
+        ["--algo", "ppo_ewma", "-params", "n_envs:3"],
+        ["--algo", "ppo"],
+        ["--algo", "ppo_ewma", "-optimize"],
+    ):
+        try:
+            zoo.main([*train, *arguments])
+        except SystemExit as refused:
+            found.append(str(refused.code))
+    return [*found, *(path.name for path in folder.glob("logs/*"))]
+
+
+def short(folder: Path, rank: int, world_size: int) -> dict[str, Any]:
+    """One after the other, since it takes longer to start processes."""
+    return {
+        each.__name__: each(folder, rank, world_size) for each in (stopping, differing, resuming, families, refusals)
+    }
+
+
 def dying(folder: Path, rank: int, world_size: int) -> None:
     """The second process is killed when it has made a checkpoint's steps."""
     del world_size
@@ -373,7 +403,7 @@ def dying(folder: Path, rank: int, world_size: int) -> None:
 
 
 FUNCTIONS: dict[str, Callable[[Path, int, int], Any]] = {
-    function.__name__: function for function in (same_data, training, stopping, differing, resuming, families, dying)
+    function.__name__: function for function in (same_data, training, short, dying)
 }
 
 

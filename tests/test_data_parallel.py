@@ -142,8 +142,15 @@ def test_log_is_of_all_ranks(trained: tuple[Path, list[dict[str, Any]]]) -> None
     assert np.mean(lengths) != pytest.approx(np.mean(by_rank[0]["lengths"]))
 
 
-def test_a_wish_to_stop_ends_all(tmp_path: Path) -> None:
-    first, second = ranks.results("stopping", tmp_path)
+@pytest.fixture(scope="module")
+def short(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
+    """By name of what two processes did, what each found."""
+    by_rank = ranks.results("short", tmp_path_factory.mktemp("short"))
+    return {name: [rank[name] for rank in by_rank] for name in by_rank[0]}
+
+
+def test_a_wish_to_stop_ends_all(short: dict[str, list[Any]]) -> None:
+    first, second = short["stopping"]
     # Both at the end of the rollout with the step in question
     assert first == second
     assert first[0] == 2 * 128
@@ -151,16 +158,16 @@ def test_a_wish_to_stop_ends_all(tmp_path: Path) -> None:
     assert first[1] < 1024
 
 
-def test_settings_must_agree(tmp_path: Path) -> None:
-    for message, settings in ranks.results("differing", tmp_path):
-        assert (settings["n_envs"], settings["batch_size"], settings["n_steps"]) == (4, 64, 32)
+def test_settings_must_agree(short: dict[str, list[Any]]) -> None:
+    for message, settings in short["differing"]:
         assert message == (
             "all processes of a data-parallel training need the same n_epochs: rank 0 has 1, rank 1 has 2"
         )
+        assert (settings["n_envs"], settings["batch_size"], settings["n_steps"]) == (4, 64, 32)
 
 
-def test_a_phase_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
-    first, second = ranks.results("resuming", tmp_path)
+def test_a_phase_goes_on_from_a_checkpoint(short: dict[str, list[Any]]) -> None:
+    first, second = short["resuming"]
     for rank in (first, second):
         assert rank["n_phases_True"] == 1  # the fourth rollout
         assert rank["n_phases_False"] == 0  # it begins anew, in both
@@ -168,11 +175,21 @@ def test_a_phase_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
     assert first["actions_True"] != second["actions_True"]
 
 
-def test_all_families_train_in_two_ranks(tmp_path: Path) -> None:
-    first, second = ranks.results("families", tmp_path)
+def test_all_families_train_in_two_ranks(short: dict[str, list[Any]]) -> None:
+    first, second = short["families"]
     assert first == second
     assert len(first) == 2 * 5
     assert "data-parallel training averages gradients" in first["warnings of compiled"]
+
+
+def test_the_zoo_refuses_what_cannot_be_shared(short: dict[str, list[Any]]) -> None:
+    for not_divided, other, search, *folders in short["refusals"]:
+        assert not_divided.endswith(
+            "n_envs=3 environments cannot be divided between 2 processes: it must be a multiple of 2"
+        )
+        assert "ppo cannot train in several processes, only ppo_ewma" in other
+        assert "processes that have the same --storage share a search" in search
+        assert not folders
 
 
 def test_a_killed_rank_ends_the_others(tmp_path: Path) -> None:

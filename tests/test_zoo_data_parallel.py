@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import yaml
 from stable_baselines3.common.monitor import load_results
 
@@ -63,23 +62,3 @@ def test_train_leaves_what_one_process_leaves(tmp_path: Path) -> None:
     # Only the first process prints.
     assert result.stdout.count("Log path:") == 1
     assert load_results(str(runs[0]))["l"].sum() <= 512
-
-
-def test_what_cannot_be_divided_is_refused(tmp_path: Path) -> None:
-    result = in_two_processes(tmp_path, *TRAIN, "--algo", "ppo_ewma", "-params", "n_envs:3")
-    assert result.returncode != 0
-    assert "n_envs=3 environments cannot be divided between 2 processes: it must be a multiple of 2" in result.stderr
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--algo", "ppo"], "ppo cannot train in several processes, only ppo_ewma"),
-        (["--algo", "ppo_ewma", "-optimize"], "processes that have the same --storage share a search"),
-    ],
-)
-def test_what_has_no_ranks_is_refused(tmp_path: Path, arguments: list[str], message: str) -> None:
-    result = in_two_processes(tmp_path, *TRAIN, *arguments)
-    assert result.returncode != 0
-    assert message in result.stderr
-    assert not (tmp_path / "logs").exists()
