@@ -6,7 +6,6 @@ statistics, logs and the wish to stop are those of all.
 import inspect
 import pathlib
 from collections import deque
-from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 import numpy as np
@@ -19,13 +18,12 @@ from stable_baselines3.common.callbacks import (
     ProgressBarCallback,
 )
 from stable_baselines3.common.logger import Logger
-from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.type_aliases import MaybeCallback, TensorDict
-from stable_baselines3.common.vec_env import VecNormalize
 
+from sb3_ppo_ewma.asynchronous import AsyncMixin
+from sb3_ppo_ewma.normalization import Statistics, pooled, set_statistics, statistics_of
 from sb3_ppo_ewma.ranks import Ranks, rank
 from sb3_ppo_ewma.rollout_files import RolloutPath
-from sb3_ppo_ewma.saving import SavedStateMixin
 
 # Arguments of a constructor that may differ from process to process
 _OF_EACH_RANK = {"env", "policy", "seed", "verbose", "device", "tensorboard_log", "_init_setup_model"}
@@ -36,7 +34,7 @@ _LARGEST = {"train/importance_ratio_max"}
 _OF_FIRST_RANK = (EvalCallback, CheckpointCallback, ProgressBarCallback)
 
 
-class DataParallelMixin(SavedStateMixin):
+class DataParallelMixin(AsyncMixin):
     """
     Trains together with the other processes when the default process group of ``torch.distributed`` is initialised
     and has several. All of them must be built alike, and the same ``learn`` must be called in each.
@@ -44,12 +42,13 @@ class DataParallelMixin(SavedStateMixin):
 
     # While this process is one of several
     _ranks: Ranks | None = None
-    _normalization: "PooledNormalization | None" = None
+    # Of the environments when all processes had the same
+    _statistics: Statistics | None = None
     _rank_callbacks: "RankCallbacks | None" = None
     # Information on episodes and successes of all processes
     _episodes: tuple[list[dict[str, Any]], list[float]] = ([], [])
 
-    _of_process: ClassVar[tuple[str, ...]] = ("_ranks", "_normalization", "_rank_callbacks", "_episodes")
+    _of_process: ClassVar[tuple[str, ...]] = ("_ranks", "_statistics", "_rank_callbacks", "_episodes")
 
     def set_random_seed(self, seed: int | None = None) -> None:
         """
@@ -68,10 +67,15 @@ class DataParallelMixin(SavedStateMixin):
         tb_log_name: str = "run",
         progress_bar: bool = False,
     ) -> tuple[int, BaseCallback]:
-        self._ranks = self._normalization = self._rank_callbacks = None
+        self._ranks = self._statistics = self._rank_callbacks = None
         ranks = Ranks.joined()
         is_custom = self._custom_logger
         if ranks is not None:
+            if self.async_rollouts is not None:
+                raise ValueError(
+                    f"async_rollouts={self.async_rollouts} cannot be combined with data-parallel training: use "
+                    "async_rollouts=None in several processes"
+                )
             same = {"total_timesteps": total_timesteps, "reset_num_timesteps": reset_num_timesteps}
             ranks.check_same({**self._settings(), **same})
             self._take_state_of_first(ranks)
@@ -98,7 +102,7 @@ class DataParallelMixin(SavedStateMixin):
             "n_envs": self.n_envs,
             "num_timesteps": self.num_timesteps,
             "policy": {name: tuple(each.shape) for name, each in self.policy.named_parameters()},
-            "VecNormalize": None if self._vec_normalize_env is None else sorted(_statistics(self._vec_normalize_env)),
+            "VecNormalize": None if self._vec_normalize_env is None else sorted(statistics_of(self._vec_normalize_env)),
             **simple,
         }
 
@@ -116,8 +120,8 @@ class DataParallelMixin(SavedStateMixin):
             for name in self.replay_buffer or {}:
                 getattr(self, name).clear()
         if self._vec_normalize_env is not None:
-            self._normalization = PooledNormalization(self._vec_normalize_env)
-            self._normalization.begin(ranks.from_first(self._normalization.state()))
+            self._statistics = ranks.from_first(statistics_of(self._vec_normalize_env))
+            set_statistics(self._vec_normalize_env, self._statistics)
         ranks.part_generators()
 
     def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
@@ -142,18 +146,19 @@ class DataParallelMixin(SavedStateMixin):
         return continues if self._ranks is None else self._agree(self._ranks, continues)
 
     def _agree(self, ranks: Ranks, continues: bool) -> bool:
-        callbacks, normalization = cast(RankCallbacks, self._rank_callbacks), self._normalization
+        callbacks, venv = cast(RankCallbacks, self._rank_callbacks), self._vec_normalize_env
         report: dict[str, Any] = {
             "continues": continues and not callbacks.wants_to_stop,
             "episodes": list(self.ep_info_buffer or []),
             "successes": list(self.ep_success_buffer or []),
-            "normalization": None if normalization is None else normalization.state(),
+            "statistics": None if venv is None else statistics_of(venv),
         }
         reports = ranks.gather(report)
         episodes = [each for one in reports for each in one["episodes"]]
         self._episodes = episodes, [each for one in reports for each in one["successes"]]
-        if normalization is not None:
-            normalization.pool([one["normalization"] for one in reports])
+        if venv is not None and self._statistics is not None:
+            self._statistics = pooled(self._statistics, [one["statistics"] for one in reports])
+            set_statistics(venv, self._statistics)
         return all(one["continues"] for one in reports)
 
     def _pool_log(self) -> None:
@@ -216,70 +221,6 @@ def _path_of_rank(path: RolloutPath) -> RolloutPath:
         return path
     path = pathlib.Path(path)
     return path.with_name(f"{path.stem}.rank{rank()}{path.suffix or '.pkl'}")
-
-
-# === Normalised environments ===
-
-
-class PooledNormalization:
-    """
-    Running statistics of a ``VecNormalize``, those of all processes whenever they are pooled.
-
-    :param venv: wrapper of this process's environments
-    """
-
-    def __init__(self, venv: VecNormalize) -> None:
-        self._venv = venv
-        self._before = self.state()
-
-    def state(self) -> dict[str, Any]:
-        """
-        :return: (mean, variance, count) by name
-        """
-        return {name: (each.mean, each.var, each.count) for name, each in _statistics(self._venv).items()}
-
-    def begin(self, first: dict[str, Any]) -> None:
-        """
-        :param first: state of the first process, which becomes that of all
-        """
-        self._set(first)
-
-    def pool(self, states: Sequence[dict[str, Any]]) -> None:
-        """
-        :param states: of all processes, which had the same when they began or were pooled last
-        """
-        self._set({name: _pooled(before, [each[name] for each in states]) for name, before in self._before.items()})
-
-    def _set(self, state: dict[str, Any]) -> None:
-        for name, statistics in _statistics(self._venv).items():
-            statistics.mean, statistics.var, statistics.count = state[name]
-        self._before = self.state()
-
-
-def _statistics(venv: VecNormalize) -> Mapping[str, RunningMeanStd]:
-    found = {"returns": venv.ret_rms}
-    if venv.norm_obs:
-        observations: Any = venv.obs_rms
-        found |= observations if isinstance(observations, dict) else {"observations": observations}
-    return found
-
-
-def _pooled(before: Any, states: Sequence[Any]) -> Any:
-    """
-    What all have seen since, together with what they had seen before.
-
-    :param before: (mean, variance, count) from which all started
-    :param states: theirs
-    :return: the same of all samples
-    """
-    mean_before, variance_before, count_before = before
-    n_others = len(states) - 1
-    count = sum(count for _, _, count in states) - n_others * count_before
-    # About the old mean, so that nothing cancels
-    shift = sum(count * (mean - mean_before) for mean, _, count in states) / count
-    squares = sum(count * (variance + (mean - mean_before) ** 2) for mean, variance, count in states)
-    squares = squares - n_others * count_before * variance_before
-    return mean_before + shift, np.maximum(squares / count - shift**2, 0.0), count
 
 
 # === Callbacks ===

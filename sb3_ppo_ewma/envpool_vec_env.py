@@ -51,6 +51,10 @@ def import_envpool() -> Any:
         raise ImportError("EnvPoolVecEnv needs EnvPool: pip install 'sb3-ppo-ewma[envpool]'") from error
 
 
+# Pools of a process from which this one was forked
+_lost_pools: list[Any] = []
+
+
 def make_envpool_vec_env(task_id: str, n_envs: int = 1, seed: int | None = None, **kwargs: Any) -> "EnvPoolVecEnv":
     """
     Make a vectorised environment, as :func:`stable_baselines3.common.env_util.make_vec_env` does.
@@ -114,6 +118,7 @@ class EnvPoolVecEnv(VecEnv):
         check_task(task_id, envpool.list_all_envs())
         self.task_id = task_id
         self._pool: Any = None
+        self._pool_process = 0
         self._is_stepping = False
         self._options_of_task = {"num_envs": num_envs, **options}
         pool_spec = _make_spec(envpool, task_id, options, num_envs)
@@ -171,6 +176,7 @@ class EnvPoolVecEnv(VecEnv):
 
         :return: their first observations, (num_envs, …)
         """
+        self._leave_pool_of_another_process()
         if self._is_stepping:
             self._receive()
         if self._pool is None or self._seeds[0] is not None:
@@ -190,6 +196,7 @@ class EnvPoolVecEnv(VecEnv):
             self.seed()
         self._close_pool()
         rendered = {} if self.render_mode is None else {"render_mode": self.render_mode}
+        self._pool_process = os.getpid()
         with _silent_precision():
             self._pool = import_envpool().make_gymnasium(
                 self.task_id, seed=list(self._seeds), **rendered, **self._options_of_task
@@ -206,7 +213,21 @@ class EnvPoolVecEnv(VecEnv):
             self._writer.close()
             self._writer = None
 
+    @property
+    def is_lost_by_fork(self) -> bool:
+        """
+        :return: whether a process that is forked from this one has to begin with ``reset()``, since the threads of the
+            pool do not go with it
+        """
+        return self._pool is not None
+
+    def _leave_pool_of_another_process(self) -> None:
+        if self._pool is not None and self._pool_process != os.getpid():
+            _lost_pools.append(self._pool)  # its destructor would wait for threads that are not here
+            self._pool, self._is_stepping = None, False
+
     def _close_pool(self) -> None:
+        self._leave_pool_of_another_process()
         if self._pool is not None:
             if self._is_stepping:
                 self._receive()
@@ -223,6 +244,7 @@ class EnvPoolVecEnv(VecEnv):
         :raises RuntimeError: before the first ``reset()``, and if a step has begun already
         :raises ValueError: if their shape or, for discrete ones, their values do not belong to the action space
         """
+        self._leave_pool_of_another_process()
         if self._pool is None:
             raise RuntimeError("step() before the first reset()")
         if self._is_stepping:

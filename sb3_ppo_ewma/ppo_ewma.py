@@ -4,6 +4,7 @@ import contextlib
 import copy
 import functools
 import math
+import multiprocessing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, cast, get_args
 
@@ -136,6 +137,11 @@ class EwmaMixin(DataParallelMixin):
     :param torch_compile: make each gradient step as one compiled graph, with the same results up to rounding; a string
         is a mode of ``torch.compile``. Compiling takes some seconds to a minute once. What cannot be compiled is
         trained without it, with a warning
+    :param async_rollouts: collect rollouts in a process of their own, with a policy that lacks at most so many of the
+        trainings before a rollout is trained on; it is forked when ``learn`` begins and takes the environments with
+        it. 0: nothing happens at the same time; ``None``: no such process. ``staleness_mode`` says what the policies
+        of such a rollout are
+    :param async_timeout: seconds without a step of the environments after which that process is given up
     :param ppo_args: positional arguments of the algorithm this is mixed into, see there. ``clip_range`` may also be
         ``None`` or a negative constant: no clip
     :param ppo_kwargs: keyword arguments of the algorithm this is mixed into
@@ -193,6 +199,8 @@ class EwmaMixin(DataParallelMixin):
         staleness: int = 0,
         staleness_mode: StalenessMode = "decoupled",
         torch_compile: bool | str = False,
+        async_rollouts: int | None = None,
+        async_timeout: float = 600.0,
         **ppo_kwargs: Any,
     ) -> None:
         given, arguments = bind_arguments(type(self), self._sb3_class(), ppo_args, ppo_kwargs)
@@ -210,6 +218,8 @@ class EwmaMixin(DataParallelMixin):
         self.staleness = staleness
         self.staleness_mode: StalenessMode = staleness_mode
         self.torch_compile = torch_compile
+        self.async_rollouts = async_rollouts
+        self.async_timeout = async_timeout
         self._check_own_parameters()
         check_sb3_arguments(arguments, advantage_decay)
 
@@ -245,11 +255,16 @@ class EwmaMixin(DataParallelMixin):
         if self.n_epochs_value is not None:
             check_integer("n_epochs_value", self.n_epochs_value, minimum=1)
         check_integer("staleness", self.staleness, minimum=0)
+        if self.async_rollouts is not None:
+            check_integer("async_rollouts", self.async_rollouts, minimum=0)
+            if "fork" not in multiprocessing.get_all_start_methods():
+                raise ValueError(f"async_rollouts={self.async_rollouts} needs fork(), which this system does not have")
+        check_number("async_timeout", self.async_timeout, 0)
         if not isinstance(self.torch_compile, bool):
             check_choice("torch_compile", self.torch_compile, get_args(CompileMode), "True or False")
         if not isinstance(self.recompute_advantages, bool):
             raise TypeError(f"recompute_advantages must be True or False, got {self.recompute_advantages!r}")
-        unavailable = self.staleness > 0 and self.staleness_mode == "behavior" and self.prox_decay is None
+        unavailable = self._is_stale and self.staleness_mode == "behavior" and self.prox_decay is None
         if self.kl_coef > 0 and self.kl_estimator == "analytic" and unavailable:
             raise ValueError(
                 "kl_estimator='analytic' needs the distributions of the proximal policy, but with prox_decay=None and "
@@ -300,6 +315,10 @@ class EwmaMixin(DataParallelMixin):
         self._steps: GradientSteps
         # Policy at the start of the iteration, only built when something needs it
         self._recent_policy: ParameterEwma | None = None
+
+    @property
+    def _is_stale(self) -> bool:
+        return self.staleness > 0 or bool(self.async_rollouts)
 
     def _has_value_epochs(self) -> bool:
         return self.n_epochs_value not in (None, self.n_epochs)
@@ -357,8 +376,10 @@ class EwmaMixin(DataParallelMixin):
         """
         if self.prox_decay != "auto":
             return self.prox_decay
-        n_samples, is_stale = self.n_steps * self.n_envs, self.staleness > 0
-        return decay_from_center_of_mass(default_center_of_mass(n_samples, self.batch_size, self.n_epochs, is_stale))
+        n_samples = self.n_steps * self.n_envs
+        return decay_from_center_of_mass(
+            default_center_of_mass(n_samples, self.batch_size, self.n_epochs, self._is_stale)
+        )
 
     # ------------------------------------------------------------------ hooks of the families
 
@@ -532,11 +553,11 @@ class EwmaMixin(DataParallelMixin):
         """
 
     def _needs_recent_policy(self) -> bool:
-        if self.staleness > 0 and self.staleness_mode == "proximal":
+        if self._is_stale and self.staleness_mode == "proximal":
             return True
         if self.policy_ewma is not None:
             return False
-        return self._is_kl_analytic() or (self.staleness > 0 and self.staleness_mode == "decoupled")
+        return self._is_kl_analytic() or (self._is_stale and self.staleness_mode == "decoupled")
 
     def _train_epoch(self, data: TrainingData, epoch: Epoch, statistics: TrainStatistics) -> bool:
         """
@@ -577,7 +598,7 @@ class EwmaMixin(DataParallelMixin):
         """
         given, with_approx_kl = self._given(coefficients), self.target_kl is not None
         n_unrolled = 1 if self._steps.compiled is None or with_approx_kl else UNROLLED
-        is_stale = self.staleness > 0 and self.staleness_mode == "proximal"
+        is_stale = self._is_stale and self.staleness_mode == "proximal"
         for samples, n_minibatches in data.blocks(self.batch_size, flat.features_dim):
             actions = forward.as_distributed(self.action_space, samples.actions)
             advantages = samples.advantages.view(n_minibatches, -1)
@@ -807,7 +828,7 @@ class EwmaMixin(DataParallelMixin):
         """
         if self.policy_ewma is not None:
             return self._log_prob_of(self.policy_ewma, samples, actions)
-        if self.staleness > 0 and self.staleness_mode != "behavior":
+        if self._is_stale and self.staleness_mode != "behavior":
             return self._log_prob_of(self._recent_policy, samples, actions)
         return cast(th.Tensor, samples.old_log_prob)
 
@@ -815,7 +836,7 @@ class EwmaMixin(DataParallelMixin):
         """
         :return: (batch,) log π_behav(a|s), or what takes its place in the mode ``"proximal"``
         """
-        if self.staleness > 0 and self.staleness_mode == "proximal":
+        if self._is_stale and self.staleness_mode == "proximal":
             return self._log_prob_of(self._recent_policy, samples, actions)
         return cast(th.Tensor, samples.old_log_prob)
 
@@ -825,7 +846,7 @@ class EwmaMixin(DataParallelMixin):
 
     def _proximal_distributions(self, samples: Any, actions: th.Tensor) -> Sequence[Distribution]:
         average = self.policy_ewma if self.policy_ewma is not None else self._recent_policy
-        if self.policy_ewma is None and self.staleness == 0:
+        if self.policy_ewma is None and not self._is_stale:
             # log π_prox came from the rollout; otherwise computing it has just left the distributions behind.
             self._log_prob_of(average, samples, actions)
         return torch_distributions(cast(Any, cast(ParameterEwma, average).module).action_dist, _ANALYTIC)

@@ -16,7 +16,7 @@ import pytest
 from stable_baselines3.common.running_mean_std import RunningMeanStd
 
 from sb3_ppo_ewma import PPOEWMA
-from sb3_ppo_ewma.data_parallel import _pooled
+from sb3_ppo_ewma.normalization import pooled
 from tests import ranks
 
 
@@ -105,7 +105,8 @@ def test_pooled_statistics_do_not_cancel() -> None:
         each.mean, each.var, each.count = start
     for each, samples in zip(own, new, strict=True):
         each.update(samples)
-    mean, variance, count = _pooled(start, [(each.mean, each.var, each.count) for each in own])
+    by_process = [{"returns": (each.mean, each.var, each.count)} for each in own]
+    mean, variance, count = pooled({"returns": start}, by_process)["returns"]
     assert count == pytest.approx(alone.count)
     assert mean == pytest.approx(alone.mean, abs=1e-7)
     assert variance == pytest.approx(alone.var, rel=1e-6)

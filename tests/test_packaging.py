@@ -36,11 +36,11 @@ LAYERS: list[tuple[set[str], set[str]]] = [
     ({"random_state", "memory", "ranks"}, {"numpy"}),
     ({"optimizers"}, set()),
     ({"compilation"}, set()),
-    ({"_arguments", "distributions", "rollout_files"}, {"stable_baselines3"}),
+    ({"_arguments", "distributions", "rollout_files", "normalization"}, {"stable_baselines3"}),
     ({"torch_layers", "rollouts", "forward", "advice", "envpool_vec_env"}, {"gymnasium"}),
     ({"saving", "policies", "envpool_env"}, set()),
-    ({"mlp", "parts", "data_parallel"}, set()),
-    ({"flat_mlp"}, set()),
+    ({"mlp", "parts", "asynchronous"}, set()),
+    ({"flat_mlp", "data_parallel"}, set()),
     ({"gradient_steps"}, set()),
     ({"ppo_ewma"}, set()),
     ({"ppg"}, set()),
@@ -58,6 +58,8 @@ OWN_PARAMETERS = {
     "staleness",
     "staleness_mode",
     "torch_compile",
+    "async_rollouts",
+    "async_timeout",
 }
 PHASE_PARAMETERS = {
     "n_policy_iterations",
