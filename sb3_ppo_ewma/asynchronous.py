@@ -94,7 +94,7 @@ class AsyncMixin(SavedStateMixin):
 
     def _setup_learn(self, *args: Any, **kwargs: Any) -> Any:
         collector = self._collector
-        if collector is not None and (collector.env is not self.env or collector.lag != self.async_rollouts):
+        if collector is not None and not collector.serves(self.env, self.async_rollouts):
             self._end_collector()
         if self.async_rollouts is not None and self._collector is None and self.env is not None:
             if getattr(self.env.unwrapped, "is_lost_by_fork", False):
@@ -352,6 +352,14 @@ class Collector:
         self._finalizer = weakref.finalize(self, _end, self._process, self._connection, self._replaced)
         self._take_over(self.env, model.get_vec_normalize_env())
 
+    def serves(self, env: VecEnv | None, lag: int | None) -> bool:
+        """
+        :param env: environments
+        :param lag: bound on the lag
+        :return: whether the process is there, for just these
+        """
+        return self._finalizer.alive and self.env is env and self.lag == lag
+
     def _take_over(self, env: VecEnv, normalizing: VecNormalize | None) -> None:
         """
         :param env: environments
@@ -572,7 +580,7 @@ class _Worker:
     def _serve(self) -> None:
         began = time.perf_counter()
         while True:
-            while self._connection.poll() or not self._requests:
+            while self._connection.poll(0 if self._requests else _POLL_SECONDS):
                 kind, content, generators = self._connection.recv()
                 if kind == "close":
                     return
@@ -584,9 +592,12 @@ class _Worker:
                     self._answer("result", getattr(self._model.env, name)(*args, **kwargs))
                 else:
                     self._requests.append(content)
-            waited = time.perf_counter() - began
-            self._answer("rollout", self._collect(self._requests.popleft(), waited))
-            began = time.perf_counter()
+            if self._requests:
+                rollout = self._collect(self._requests.popleft(), time.perf_counter() - began)
+                began = time.perf_counter()
+                self._answer("rollout", rollout)
+            elif os.getppid() != self._parent:
+                return
 
     def _answer(self, kind: str, content: Any) -> None:
         generators = self._model.generators.state_dict() if len(self._slots) == 1 else None

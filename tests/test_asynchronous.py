@@ -224,6 +224,19 @@ def test_a_callback_that_stops() -> None:
     model.env.close()
 
 
+def test_closed_environments_serve_again() -> None:
+    model = make("cartpole", async_rollouts=1)
+    model.learn(128)
+    model.env.close()
+    model.learn(128, reset_num_timesteps=False)
+    assert model.num_timesteps == 256
+    model.env.close()
+    model.async_rollouts = None
+    model.learn(128, reset_num_timesteps=False)
+    assert model.num_timesteps == 384
+    assert not multiprocessing.active_children()
+
+
 # === Errors ===
 
 
