@@ -1,0 +1,46 @@
+"""The programs in benchmarks/parallel run, and what is stored is of their present cases and says what they aim at."""
+
+import json
+import statistics
+from pathlib import Path
+
+import pytest
+
+from benchmarks.parallel import asynchronous, throughput
+from benchmarks.speed.cases import CASES, ENTRIES, case_settings, entry_settings
+from tests.test_benchmarks import execute
+
+RESULTS = Path(asynchronous.__file__).parent / "results"
+
+
+@pytest.mark.parametrize("program", ["throughput", "asynchronous"])
+def test_a_quick_run(program: str, tmp_path: Path) -> None:
+    file = tmp_path / "results.json"
+    module = f"benchmarks.parallel.{program}"
+    few = ["--iterations", 2] if program == "asynchronous" else []
+    result = execute(module, "--quick", "--cases", "cartpole", "--rounds", 1, *few, "--output", file)
+    assert "CartPole-v1" in result.stdout
+    (found,) = json.loads(file.read_text())["results"]
+    assert all(len(speeds) == 1 and speeds[0] > 0 for speeds in found["steps_per_second"].values())
+    if program == "asynchronous":
+        assert found["mean_lags"]["one process"] == found["mean_lags"]["async_rollouts=0"] == 0
+        assert 0 <= found["mean_lags"]["async_rollouts=1"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("file", "targets", "kind"),
+    [("throughput", throughput.TARGETS, None), ("asynchronous", asynchronous.TARGETS, "async_rollouts=1")],
+)
+def test_what_is_stored(file: str, targets: dict[str, float | None], kind: str | None) -> None:
+    stored = json.loads((RESULTS / f"{file}.json").read_text())
+    assert [each["case"] for each in stored["results"]] == list(targets)
+    for each in stored["results"]:
+        case = CASES[each["case"]]
+        own = {"n_iterations", "kwargs"}
+        expected = {**case_settings(case), **entry_settings(case, ENTRIES["ppo_ewma"])}
+        assert {name: each["settings"][name] for name in expected if name not in own} == {
+            name: value for name, value in json.loads(json.dumps(expected)).items() if name not in own
+        }
+        ratios = each["ratios"] if kind is None else each["ratios"][kind]
+        if each["target"] is not None:
+            assert statistics.median(ratios) >= each["target"]
