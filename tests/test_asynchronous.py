@@ -201,9 +201,10 @@ def test_evaluation_and_calls_reach_the_environments() -> None:
 def test_envpool_after_a_reset_in_this_process() -> None:
     pytest.importorskip("envpool")
     env = EnvPoolVecEnv("CartPole-v1", N_ENVS, seed=0)
-    env.reset()
-    model = PPOEWMA("MlpPolicy", env, async_rollouts=1, **SETTINGS)
-    model.learn(256)
+    model = PPOEWMA("MlpPolicy", env, **SETTINGS)
+    model.learn(64)
+    model.async_rollouts = 1
+    model.learn(192, reset_num_timesteps=False)
     model.learn(128, reset_num_timesteps=False)
     assert model.num_timesteps == 384
     assert len(model.ep_info_buffer) > 0
@@ -221,6 +222,31 @@ def test_a_callback_that_stops() -> None:
     assert model.num_timesteps == 40 * N_ENVS
     model.learn(256, reset_num_timesteps=False)
     assert model.num_timesteps == 40 * N_ENVS + 256
+    model.env.close()
+
+
+class Counter(gym.Env):  # type: ignore[type-arg]
+    """Observes how many steps it has made."""
+
+    observation_space = gym.spaces.Box(0, np.inf, (1,))
+    action_space = gym.spaces.Discrete(2)
+    n_steps = 0
+
+    def reset(self, **kwargs: Any) -> Any:
+        return np.array([self.n_steps], dtype=np.float32), {}
+
+    def step(self, action: Any) -> Any:
+        self.n_steps += 1
+        return np.array([self.n_steps], dtype=np.float32), 0.0, False, False, {}
+
+
+def test_collection_goes_on_where_it_is_after_a_callback_that_stops() -> None:
+    model = PPOEWMA("MlpPolicy", DummyVecEnv([Counter]), async_rollouts=1, **SETTINGS)
+    model.learn(1024, Stops())
+    model.learn(N_STEPS, reset_num_timesteps=False)
+    # Behind the rollout in which it stopped, and another one that nobody needs
+    np.testing.assert_array_equal(model.rollout_buffer.observations.flatten(), np.arange(3 * N_STEPS, 4 * N_STEPS))
+    assert model.env is not None
     model.env.close()
 
 
