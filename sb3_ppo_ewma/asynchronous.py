@@ -15,7 +15,7 @@ import time
 import traceback
 import weakref
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple, NoReturn
 
 import numpy as np
@@ -37,6 +37,7 @@ _REMOTE = ("reset", "step", "step_async", "step_wait", "env_method", "get_attr",
            "env_is_wrapped", "get_images", "render")  # fmt: skip
 # Of the wrapper that normalises
 _ORIGINAL = "get_original_obs"
+_GETSTATE = "__getstate__"
 _ALIGNMENT = 64
 _POLL_SECONDS = 0.5
 _SECONDS_TO_END = 5
@@ -386,7 +387,12 @@ class Collector:
 
         methods = [(env, name, remote(name)) for name in _REMOTE if hasattr(env, name)]
         methods += [] if normalizing is None else [(normalizing, _ORIGINAL, remote(_ORIGINAL))]
-        for owner, name, method in (*methods, (env, "close", close)):
+        methods += [(env, "close", close)]
+        # Statistics are saved while the process is there, and what takes the place of methods is no part of them.
+        methods += [
+            (owner, _GETSTATE, _state_without_methods(owner)) for owner in {id(o): o for o, *_ in methods}.values()
+        ]
+        for owner, name, method in methods:
             setattr(owner, name, method)
             self._replaced.append((weakref.ref(owner), name))
 
@@ -513,6 +519,24 @@ class Collector:
         if self._finalizer.alive:
             self._send("close", None)
             self._finalizer()
+
+
+def _state_without_methods(owner: Any) -> Callable[[], dict[str, Any]]:
+    """
+    :param owner: environments or a wrapper of them
+    :return: what pickle asks it for, without the methods that are replaced
+    """
+    reference = weakref.ref(owner)
+
+    def state() -> dict[str, Any]:
+        own: Any = reference()
+        method = getattr(type(own), _GETSTATE, None)  # since Python 3.11 every class has it
+        attributes = vars(own) if method is None else method(own)
+        return {
+            name: value for name, value in attributes.items() if name not in (*_REMOTE, _ORIGINAL, "close", _GETSTATE)
+        }
+
+    return state
 
 
 class _RemoteTraceback(Exception):  # noqa: N818  # shown above the error, as of a concurrent.futures

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch as th
 from sb3_contrib.common.envs import InvalidActionEnvDiscrete
-from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
+from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback, EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import SimpleMultiObsEnv
 from stable_baselines3.common.evaluation import evaluate_policy
@@ -182,13 +182,17 @@ def test_policies_of_late_rollouts(mode: str, is_prox_recent: bool, is_behav_rec
     model.env.close()
 
 
-def test_evaluation_and_calls_reach_the_environments() -> None:
+def test_evaluation_checkpoints_and_calls_reach_the_environments(tmp_path: Path) -> None:
     env = normalized("CartPole-v1")
     model = PPOEWMA("MlpPolicy", env, async_rollouts=1, **SETTINGS)
     evaluation = EvalCallback(VecNormalize(make_vec_env("CartPole-v1", 1), training=False), eval_freq=64, verbose=0)
-    model.learn(256, evaluation)
+    checkpoints = CheckpointCallback(64, str(tmp_path), save_vecnormalize=True)
+    model.learn(256, [evaluation, checkpoints])
     assert np.isfinite(evaluation.last_mean_reward)
     assert env.obs_rms.count > 256
+    saved = VecNormalize.load(str(tmp_path / "rl_model_vecnormalize_256_steps.pkl"), make_vec_env("CartPole-v1", 1))
+    np.testing.assert_array_equal(saved.obs_rms.mean, env.obs_rms.mean)
+    assert saved.reset().shape == (1, 4)
     env.set_attr("tau", 0.5)
     assert env.get_attr("tau") == [0.5, 0.5]
     assert env.env_method("get_wrapper_attr", "gravity") == [9.8, 9.8]

@@ -157,7 +157,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=list(TARGETS), default=list(TARGETS))
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--iterations", type=int, default=16, help="of every turn")
+    parser.add_argument("--iterations", type=int, default=32, help="of every turn")
     parser.add_argument("--quick", action="store_true", help="only show that everything runs")
     parser.add_argument("--output", type=Path, help="JSON file (default: results/asynchronous.json, with --quick none)")
     args = parser.parse_args()

@@ -61,9 +61,9 @@ def report(file: Path) -> None:
             rows += [[label, name, difference] for name, difference in differences.items()]
         lines += [
             "",
-            "Less or more than synchronous, normalised:",
+            "Lost against synchronous training, normalised (negative: gained):",
             "",
-            *common.table(["return", "", "difference"], rows),
+            *common.table(["return", "", "lost"], rows),
         ]
     axes[envs[0]].legend(frameon=False, fontsize="small")
     intro = [
