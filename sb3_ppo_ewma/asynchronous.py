@@ -166,72 +166,49 @@ class AsyncMixin(SavedStateMixin):
 
     def _replay(self, env: VecEnv, callback: BaseCallback, buffer: Any, collected: Collected) -> bool:
         """
-        Call what SB3 calls at every step.
+        Call what SB3 calls at every step, with the local variables of its loop.
         """
-        last_obs, last_dones = (collected.state[name] for name in ("_last_obs", "_last_episode_starts"))
-        for step in range(buffer.buffer_size):
-            is_last = step + 1 == buffer.buffer_size
-            new_obs = last_obs if is_last else self._observations_at(buffer, step + 1)
-            dones = last_dones if is_last else buffer.episode_starts[step + 1].astype(bool)
-            infos, rewards = collected.infos[step], collected.rewards[step]
-            self._last_obs = self._observations_at(buffer, step)
-            if self._vec_normalize_env is not None and collected.original_rewards is not None:
-                self._vec_normalize_env.old_reward = collected.original_rewards[step]
-            self.num_timesteps += env.num_envs
-            callback.update_locals(self._locals(env, callback, buffer, step, new_obs, rewards, dones, infos))
-            if not callback.on_step():
-                return False
-            self._update_info_buffer(infos, dones)
-        return True
-
-    def _locals(
-        self,
-        env: VecEnv,
-        callback: BaseCallback,
-        buffer: Any,
-        step: int,
-        new_obs: Any,
-        rewards: np.ndarray,
-        dones: np.ndarray,
-        infos: Any,
-    ) -> dict[str, Any]:
-        """
-        :return: what callbacks find in the place of the variables of SB3's ``collect_rollouts``
-        """
+        n_steps = buffer.buffer_size
         shape: Any = self.action_space.shape
-        actions = buffer.actions[step].reshape(env.num_envs, *shape).astype(self.action_space.dtype)
+        actions = buffer.actions.reshape(n_steps, env.num_envs, *shape).astype(self.action_space.dtype)
         clipped_actions = actions
         if isinstance(self.action_space, spaces.Box):
             if self.policy.squash_output:
                 clipped_actions = self.policy.unscale_action(actions)
             else:
                 clipped_actions = np.clip(actions, self.action_space.low, self.action_space.high)
-        return {
-            "self": self,
-            "env": env,
-            "callback": callback,
-            "rollout_buffer": buffer,
-            "n_rollout_steps": buffer.buffer_size,
-            "n_steps": step,
-            "obs_tensor": obs_as_tensor(self._observations_at(buffer, step), self.device),
-            "actions": actions,
-            "clipped_actions": clipped_actions,
-            "values": th.as_tensor(buffer.values[step][:, None], device=self.device),
-            "log_probs": th.as_tensor(buffer.log_probs[step], device=self.device),
-            "new_obs": new_obs,
-            "rewards": rewards,
-            "dones": dones,
-            "infos": infos,
-        }
-
-    def _observations_at(self, buffer: Any, step: int) -> Any:
-        """
-        :return: as the environments gave them: buffers have numbers as arrays of one entry
-        """
-        space = self.observation_space
-        if isinstance(space, spaces.Dict):
-            return {name: _as_given(buffer.observations[name][step], each) for name, each in space.spaces.items()}
-        return _as_given(buffer.observations[step], space)
+        observations = _as_given(buffer.observations, self.observation_space)
+        obs_tensors = obs_as_tensor(observations, th.device("cpu"))
+        values, log_probs = th.as_tensor(buffer.values[..., None]), th.as_tensor(buffer.log_probs)
+        dones = np.concatenate([buffer.episode_starts[1:], collected.state["_last_episode_starts"][None]]).astype(bool)
+        callback.update_locals(
+            {"self": self, "env": env, "callback": callback, "rollout_buffer": buffer, "n_rollout_steps": n_steps}
+        )
+        for step in range(n_steps):
+            new_obs = collected.state["_last_obs"] if step + 1 == n_steps else _row(observations, step + 1)
+            infos = collected.infos[step]
+            self._last_obs = _row(observations, step)
+            if self._vec_normalize_env is not None and collected.original_rewards is not None:
+                self._vec_normalize_env.old_reward = collected.original_rewards[step]
+            self.num_timesteps += env.num_envs
+            callback.update_locals(
+                {
+                    "n_steps": step,
+                    "obs_tensor": _row(obs_tensors, step),
+                    "actions": actions[step],
+                    "clipped_actions": clipped_actions[step],
+                    "values": values[step],
+                    "log_probs": log_probs[step],
+                    "new_obs": new_obs,
+                    "rewards": collected.rewards[step],
+                    "dones": dones[step],
+                    "infos": infos,
+                }
+            )
+            if not callback.on_step():
+                return False
+            self._update_info_buffer(infos, dones[step])
+        return True
 
     def _collection_state(self) -> dict[str, Any]:
         state = {name: vars(self)[name] for name in _STATE if name in vars(self)}
@@ -245,8 +222,21 @@ class AsyncMixin(SavedStateMixin):
         return [*super()._excluded_save_params(), *self._of_async]
 
 
-def _as_given(array: np.ndarray, space: spaces.Space[Any]) -> np.ndarray:
-    return array.reshape(len(array)) if isinstance(space, spaces.Discrete) else array
+def _as_given(observations: Any, space: spaces.Space[Any]) -> Any:
+    """
+    :param observations: of a rollout buffer, which has numbers as arrays of one entry
+    :param space: theirs
+    :return: as the environments gave them, (n_steps, n_envs, ...)
+    """
+    if isinstance(space, spaces.Dict):
+        return {name: _as_given(observations[name], each) for name, each in space.spaces.items()}
+    return observations.reshape(observations.shape[:2]) if isinstance(space, spaces.Discrete) else observations
+
+
+def _row(observations: Any, step: int) -> Any:
+    if isinstance(observations, dict):
+        return {name: each[step] for name, each in observations.items()}
+    return observations[step]
 
 
 def _on_device(value: Any, device: th.device) -> Any:
