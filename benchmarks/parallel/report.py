@@ -15,7 +15,7 @@ from benchmarks.metadata import command
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
-TITLES = {"throughput": "Two processes that train", "asynchronous": "A process that collects while another trains"}
+TITLES = {"throughput": "Two processes that train", "asynchronous": "One collects, one trains"}
 BASE = "one process"
 
 
