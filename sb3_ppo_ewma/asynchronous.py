@@ -391,10 +391,15 @@ class Collector:
         :param policy: after one more training
         """
         arrays = {name: _bits(each) for name, each in _tensors_of(policy).items()}
-        with self._lock:
+        while not self._lock.acquire(timeout=_POLL_SECONDS):
+            if not self._process.is_alive():  # and will not give it back
+                self._fail_as_it_ended()
+        try:
             self._parameters.write(arrays)
             self.version += 1
             self._numbers.arrays["version"][0] = self.version
+        finally:
+            self._lock.release()
 
     def request(self, n_missing: int, arguments: tuple[Any, ...], state: Any) -> None:
         """

@@ -314,7 +314,7 @@ def test_a_worker_that_fails(what: str, error: type[Exception], message: str, tm
 
 
 SCRIPT = """
-import os, sys, time
+import signal
 from stable_baselines3.common.callbacks import BaseCallback
 from sb3_ppo_ewma import PPOEWMA
 
@@ -324,6 +324,7 @@ class Tells(BaseCallback):
     def _on_step(self):
         return True
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell in the background would have ignored
 PPOEWMA("MlpPolicy", "CartPole-v1", n_steps=64, batch_size=64, n_epochs=1, async_rollouts=1, device="cpu").learn(
     10**9, Tells()
 )

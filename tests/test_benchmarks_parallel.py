@@ -13,6 +13,7 @@ from tests.test_benchmarks import execute
 RESULTS = Path(asynchronous.__file__).parent / "results"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", ["throughput", "asynchronous"])
 def test_a_quick_run(program: str, tmp_path: Path) -> None:
     file = tmp_path / "results.json"

@@ -208,6 +208,7 @@ def test_a_killed_rank_ends_the_others(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.tmp"))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds processes in /proc")
 def test_a_script_of_the_documentation_goes_on_after_a_crash(tmp_path: Path) -> None:
     page = (ranks.ROOT / "docs" / "data_parallel.md").read_text()
