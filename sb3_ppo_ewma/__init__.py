@@ -8,14 +8,14 @@ The recurrent and the maskable algorithm need sb3-contrib and are imported on fi
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from sb3_ppo_ewma import envpool_env as _envpool_env
-from sb3_ppo_ewma.advice import AdviceCallback
-from sb3_ppo_ewma.envpool_vec_env import EnvPoolVecEnv, make_envpool_vec_env
-from sb3_ppo_ewma.noise_scale import NoiseScaleCallback
+from sb3_ppo_ewma.callbacks.advice import AdviceCallback
+from sb3_ppo_ewma.callbacks.noise_scale import NoiseScaleCallback
+from sb3_ppo_ewma.envs import envpool_env as _envpool_env
+from sb3_ppo_ewma.envs.envpool_vec_env import EnvPoolVecEnv, make_envpool_vec_env
+from sb3_ppo_ewma.networks import ImpalaCNN, SmallGridCNN
 from sb3_ppo_ewma.policies import ImpalaPolicy, PPGCnnPolicy, PPGImpalaPolicy, PPGMultiInputPolicy, PPGPolicy
 from sb3_ppo_ewma.ppg import PPG, PPGEWMA, AuxiliaryPhaseMixin
 from sb3_ppo_ewma.ppo_ewma import PPOEWMA, EwmaMixin
-from sb3_ppo_ewma.torch_layers import ImpalaCNN, SmallGridCNN
 
 if TYPE_CHECKING:
     from sb3_ppo_ewma.contrib import MaskablePPOEWMA, RecurrentPPOEWMA

@@ -24,6 +24,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.type_aliases import Schedule
 
 from sb3_ppo_ewma._arguments import check_integer, check_number, check_schedule
+from sb3_ppo_ewma._parallel.process_group import world_size
 from sb3_ppo_ewma.ewma import (
     center_of_mass_from_decay,
     decay_from_center_of_mass,
@@ -33,7 +34,6 @@ from sb3_ppo_ewma.ewma import (
 )
 from sb3_ppo_ewma.ppg import default_aux_batch_size
 from sb3_ppo_ewma.ppo_ewma import EwmaMixin
-from sb3_ppo_ewma.ranks import world_size
 
 _PAPER = "Hilton et al. 2022"
 # What the rules depend on, and what they depend on where an algorithm has it

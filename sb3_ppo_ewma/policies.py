@@ -16,9 +16,9 @@ from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 
 from sb3_ppo_ewma._arguments import check_choice, check_integer
+from sb3_ppo_ewma.checkpointing.generators import preserved_generators
 from sb3_ppo_ewma.distributions import SoftplusDiagGaussianDistribution
-from sb3_ppo_ewma.random_state import preserved_generators
-from sb3_ppo_ewma.torch_layers import ImpalaCNN, normalize_fan_in
+from sb3_ppo_ewma.networks import ImpalaCNN, normalize_fan_in
 
 CriticArch = Literal["dual", "shared", "detach"]
 StdActivation = Literal["exp", "softplus"]

@@ -12,13 +12,14 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import MaybeCallback, Schedule
 from stable_baselines3.common.utils import FloatSchedule, update_learning_rate
 
-from sb3_ppo_ewma import forward, losses
+from sb3_ppo_ewma import losses
 from sb3_ppo_ewma._arguments import check_integer, check_number, check_schedule, warn_caller
+from sb3_ppo_ewma._engine import forward
+from sb3_ppo_ewma._engine.gradient_steps import TrainStatistics
+from sb3_ppo_ewma._engine.parts import accumulated
 from sb3_ppo_ewma.distributions import distribution_parameters, torch_distributions, with_parameters
-from sb3_ppo_ewma.gradient_steps import TrainStatistics
 from sb3_ppo_ewma.losses import LossTerms
 from sb3_ppo_ewma.memory import MemoryReturn
-from sb3_ppo_ewma.parts import accumulated
 from sb3_ppo_ewma.policies import PPGCnnPolicy, PPGImpalaPolicy, PPGMultiInputPolicy, PPGPolicy
 from sb3_ppo_ewma.ppo_ewma import EVALUATION_BATCH_SIZE, EwmaMixin
 from sb3_ppo_ewma.rollouts import PhaseBuffer, Rollout

@@ -22,7 +22,7 @@ from stable_baselines3.common.type_aliases import (
 from stable_baselines3.common.utils import explained_variance, obs_as_tensor, update_learning_rate
 from torch.distributions import Distribution
 
-from sb3_ppo_ewma import forward, losses
+from sb3_ppo_ewma import losses
 from sb3_ppo_ewma._arguments import (
     CLIP_OFF,
     bind_arguments,
@@ -36,8 +36,15 @@ from sb3_ppo_ewma._arguments import (
     merged_signature,
     warn_caller,
 )
-from sb3_ppo_ewma.compilation import UNROLLED, CompilationError, CompiledSteps
-from sb3_ppo_ewma.data_parallel import DataParallelMixin
+from sb3_ppo_ewma._engine import forward
+from sb3_ppo_ewma._engine.compilation import UNROLLED, CompilationError, CompiledSteps
+from sb3_ppo_ewma._engine.flat_mlp import ROWS, FlatMlp, Samples, can_be_flat
+from sb3_ppo_ewma._engine.gradient_steps import GradientSteps, TrainStatistics
+from sb3_ppo_ewma._engine.mlp import MlpPolicy, is_mlp_policy
+from sb3_ppo_ewma._engine.parts import accumulated, can_be_parted, part_size, split
+from sb3_ppo_ewma._parallel.data_parallel import DataParallelMixin
+from sb3_ppo_ewma.checkpointing.generators import preserved_generators
+from sb3_ppo_ewma.checkpointing.saving import uncompiled
 from sb3_ppo_ewma.distributions import standard_deviation, torch_distributions
 from sb3_ppo_ewma.ewma import (
     MomentsEwma,
@@ -47,13 +54,9 @@ from sb3_ppo_ewma.ewma import (
     default_center_of_mass,
     standardize,
 )
-from sb3_ppo_ewma.flat_mlp import ROWS, FlatMlp, Samples, can_be_flat
-from sb3_ppo_ewma.gradient_steps import GradientSteps, TrainStatistics
 from sb3_ppo_ewma.losses import Coefficient, Coefficients, LossTerms
-from sb3_ppo_ewma.mlp import MlpPolicy, is_mlp_policy
-from sb3_ppo_ewma.parts import accumulated, can_be_parted, part_size, split
+from sb3_ppo_ewma.networks import with_features_extractor
 from sb3_ppo_ewma.policies import ImpalaPolicy
-from sb3_ppo_ewma.random_state import preserved_generators
 from sb3_ppo_ewma.rollouts import (
     BufferData,
     DeviceData,
@@ -63,8 +66,6 @@ from sb3_ppo_ewma.rollouts import (
     is_finite,
     observations_at,
 )
-from sb3_ppo_ewma.saving import uncompiled
-from sb3_ppo_ewma.torch_layers import with_features_extractor
 
 KlEstimator = Literal["sample", "analytic"]
 StalenessMode = Literal["decoupled", "behavior", "proximal"]
@@ -626,7 +627,7 @@ class EwmaMixin(DataParallelMixin):
         """
         Within this context :meth:`_gradient_step` makes steps, and what it needs stays what it is.
 
-        :param flattens: whether the policy can be trained as a :class:`~sb3_ppo_ewma.flat_mlp.FlatMlp`
+        :param flattens: whether the policy can be trained as a :class:`~sb3_ppo_ewma._engine.flat_mlp.FlatMlp`
         """
         compiled = self._compiler()
         policies = [self.policy, *(a.module for a in (self.policy_ewma, self._recent_policy) if a is not None)]
@@ -727,7 +728,7 @@ class EwmaMixin(DataParallelMixin):
         """
         :param observations: of a minibatch
         :param columns: of the minibatch, all that is to be split
-        :return: see :func:`~sb3_ppo_ewma.parts.split`
+        :return: see :func:`~sb3_ppo_ewma._engine.parts.split`
         """
         if not (self._is_parted and type(self.rollout_buffer) in self._samples_classes):
             return iter([(1.0, columns)])

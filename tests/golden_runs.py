@@ -181,7 +181,7 @@ class GoldenRun:
         # SB3 casts observations to float32.
         with (
             patch("stable_baselines3.common.policies.preprocess_obs", lambda obs, *_, **__: obs),
-            patch("sb3_ppo_ewma.forward.preprocessing", lambda *_: lambda obs: obs),
+            patch("sb3_ppo_ewma._engine.forward.preprocessing", lambda *_: lambda obs: obs),
         ):
             for segment in range(len(self.data["seg_index"]) + self.hp["staleness"]):
                 self.collect(segment)

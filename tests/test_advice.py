@@ -18,7 +18,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.logger import KVWriter, Logger
 
 from sb3_ppo_ewma import PPG, PPOEWMA, AdviceCallback, zoo
-from sb3_ppo_ewma.advice import FINDINGS
+from sb3_ppo_ewma.callbacks.advice import FINDINGS
 
 PAGE = (Path(__file__).parents[1] / "docs" / "advice.md").read_text()
 NAMES = [finding.name for finding in FINDINGS]

@@ -21,7 +21,7 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import _dynamo, nn
 
 from sb3_ppo_ewma import PPG, PPGEWMA, PPOEWMA, MaskablePPOEWMA, RecurrentPPOEWMA
-from sb3_ppo_ewma.compilation import CompiledSteps
+from sb3_ppo_ewma._engine.compilation import CompiledSteps
 from tests.battery.envs import OBSERVATION_SPACES, SpaceEnv
 from tests.battery.helpers import assert_same, copy_parameters, record_log
 from tests.golden_data import case_ids, load_case

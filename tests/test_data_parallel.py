@@ -16,7 +16,7 @@ import pytest
 from stable_baselines3.common.running_mean_std import RunningMeanStd
 
 from sb3_ppo_ewma import PPOEWMA
-from sb3_ppo_ewma.normalization import pooled
+from sb3_ppo_ewma._parallel.normalization import pooled
 from tests import ranks
 
 

@@ -6,7 +6,7 @@ import pytest
 from gymnasium.utils.env_checker import check_env
 
 from sb3_ppo_ewma import make_envpool_vec_env
-from sb3_ppo_ewma.envpool_env import PROCGEN, EnvPoolAtariEnv, EnvPoolEnv
+from sb3_ppo_ewma.envs.envpool_env import PROCGEN, EnvPoolAtariEnv, EnvPoolEnv
 from tests.test_envpool_vec_env import envpool, equal, needs_procgen, rows
 
 

@@ -23,7 +23,7 @@ from stable_baselines3.common.monitor import Monitor, load_results
 from stable_baselines3.common.vec_env import VecEnv, VecMonitor, VecNormalize, VecTransposeImage
 
 from sb3_ppo_ewma import PPOEWMA
-from sb3_ppo_ewma.envpool_vec_env import EnvPoolVecEnv, make_envpool_vec_env
+from sb3_ppo_ewma.envs.envpool_vec_env import EnvPoolVecEnv, make_envpool_vec_env
 
 envpool = pytest.importorskip("envpool")
 

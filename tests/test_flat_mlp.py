@@ -10,10 +10,11 @@ import torch as th
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.type_aliases import RolloutBufferSamples
 
-from sb3_ppo_ewma import PPGEWMA, PPOEWMA, forward, rollouts
-from sb3_ppo_ewma.flat_mlp import FlatMlp, can_be_flat
-from sb3_ppo_ewma.gradient_steps import TrainStatistics
-from sb3_ppo_ewma.mlp import MlpPolicy
+from sb3_ppo_ewma import PPGEWMA, PPOEWMA, rollouts
+from sb3_ppo_ewma._engine import forward
+from sb3_ppo_ewma._engine.flat_mlp import FlatMlp, can_be_flat
+from sb3_ppo_ewma._engine.gradient_steps import TrainStatistics
+from sb3_ppo_ewma._engine.mlp import MlpPolicy
 from sb3_ppo_ewma.rollouts import DeviceData
 from tests.battery.envs import ACTION_SPACES, VECTOR, SpaceEnv
 from tests.battery.helpers import copy_parameters

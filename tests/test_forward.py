@@ -17,7 +17,8 @@ from stable_baselines3.common.policies import (
 )
 from torch.distributions import kl_divergence
 
-from sb3_ppo_ewma import PPOEWMA, PPGPolicy, forward
+from sb3_ppo_ewma import PPOEWMA, PPGPolicy
+from sb3_ppo_ewma._engine import forward
 from tests.battery.envs import ACTION_SPACES, OBSERVATION_SPACES, VECTOR, SpaceEnv
 
 IMAGE = OBSERVATION_SPACES["image_channels_first"]

@@ -12,9 +12,10 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import nn
 from torch.nn.utils import parametrizations, weight_norm
 
-from sb3_ppo_ewma import PPGEWMA, PPOEWMA, forward, losses
-from sb3_ppo_ewma.flat_mlp import FlatMlp
-from sb3_ppo_ewma.mlp import MlpPolicy, is_mlp_policy
+from sb3_ppo_ewma import PPGEWMA, PPOEWMA, losses
+from sb3_ppo_ewma._engine import forward
+from sb3_ppo_ewma._engine.flat_mlp import FlatMlp
+from sb3_ppo_ewma._engine.mlp import MlpPolicy, is_mlp_policy
 from tests.battery.envs import ACTION_SPACES, OBSERVATION_SPACES, VECTOR, SpaceEnv
 from tests.battery.helpers import copy_parameters, record_log, unchanged
 
@@ -63,7 +64,7 @@ def test_gradients(
     # It casts to float32
     with (
         patch("stable_baselines3.common.policies.preprocess_obs", lambda obs, *_, **__: obs),
-        patch("sb3_ppo_ewma.forward.preprocessing", lambda *_: lambda obs: obs),
+        patch("sb3_ppo_ewma._engine.forward.preprocessing", lambda *_: lambda obs: obs),
     ):
         mlp = MlpPolicy(policy)
         values, log_prob, entropy = policy.evaluate_actions(obs, chosen)

@@ -15,7 +15,7 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
 
 from sb3_ppo_ewma import PPOEWMA, NoiseScaleCallback, RecurrentPPOEWMA
-from sb3_ppo_ewma.noise_scale import NoiseEstimate, estimate_noise
+from sb3_ppo_ewma.callbacks.noise_scale import NoiseEstimate, estimate_noise
 from tests.resume import ENVIRONMENTS, N_STEPS, NORMALIZED, QUICK, RUNS, DictWalkEnv, WalkEnv, phases
 from tests.test_resume import differences
 
@@ -214,7 +214,7 @@ def test_joint_loss_is_measured_where_it_is_minimised():
 
 
 def test_frozen_network_has_no_noise(monkeypatch):
-    monkeypatch.setattr("sb3_ppo_ewma.parts._LARGEST", 1)  # several parts
+    monkeypatch.setattr("sb3_ppo_ewma._engine.parts._LARGEST", 1)  # several parts
     model = build("ppg, images", n_aux_epochs=0)
     for name, parameter in model.policy.named_parameters():
         parameter.requires_grad_("value" in name)

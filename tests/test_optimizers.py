@@ -14,7 +14,7 @@ from stable_baselines3 import PPO
 from torch import nn
 
 from sb3_ppo_ewma import PPOEWMA
-from sb3_ppo_ewma.optimizers import ClippedSteps, can_be_fused
+from sb3_ppo_ewma._engine.optimizers import ClippedSteps, can_be_fused
 from tests.battery.envs import SpaceEnv
 from tests.battery.helpers import assert_same, copy_parameters
 
@@ -359,7 +359,7 @@ def test_decayed_moments_are_no_denormal_numbers_and_change_nothing(
 ) -> None:
     model = train_on_rare_input(**policy_kwargs)
     assert denormal_moments(model) == 0
-    monkeypatch.setattr("sb3_ppo_ewma.optimizers._FLUSH_EVERY", 10**9)
+    monkeypatch.setattr("sb3_ppo_ewma._engine.optimizers._FLUSH_EVERY", 10**9)
     other = train_on_rare_input(**policy_kwargs)
     assert denormal_moments(other) >= 64
     assert_same(copy_parameters(model), copy_parameters(other))

@@ -12,7 +12,8 @@ from stable_baselines3.common.policies import ActorCriticCnnPolicy, ActorCriticP
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import nn
 
-from sb3_ppo_ewma import PPG, PPGEWMA, PPOEWMA, ImpalaPolicy, forward, parts
+from sb3_ppo_ewma import PPG, PPGEWMA, PPOEWMA, ImpalaPolicy
+from sb3_ppo_ewma._engine import forward, parts
 from sb3_ppo_ewma.losses import LossTerms
 from sb3_ppo_ewma.policies import PPGCnnPolicy
 from tests.battery.envs import ACTION_SPACES, OBSERVATION_SPACES, VECTOR, SpaceEnv

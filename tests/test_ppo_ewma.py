@@ -20,7 +20,7 @@ from stable_baselines3.common.utils import ConstantSchedule, LinearSchedule
 
 from sb3_ppo_ewma import PPOEWMA, EwmaMixin, losses
 from sb3_ppo_ewma._arguments import SB3ArgumentError
-from sb3_ppo_ewma.flat_mlp import FlatMlp
+from sb3_ppo_ewma._engine.flat_mlp import FlatMlp
 
 QUICK = {"n_steps": 32, "batch_size": 16, "n_epochs": 2, "seed": 0, "device": "cpu", "policy_kwargs": {"net_arch": [8]}}
 

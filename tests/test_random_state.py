@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch as th
 
-from sb3_ppo_ewma.random_state import GeneratorStates, preserved_generators
+from sb3_ppo_ewma.checkpointing.generators import GeneratorStates, preserved_generators
 
 CPU = th.device("cpu")
 

@@ -7,7 +7,7 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
 
-from sb3_ppo_ewma.rollout_files import Step, read_rollouts, write_rollouts
+from sb3_ppo_ewma.checkpointing.rollout_files import Step, read_rollouts, write_rollouts
 from sb3_ppo_ewma.rollouts import PhaseBuffer, Rollout, StaleRollouts, is_finite
 
 OBSERVATIONS = spaces.Box(-1, 1, (2,))
@@ -77,7 +77,7 @@ def test_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
         file.write(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("sb3_ppo_ewma.rollout_files.pickle.dump", interrupted)
+    monkeypatch.setattr("sb3_ppo_ewma.checkpointing.rollout_files.pickle.dump", interrupted)
     with pytest.raises(KeyboardInterrupt):
         write_rollouts(path, Step(16, 2), {"queue": StaleRollouts(1)})
     assert list(tmp_path.iterdir()) == [path]

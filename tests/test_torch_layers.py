@@ -14,8 +14,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack
 from torch import nn
 
 from sb3_ppo_ewma import PPG, PPOEWMA
-from sb3_ppo_ewma.policies import ImpalaPolicy, PPGImpalaPolicy
-from sb3_ppo_ewma.torch_layers import (
+from sb3_ppo_ewma.networks import (
     FEATURES_EXTRACTORS,
     ImpalaCNN,
     SmallGridCNN,
@@ -23,6 +22,7 @@ from sb3_ppo_ewma.torch_layers import (
     is_channels_last,
     normalize_fan_in,
 )
+from sb3_ppo_ewma.policies import ImpalaPolicy, PPGImpalaPolicy
 
 EXTRACTORS = [ImpalaCNN, SmallGridCNN]
 

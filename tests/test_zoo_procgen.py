@@ -9,7 +9,7 @@ import yaml
 from rl_zoo3 import ALGOS
 
 from sb3_ppo_ewma import zoo
-from sb3_ppo_ewma.envpool_env import PROCGEN
+from sb3_ppo_ewma.envs.envpool_env import PROCGEN
 from sb3_ppo_ewma.zoo.algorithms import hyperparameter_file
 from sb3_ppo_ewma.zoo.rescaling import rescaled
 from tests.test_envpool_vec_env import needs_procgen

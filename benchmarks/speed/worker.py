@@ -257,7 +257,7 @@ def _policy_kwargs(settings: dict[str, Any]) -> dict[str, Any]:
         name = kwargs["activation_fn"]
         kwargs["activation_fn"] = getattr(layers, name.lower() if _is_jax(settings) else name)
     if "features_extractor_class" in kwargs:
-        from sb3_ppo_ewma.torch_layers import features_extractor_class
+        from sb3_ppo_ewma.networks import features_extractor_class
 
         kwargs["features_extractor_class"] = features_extractor_class(kwargs["features_extractor_class"])
     return kwargs

@@ -16,8 +16,8 @@ import torch.distributed as dist
 from rl_zoo3 import exp_manager
 from rl_zoo3.exp_manager import ExperimentManager
 
+from sb3_ppo_ewma._parallel.process_group import Ranks, rank, world_size
 from sb3_ppo_ewma.batch_scaling import per_process, with_defaults
-from sb3_ppo_ewma.ranks import Ranks, rank, world_size
 from sb3_ppo_ewma.zoo.algorithms import ALGORITHMS
 from sb3_ppo_ewma.zoo.mending import Function, replace
 

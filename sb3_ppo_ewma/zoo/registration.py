@@ -8,7 +8,7 @@ from rl_zoo3 import exp_manager
 from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
 from rl_zoo3.utils import ALGOS
 
-from sb3_ppo_ewma.torch_layers import FEATURES_EXTRACTORS
+from sb3_ppo_ewma.networks import FEATURES_EXTRACTORS
 from sb3_ppo_ewma.zoo import data_parallel, experiment, vec_envs
 from sb3_ppo_ewma.zoo.algorithms import ALGORITHMS
 from sb3_ppo_ewma.zoo.search_space import SEARCH_SPACES

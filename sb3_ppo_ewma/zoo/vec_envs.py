@@ -16,8 +16,8 @@ import yaml
 from rl_zoo3 import exp_manager
 from rl_zoo3.exp_manager import ExperimentManager
 
-from sb3_ppo_ewma import envpool_env
-from sb3_ppo_ewma.envpool_vec_env import EnvPoolVecEnv, check_task, import_envpool
+from sb3_ppo_ewma.envs import envpool_env
+from sb3_ppo_ewma.envs.envpool_vec_env import EnvPoolVecEnv, check_task, import_envpool
 from sb3_ppo_ewma.zoo import options
 from sb3_ppo_ewma.zoo.mending import Function, replace
 

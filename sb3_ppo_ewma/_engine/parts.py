@@ -12,10 +12,10 @@ import torch as th
 from stable_baselines3.common.torch_layers import CombinedExtractor, FlattenExtractor, MlpExtractor, NatureCNN
 from torch import nn
 
-from sb3_ppo_ewma import forward
+from sb3_ppo_ewma._engine import forward
 from sb3_ppo_ewma.losses import LossTerms
+from sb3_ppo_ewma.networks import ImpalaCNN, ResidualBlock, SmallGridCNN
 from sb3_ppo_ewma.policies import DetachedCriticMlpExtractor, Trunk
-from sb3_ppo_ewma.torch_layers import ImpalaCNN, ResidualBlock, SmallGridCNN
 
 # Bytes of the largest output of a layer. Of 4, 8, 16 and 32 MiB, 8 was best for both Nature CNN and IMPALA's network.
 _LARGEST = 2**23
@@ -31,7 +31,7 @@ _LAYERS = (nn.Linear, nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d, nn.Flatten, nn.Iden
 
 def can_be_parted(policy: Any) -> bool:
     """
-    :param policy: for which :func:`~sb3_ppo_ewma.forward.is_standard` holds
+    :param policy: for which :func:`~sb3_ppo_ewma._engine.forward.is_standard` holds
     :return: whether parts are faster: it has convolutions; and whether they change nothing: its results for a sample
         depend on this sample only, and nothing looks on
     """

@@ -14,9 +14,9 @@ from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.type_aliases import GymEnv, TensorDict
 
 from sb3_ppo_ewma._arguments import is_clip_off
-from sb3_ppo_ewma.random_state import GeneratorStates, preserved_generators
-from sb3_ppo_ewma.rollout_files import KeptRollouts, RolloutPath, Step, read_rollouts, write_rollouts
-from sb3_ppo_ewma.torch_layers import with_features_extractor
+from sb3_ppo_ewma.checkpointing.generators import GeneratorStates, preserved_generators
+from sb3_ppo_ewma.checkpointing.rollout_files import KeptRollouts, RolloutPath, Step, read_rollouts, write_rollouts
+from sb3_ppo_ewma.networks import with_features_extractor
 
 SelfSavedState = TypeVar("SelfSavedState", bound="SavedStateMixin")
 

@@ -11,7 +11,7 @@ from stable_baselines3.common.distributions import CategoricalDistribution, Diag
 from stable_baselines3.common.torch_layers import CombinedExtractor, FlattenExtractor, MlpExtractor
 from torch import nn
 
-from sb3_ppo_ewma import forward
+from sb3_ppo_ewma._engine import forward
 from sb3_ppo_ewma.policies import DetachedCriticMlpExtractor
 
 _MLP_EXTRACTORS = (MlpExtractor, DetachedCriticMlpExtractor)

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 import torch as th
 
+from sb3_ppo_ewma._engine.optimizers import adam_state, can_be_fused
 from sb3_ppo_ewma.ewma import ParameterEwma
 from sb3_ppo_ewma.losses import LossTerms
-from sb3_ppo_ewma.optimizers import adam_state, can_be_fused
 
 # Number of steps in one graph where they are so small that calling it takes longer
 UNROLLED = 4
@@ -186,7 +186,7 @@ class CompiledSteps:
 
     def series(self, optimizer: th.optim.Optimizer, **settings: Any) -> "StepSeries":
         """
-        :param optimizer: for which :func:`~sb3_ppo_ewma.optimizers.can_be_fused` holds
+        :param optimizer: for which :func:`~sb3_ppo_ewma._engine.optimizers.can_be_fused` holds
         :param settings: see :class:`StepSeries`
         :return: the steps that this optimiser makes in this training
         :raises CompilationError: if a graph cannot stand for its ``step()``

@@ -17,10 +17,10 @@ from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 
 from sb3_ppo_ewma._arguments import check_integer, check_number
+from sb3_ppo_ewma.checkpointing.generators import preserved_generators
 from sb3_ppo_ewma.ewma import MomentsEwma
 from sb3_ppo_ewma.losses import Coefficients
 from sb3_ppo_ewma.ppo_ewma import Epoch, EwmaMixin
-from sb3_ppo_ewma.random_state import preserved_generators
 from sb3_ppo_ewma.rollouts import Rollout, TrainingData
 
 # By name in the log

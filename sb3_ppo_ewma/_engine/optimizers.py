@@ -7,7 +7,7 @@ from typing import Any
 
 import torch as th
 
-from sb3_ppo_ewma.ranks import Ranks
+from sb3_ppo_ewma._parallel.process_group import Ranks
 
 # Counted by the optimiser itself, so that a training that was saved and loaded does the same
 _FLUSH_EVERY = 128

@@ -10,11 +10,12 @@ import torch as th
 from stable_baselines3.common.distributions import CategoricalDistribution
 from torch import nn
 
-from sb3_ppo_ewma import forward, losses
+from sb3_ppo_ewma import losses
+from sb3_ppo_ewma._engine import forward
+from sb3_ppo_ewma._engine.mlp import Mlp, MlpPolicy
+from sb3_ppo_ewma._engine.optimizers import adam_state, can_be_fused
 from sb3_ppo_ewma.ewma import Pairs, ParameterEwma
 from sb3_ppo_ewma.losses import Coefficient, Coefficients, LossTerms
-from sb3_ppo_ewma.mlp import Mlp, MlpPolicy
-from sb3_ppo_ewma.optimizers import adam_state, can_be_fused
 
 # Of the rows of a minibatch, those that :meth:`FlatMlp.statistics` takes
 ROWS = ("objective", "penalty", "errors", "distribution")
@@ -24,7 +25,7 @@ class Samples(NamedTuple):
     """
     What a minibatch has beside the features of its observations.
 
-    :param actions: (batch, ...), see :func:`~sb3_ppo_ewma.forward.as_distributed`
+    :param actions: (batch, ...), see :func:`~sb3_ppo_ewma._engine.forward.as_distributed`
     :param advantages: (batch,) normalised
     :param returns: (batch,)
     :param old_values: (batch,) at collection

@@ -1,6 +1,6 @@
 """
 EnvPool's tasks as single environments of Gymnasium, for wrappers, scripts and vectorised environments that want one at
-a time. Where speed counts, :class:`~sb3_ppo_ewma.envpool_vec_env.EnvPoolVecEnv` steps many at once.
+a time. Where speed counts, :class:`~sb3_ppo_ewma.envs.envpool_vec_env.EnvPoolVecEnv` steps many at once.
 """
 
 from collections.abc import Iterable
@@ -9,7 +9,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
-from sb3_ppo_ewma.envpool_vec_env import EnvPoolVecEnv
+from sb3_ppo_ewma.envs.envpool_vec_env import EnvPoolVecEnv
 
 PROCGEN_GAMES = (
     "Bigfish",
@@ -40,7 +40,7 @@ class EnvPoolEnv(gym.Env[Any, Any]):
     :param render_mode: ``"rgb_array"``, ``"human"`` (a window, needs OpenCV) or ``None``
     :param options: of the task, as ``envpool.make`` takes them
     :raises ImportError: if EnvPool is not installed
-    :raises ValueError: as :class:`~sb3_ppo_ewma.envpool_vec_env.EnvPoolVecEnv` does
+    :raises ValueError: as :class:`~sb3_ppo_ewma.envs.envpool_vec_env.EnvPoolVecEnv` does
     """
 
     metadata = {"render_modes": ["rgb_array", "human"], "render_fps": 30}  # noqa: RUF012  # as in Gymnasium

@@ -20,10 +20,10 @@ from stable_baselines3.common.callbacks import (
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.type_aliases import MaybeCallback, TensorDict
 
-from sb3_ppo_ewma.asynchronous import AsyncMixin
-from sb3_ppo_ewma.normalization import Statistics, pooled, set_statistics, statistics_of
-from sb3_ppo_ewma.ranks import Ranks, rank
-from sb3_ppo_ewma.rollout_files import RolloutPath
+from sb3_ppo_ewma._parallel.asynchronous import AsyncMixin
+from sb3_ppo_ewma._parallel.normalization import Statistics, pooled, set_statistics, statistics_of
+from sb3_ppo_ewma._parallel.process_group import Ranks, rank
+from sb3_ppo_ewma.checkpointing.rollout_files import RolloutPath
 
 # Arguments of a constructor that may differ from process to process
 _OF_EACH_RANK = {"env", "policy", "seed", "verbose", "device", "tensorboard_log", "_init_setup_model"}

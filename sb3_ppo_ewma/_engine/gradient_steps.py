@@ -10,12 +10,12 @@ import numpy as np
 import torch as th
 from torch import nn
 
-from sb3_ppo_ewma.compilation import CompiledSteps
+from sb3_ppo_ewma._engine.compilation import CompiledSteps
+from sb3_ppo_ewma._engine.flat_mlp import FlatMlp
+from sb3_ppo_ewma._engine.optimizers import ClippedSteps, can_be_fused
+from sb3_ppo_ewma._parallel.process_group import Ranks
 from sb3_ppo_ewma.ewma import ParameterEwma
-from sb3_ppo_ewma.flat_mlp import FlatMlp
 from sb3_ppo_ewma.losses import LossTerms
-from sb3_ppo_ewma.optimizers import ClippedSteps, can_be_fused
-from sb3_ppo_ewma.ranks import Ranks
 
 
 class TrainStatistics:

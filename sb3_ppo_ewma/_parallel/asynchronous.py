@@ -26,9 +26,9 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv, VecNormalize
 
-from sb3_ppo_ewma.normalization import Statistics, set_statistics, statistics_of
-from sb3_ppo_ewma.random_state import GeneratorStates
-from sb3_ppo_ewma.saving import SavedStateMixin, uncompiled
+from sb3_ppo_ewma._parallel.normalization import Statistics, set_statistics, statistics_of
+from sb3_ppo_ewma.checkpointing.generators import GeneratorStates
+from sb3_ppo_ewma.checkpointing.saving import SavedStateMixin, uncompiled
 
 # What collection hands on from one rollout to the next
 _STATE = ("_last_obs", "_last_episode_starts", "_last_lstm_states", "_last_original_obs")

@@ -1,0 +1,1 @@
+"""The training step: its definition, and faster ways to make it."""

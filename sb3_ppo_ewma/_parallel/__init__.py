@@ -1,0 +1,1 @@
+"""Several processes: data-parallel training and asynchronous collection."""

@@ -1,0 +1,1 @@
+"""Callbacks: advice from the training log, and the gradient noise scale."""

@@ -1,0 +1,1 @@
+"""What ``save()`` keeps: own state, rollouts between iterations, generators of random numbers."""

@@ -1,0 +1,1 @@
+"""EnvPool's tasks as environments of Gymnasium and Stable-Baselines3."""
