@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any, ClassVar, TypeVar, cast
 
-import numpy as np
 import torch as th
 from sb3_contrib import MaskablePPO, RecurrentPPO
 from sb3_contrib.common.maskable.buffers import (
@@ -16,10 +15,11 @@ from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
 from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
 from sb3_contrib.common.recurrent.type_aliases import RNNStates
 from stable_baselines3.common.buffers import RolloutBuffer
-from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import MaybeCallback
 from stable_baselines3.common.utils import obs_as_tensor
 
+from sb3_ppo_ewma._engine.recognition import replaced_in, replaced_method
+from sb3_ppo_ewma.evaluation import PolicyEvaluation
 from sb3_ppo_ewma.ppo_ewma import EwmaMixin
 from sb3_ppo_ewma.rollouts import Rollout, observations_at
 
@@ -60,6 +60,74 @@ class LstmState:
     _names: ClassVar[tuple[str, ...]] = ("hidden_pi", "cell_pi", "hidden_vf", "cell_vf")
 
 
+class RecurrentEvaluation(PolicyEvaluation):
+    """The evaluation of ``RecurrentPPO``: sequences, from the hidden states stored at collection."""
+
+    def evaluate_actions(
+        self, policy: Any, samples: Any, actions: th.Tensor
+    ) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
+        result = policy.evaluate_actions(samples.observations, actions, samples.lstm_states, samples.episode_starts)
+        return cast(tuple[th.Tensor, th.Tensor, th.Tensor | None], result)
+
+    def log_prob(self, policy: Any, samples: Any, actions: th.Tensor) -> th.Tensor:
+        if _evaluates_in_its_own_way(policy, RecurrentActorCriticPolicy):
+            return super().log_prob(policy, samples, actions)
+        distribution, _ = policy.get_distribution(samples.observations, samples.lstm_states.pi, samples.episode_starts)
+        return cast(th.Tensor, distribution.log_prob(actions))
+
+    def padding_mask(self, samples: Any) -> th.Tensor | None:
+        return cast(th.Tensor, samples.mask > 1e-8)
+
+    def predict_values(self, policy: Any, buffer: Any, indices: slice) -> th.Tensor:
+        # Every sample is a sequence of length one, from the hidden state stored before it: (samples, layers, units)
+        states = [
+            buffer.to_torch(states[indices].swapaxes(0, 1)).contiguous()
+            for states in (buffer.hidden_states_vf, buffer.cell_states_vf)
+        ]
+        episode_starts = buffer.to_torch(buffer.episode_starts[indices]).flatten()
+        values = policy.predict_values(observations_at(buffer, indices), tuple(states), episode_starts)
+        return cast(th.Tensor, values)
+
+    def predict_last_values(self, policy: Any, rollout: Rollout) -> th.Tensor:
+        observations = obs_as_tensor(rollout.last_obs, policy.device)
+        dones = th.as_tensor(rollout.last_dones, dtype=th.float32, device=policy.device)
+        states = tuple(state.to(policy.device) for state in rollout.last_lstm_states)
+        return cast(th.Tensor, policy.predict_values(observations, states, dones))
+
+    def collected_rollout(self, model: Any) -> Rollout:
+        # On the CPU, as the buffer's arrays are, so that a queue saved on one device can be read on another
+        states = tuple(state.cpu() for state in cast(RNNStates, model._last_lstm_states).vf)
+        return Rollout(model.rollout_buffer, model._last_obs, model._last_episode_starts, states)
+
+
+class MaskableEvaluation(PolicyEvaluation):
+    """The evaluation of ``MaskablePPO``: distributions with invalid actions masked."""
+
+    def evaluate_actions(
+        self, policy: Any, samples: Any, actions: th.Tensor
+    ) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
+        result = policy.evaluate_actions(samples.observations, actions, action_masks=samples.action_masks)
+        return cast(tuple[th.Tensor, th.Tensor, th.Tensor | None], result)
+
+    def log_prob(self, policy: Any, samples: Any, actions: th.Tensor) -> th.Tensor:
+        if _evaluates_in_its_own_way(policy, MaskableActorCriticPolicy):
+            return super().log_prob(policy, samples, actions)
+        distribution = policy.get_distribution(samples.observations, action_masks=samples.action_masks)
+        return cast(th.Tensor, distribution.log_prob(actions))
+
+
+def _evaluates_in_its_own_way(policy: Any, sb3s: type[Any]) -> bool:
+    """
+    :param policy: any policy
+    :param sb3s: the class of sb3-contrib it derives from
+    :return: whether its log-probabilities may be others than those of ``get_distribution``
+    """
+    names = ("evaluate_actions", "extract_features", "get_distribution", "_get_action_dist_from_latent")
+    cls = type(policy)
+    is_changed = any(getattr(cls, name, None) is not getattr(sb3s, name) for name in names)
+    return is_changed or replaced_method(policy) is not None or replaced_in([policy.mlp_extractor]) is not None
+
+
 class RecurrentPPOEWMA(EwmaMixin, RecurrentPPO):
     """
     PPO-EWMA with LSTM policies: all parameters of ``sb3_contrib.RecurrentPPO`` in the same order with the same
@@ -69,52 +137,12 @@ class RecurrentPPOEWMA(EwmaMixin, RecurrentPPO):
     """
 
     _own_states: ClassVar[tuple[str, ...]] = (*EwmaMixin._own_states, "lstm_state")
+    _evaluation: ClassVar[PolicyEvaluation] = RecurrentEvaluation()
     _silent_states: ClassVar[frozenset[str]] = EwmaMixin._silent_states | {"lstm_state"}
 
     def _setup_model(self) -> None:
         super()._setup_model()
         self.lstm_state = LstmState(self)
-
-    def _evaluate_actions(
-        self, policy: ActorCriticPolicy, samples: Any, actions: th.Tensor
-    ) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
-        recurrent = cast(Any, policy)
-        result = recurrent.evaluate_actions(samples.observations, actions, samples.lstm_states, samples.episode_starts)
-        return cast(tuple[th.Tensor, th.Tensor, th.Tensor | None], result)
-
-    def _log_prob(self, policy: ActorCriticPolicy, samples: Any, actions: th.Tensor) -> th.Tensor:
-        if self._is_kl_analytic() or _overrides(policy, RecurrentActorCriticPolicy):
-            return self._evaluate_actions(policy, samples, actions)[1]
-        recurrent = cast(Any, policy)
-        distribution, _ = recurrent.get_distribution(
-            samples.observations, samples.lstm_states.pi, samples.episode_starts
-        )
-        return cast(th.Tensor, distribution.log_prob(actions))
-
-    def _padding_mask(self, samples: Any) -> th.Tensor | None:
-        return cast(th.Tensor, samples.mask > 1e-8)
-
-    def _predict_values(self, buffer: Any, indices: slice) -> th.Tensor:
-        # Every sample is a sequence of length one, from the hidden state stored before it: (samples, layers, units)
-        states = [
-            buffer.to_torch(states[indices].swapaxes(0, 1)).contiguous()
-            for states in (buffer.hidden_states_vf, buffer.cell_states_vf)
-        ]
-        episode_starts = buffer.to_torch(buffer.episode_starts[indices]).flatten()
-        values = cast(Any, self.policy).predict_values(observations_at(buffer, indices), tuple(states), episode_starts)
-        return cast(th.Tensor, values)
-
-    def _predict_last_values(self, rollout: Rollout) -> th.Tensor:
-        observations = obs_as_tensor(rollout.last_obs, self.device)
-        dones = th.as_tensor(rollout.last_dones, dtype=th.float32, device=self.device)
-        states = tuple(state.to(self.device) for state in rollout.last_lstm_states)
-        values = cast(Any, self.policy).predict_values(observations, states, dones)
-        return cast(th.Tensor, values)
-
-    def _collected_rollout(self) -> Rollout:
-        # On the CPU, as the buffer's arrays are, so that a queue saved on one device can be read on another
-        states = tuple(state.cpu() for state in cast(RNNStates, self._last_lstm_states).vf)
-        return Rollout(self.rollout_buffer, self._last_obs, cast(np.ndarray, self._last_episode_starts), states)
 
     def learn(
         self: SelfRecurrentPPOEWMA,
@@ -145,27 +173,11 @@ class MaskablePPOEWMA(EwmaMixin, MaskablePPO):
     defaults; those of :class:`~sb3_ppo_ewma.EwmaMixin` by keyword.
     """
 
+    _evaluation: ClassVar[PolicyEvaluation] = MaskableEvaluation()
     _samples_classes: ClassVar[Mapping[type[RolloutBuffer], type[Any]]] = {
         MaskableRolloutBuffer: MaskableRolloutBufferSamples,
         MaskableDictRolloutBuffer: MaskableDictRolloutBufferSamples,
     }
-
-    def _make_policy(self, policy_kwargs: dict[str, Any]) -> ActorCriticPolicy:
-        policy = self.policy_class(self.observation_space, self.action_space, self.lr_schedule, **policy_kwargs)
-        return cast(ActorCriticPolicy, policy)
-
-    def _evaluate_actions(
-        self, policy: ActorCriticPolicy, samples: Any, actions: th.Tensor
-    ) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
-        maskable = cast(Any, policy)
-        result = maskable.evaluate_actions(samples.observations, actions, action_masks=samples.action_masks)
-        return cast(tuple[th.Tensor, th.Tensor, th.Tensor | None], result)
-
-    def _log_prob(self, policy: ActorCriticPolicy, samples: Any, actions: th.Tensor) -> th.Tensor:
-        if self._is_kl_analytic() or _overrides(policy, MaskableActorCriticPolicy):
-            return self._evaluate_actions(policy, samples, actions)[1]
-        distribution = cast(Any, policy).get_distribution(samples.observations, action_masks=samples.action_masks)
-        return cast(th.Tensor, distribution.log_prob(actions))
 
     def learn(  # type: ignore[override]  # as in MaskablePPO, use_masking stands before progress_bar
         self: SelfMaskablePPOEWMA,
@@ -192,14 +204,3 @@ class MaskablePPOEWMA(EwmaMixin, MaskablePPO):
         return super().learn(
             total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, use_masking, progress_bar
         )
-
-
-def _overrides(policy: Any, sb3s: type[Any]) -> bool:
-    """
-    :param policy: any policy
-    :param sb3s: the class of sb3-contrib it derives from
-    :return: whether it evaluates actions in a way of its own
-    """
-    names = ("evaluate_actions", "extract_features")
-    cls = type(policy)
-    return any(name in vars(policy) or getattr(cls, name, None) is not getattr(sb3s, name) for name in names)

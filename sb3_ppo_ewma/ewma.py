@@ -1,13 +1,15 @@
 """
-Debiased exponentially weighted moving averages: of a module's parameters (the proximal policy of PPO-EWMA) and of the
-moments of a stream of batches (advantage normalisation), with the conversions between the ways to give a decay.
+The debiased exponentially weighted moving average of a module's parameters, from which the proximal policy of PPO-EWMA
+is made, and the conversions between the ways to give a decay.
 
 Source: Hilton, Cobbe, Schulman 2022, https://arxiv.org/abs/2110.00641.
 """
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+import operator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch as th
 from torch import nn
@@ -107,230 +109,134 @@ def check_decay(name: str, decay: float) -> None:
         raise ValueError(f"{name} must be in [0, 1), got {decay}")
 
 
-class ParameterEwma(nn.Module):
+class ParameterEwma:
     """
-    Debiased EWMA θ̄ of the parameters of another module with the same architecture.
+    Debiased EWMA θ̄ of a module's floating-point parameters: a set of tensors that follows the parameters by identity.
 
     With total weight w (w = 1 and θ̄ = θ_0 at the start), an update with decay β is::
 
         w' = β·w + 1,    θ̄ ← (β·w/w')·θ̄ + θ/w'
 
-    so that θ̄ is the average of all θ seen, weighted by β^age, without a bias towards θ_0. Buffers (running statistics)
-    are copied, not averaged.
+    so that θ̄ is the average of all θ seen, weighted by β^age, without a bias towards θ_0. The averaged module is
+    evaluated with θ̄ in place of θ (:meth:`in_place`): what else it consists of (running statistics, attributes, hooks,
+    code) is always what the module has now.
 
     Source: Hilton et al. 2022.
 
-    :param module: holds the average: a copy of its own of the averaged module; it is frozen and put in evaluation mode
+    :param module: the module whose parameters are averaged
     """
 
-    total_weight: th.Tensor
-
     def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module.requires_grad_(False).eval()
-        self.register_buffer("total_weight", th.ones((), dtype=th.float64))
-        self._pairs: Pairs | None = None
+        self.follow(module)
 
-    def _apply(self, fn: Callable[[th.Tensor], th.Tensor], recurse: bool = True) -> "ParameterEwma":
-        # The weight stays float64 (as float32 it would drift over long runs) and on the CPU (it is read before every
-        # update; on an accelerator that would be one synchronisation per gradient step).
-        weight = self.total_weight
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch has no annotation here
-        self.total_weight = weight
-        return self
-
-    def update(self, source: nn.Module, decay: float) -> None:
+    def follow(self, module: nn.Module) -> None:
         """
-        Include the present parameters of ``source``.
+        Start afresh from a module: θ̄ = θ, w = 1.
 
-        :param source: the averaged module
+        :param module: the module whose parameters are averaged from now on
+        """
+        self.module = module
+        named = {name: each for name, each in module.named_parameters() if each.is_floating_point()}
+        self.names = list(named)
+        self.parameters: list[th.Tensor] = list(named.values())
+        self.averages = [parameter.detach().clone() for parameter in self.parameters]
+        self._known = [parameter.detach().clone() for parameter in self.parameters]
+        self.total_weight = 1.0
+
+    def follows(self, module: nn.Module) -> bool:
+        """
+        :param module: the averaged module
+        :return: whether its parameters are the very objects that are averaged
+        """
+        present = [parameter for parameter in module.parameters() if parameter.is_floating_point()]
+        return len(present) == len(self.parameters) and all(map(operator.is_, present, self.parameters))
+
+    def is_up_to_date(self) -> bool:
+        """
+        :return: whether the parameters have the values they had at the last :meth:`remember`
+        """
+        return all(map(th.equal, self.parameters, self._known))
+
+    @th.no_grad()
+    def remember(self) -> None:
+        """Take the present values of the parameters as known: nobody else has changed them."""
+        for parameter, known in zip(self.parameters, self._known, strict=True):
+            if (
+                known.device != parameter.device or known.shape != parameter.shape
+            ):  # ``.data`` was set to another tensor
+                self._known = [parameter.detach().clone() for parameter in self.parameters]
+                return
+        th._foreach_copy_(self._known, self.parameters)
+
+    def update(self, decay: float) -> None:
+        """
+        Include the present parameters.
+
         :param decay: β in [0, 1]; 1 averages all updates equally
+        :raises ValueError: if the decay is outside [0, 1]
+        """
+        self.interpolate(self.averages, self.parameters, decay)
+
+    def interpolate(self, averages: list[th.Tensor], parameters: list[th.Tensor], decay: float) -> None:
+        """
+        The update, for other tensors that hold the same numbers.
+
+        :param averages: θ̄
+        :param parameters: θ
+        :param decay: β in [0, 1]
         :raises ValueError: if the decay is outside [0, 1]
         """
         if not 0 <= decay <= 1:
             raise ValueError(f"decay must be in [0, 1], got {decay}")
-        total_weight = self.total_weight
-        weight = decay * total_weight.item() + 1
-        pairs = self.pairs(source)
+        self.total_weight = decay * self.total_weight + 1
         # β·w/w' = 1 − 1/w', so the update is an interpolation by 1/w'.
-        pairs.interpolate(1 / weight)
-        total_weight.fill_(weight)
+        with th.no_grad():
+            th._foreach_lerp_(averages, parameters, 1 / self.total_weight)
 
-    def pairs(self, source: nn.Module) -> "Pairs":
-        """
-        :param source: the averaged module
-        :return: the tensors of an update
-        """
-        found = self._pairs
-        return found if found is not None and found.source is source else Pairs(self.module, source)
+    @th.no_grad()
+    def reset(self) -> None:
+        """Start again from the present parameters: θ̄ = θ, w = 1. A copy, which also clears NaN and Inf."""
+        for average, parameter in zip(self.averages, self.parameters, strict=True):
+            average.copy_(parameter)
+        self.total_weight = 1.0
+        self.remember()
 
     @contextlib.contextmanager
-    def updates_from(self, pairs: "Pairs") -> Iterator[None]:
-        """
-        Within this context, updates need not look up the tensors of both modules, which takes longer than they do.
-
-        :param pairs: of the averaged module, whose parameters and buffers stay the same objects
-        """
-        self._pairs = pairs
+    def in_place(self) -> Iterator[None]:
+        """Within this context, the averaged module's parameters hold θ̄. No gradient may be taken through it."""
+        current = [parameter.data for parameter in self.parameters]
         try:
+            for parameter, average in zip(self.parameters, self.averages, strict=True):
+                parameter.data = average
             yield
         finally:
-            self._pairs = None
+            for parameter, data in zip(self.parameters, current, strict=True):
+                parameter.data = data
 
-    @th.no_grad()
-    def reset(self, source: nn.Module) -> None:
+    def state_dict(self) -> dict[str, th.Tensor]:
         """
-        Start again from the present parameters of ``source``: θ̄ = θ, w = 1. A copy, which also clears NaN and Inf.
-
-        :param source: the averaged module
+        :return: averages by the names of their parameters, and the total weight in float64
         """
-        pairs = self.pairs(source)
-        for tensor, original in zip(pairs.averages, pairs.parameters, strict=True):
-            tensor.copy_(original)
-        pairs.copy_buffers()
-        self.total_weight.fill_(1.0)
+        averages = {f"module.{name}": average for name, average in zip(self.names, self.averages, strict=True)}
+        return {**averages, "total_weight": th.tensor(self.total_weight, dtype=th.float64)}
 
-
-class Pairs:
-    """
-    The tensors of an average beside those of the averaged module: floating-point parameters, which are averaged;
-    buffers and other (frozen integer) parameters, which are copied.
-
-    :param average: holds the average
-    :param source: the averaged module
-    """
-
-    def __init__(self, average: nn.Module, source: nn.Module) -> None:
-        self.source = source
-        self.averages, self.copies = _averaged_and_copied(average)
-        self.parameters, self.originals = _averaged_and_copied(source)
-
-    def interpolate(self, weight: float) -> None:
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> None:
         """
-        :param weight: of the parameters in the new average; what is not averaged is copied
+        :param state_dict: from :meth:`state_dict`; entries for buffers, which older files have, are passed over
+        :param strict: whether every parameter must have an average
+        :raises RuntimeError: if averages are missing or their shapes differ
         """
-        averages, parameters = self.averages, self.parameters
-        if th.is_grad_enabled():  # asking takes less time than entering a context without gradients
-            with th.no_grad():
-                self.interpolate(weight)
-        elif len(averages) == 1 and not self.copies:
-            averages[0].lerp_(parameters[0], weight)
-        else:
-            th._foreach_lerp_(averages, parameters, weight)
-            self.copy_buffers()
-
-    @th.no_grad()
-    def copy_buffers(self) -> None:
-        """Copy what is not averaged."""
-        for copied, original in zip(self.copies, self.originals, strict=True):
-            copied.copy_(original)
-
-
-def _averaged_and_copied(module: nn.Module) -> tuple[list[th.Tensor], list[th.Tensor]]:
-    averaged: list[th.Tensor] = []
-    copied: list[th.Tensor] = list(module.buffers())
-    for parameter in module.parameters():
-        (averaged if parameter.is_floating_point() else copied).append(parameter)
-    return averaged, copied
-
-
-class MomentsEwma(nn.Module):
-    """
-    Debiased EWMA of mean and variance over batches: every sample of a batch of age k has weight d^k.
-
-    Sums and sums of squares would cancel (constant samples then give a slightly negative variance), so weight, mean
-    and the weighted sum of squared deviations are kept, in float64: the variance is never negative.
-
-    :param decay: d in [0, 1); 0 remembers the last batch only
-    :raises ValueError: if the decay is outside [0, 1)
-    """
-
-    weight: th.Tensor
-    squared_weight: th.Tensor
-    mean: th.Tensor
-    squared_deviations: th.Tensor
-
-    def __init__(self, decay: float) -> None:
-        super().__init__()
-        check_decay("decay", decay)
-        self.decay = decay
-        for name in ("weight", "squared_weight", "mean", "squared_deviations"):
-            self.register_buffer(name, th.zeros((), dtype=th.float64))
-
-    def _apply(self, fn: Callable[[th.Tensor], th.Tensor], recurse: bool = True) -> "MomentsEwma":
-        return self  # four numbers, needed in float64 and on the CPU
-
-    def update(self, samples: th.Tensor) -> None:
-        """
-        Include a batch.
-
-        :param samples: any shape, at least one element
-        :raises ValueError: if the batch is empty or has a NaN or Inf
-        """
-        samples = samples.detach().to("cpu", th.float64)
-        if samples.numel() == 0 or not bool(th.isfinite(samples).all()):
-            raise ValueError("samples must be finite and at least one")
-        mean = samples.mean()
-        self.update_from_moments(float(mean), float(((samples - mean) ** 2).mean()), samples.numel())
-
-    def update_from_moments(self, mean: float, variance: float, count: int, ddof: int = 0) -> None:
-        """
-        Include a batch given by its moments.
-
-        :param mean: of the batch
-        :param variance: of the batch, its squared deviations divided by ``count − ddof``
-        :param count: number of samples, at least 1
-        :param ddof: 0 for the population variance, 1 for the unbiased one
-        :raises ValueError: if the batch is empty or its variance negative
-        """
-        if count < 1 or not variance >= 0:
-            raise ValueError(f"count must be >= 1 and variance >= 0, got count={count}, variance={variance}")
-        old_weight = self.decay * self.weight
-        self.weight.copy_(old_weight + count)
-        self.squared_weight.mul_(self.decay**2).add_(count)
-        delta = mean - self.mean
-        share = count / self.weight
-        # Chan's parallel update of the squared deviations, a sum of terms >= 0
-        self.squared_deviations.mul_(self.decay).add_((count - ddof) * variance + delta**2 * old_weight * share)
-        self.mean.add_(delta * share)
-
-    def moments(self, ddof: int = 0) -> tuple[float, float]:
-        """
-        :param ddof: 0: population variance; 1: unbiased for weighted samples (reliability weights)
-        :return: mean and variance; (0, 1) before the first update, which normalises by doing nothing
-        """
-        if self.weight.item() == 0:
-            return 0.0, 1.0
-        denominator = (self.weight - ddof * self.squared_weight / self.weight).item()
-        # A single sample has no unbiased variance: 0, as its squared deviation.
-        return self.mean.item(), self.squared_deviations.item() / denominator if denominator > 0 else 0.0
-
-    def normalize(self, samples: th.Tensor) -> th.Tensor:
-        """
-        :param samples: any shape
-        :return: (samples − mean) / (standard deviation + 1e-8), in the dtype of the samples
-        """
-        return standardize(samples, *self.location_and_scale())
-
-    def location_and_scale(self) -> tuple[float, float]:
-        """
-        :return: what :meth:`normalize` subtracts and divides by
-        """
-        mean, variance = self.moments()
-        return mean, math.sqrt(variance) + 1e-8
-
-    def reset(self) -> None:
-        """Forget all batches."""
-        for state in (self.weight, self.squared_weight, self.mean, self.squared_deviations):
-            state.zero_()
-
-
-def standardize(samples: th.Tensor, location: float | th.Tensor, scale: float | th.Tensor) -> th.Tensor:
-    """
-    :param samples: any shape
-    :param location: to subtract
-    :param scale: to divide by
-    :return: computed in float64, in the dtype of the samples
-    """
-    wide = samples if samples.device.type == "mps" else samples.double()  # mps has no float64
-    return ((wide - location) / scale).to(samples.dtype)
+        names = {f"module.{name}": average for name, average in zip(self.names, self.averages, strict=True)}
+        missing = [name for name in (*names, "total_weight") if name not in state_dict]
+        if strict and missing:
+            raise RuntimeError(f"Missing key(s) in the state of the moving average: {missing}")
+        for name, average in names.items():
+            if name in state_dict:
+                if state_dict[name].shape != average.shape:
+                    raise RuntimeError(
+                        f"{name} has shape {tuple(state_dict[name].shape)}, expected {tuple(average.shape)}"
+                    )
+                average.copy_(state_dict[name])
+        if "total_weight" in state_dict:
+            self.total_weight = float(state_dict["total_weight"])
+        self.remember()

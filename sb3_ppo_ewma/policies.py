@@ -1,5 +1,7 @@
 """Policies with an auxiliary value head and a choice of critic architecture, and the policy of the IMPALA network."""
 
+import copy
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -18,6 +20,7 @@ from torch import nn
 from sb3_ppo_ewma._arguments import check_choice, check_integer
 from sb3_ppo_ewma.checkpointing.generators import preserved_generators
 from sb3_ppo_ewma.distributions import SoftplusDiagGaussianDistribution
+from sb3_ppo_ewma.ewma import ParameterEwma
 from sb3_ppo_ewma.networks import ImpalaCNN, normalize_fan_in
 
 CriticArch = Literal["dual", "shared", "detach"]
@@ -251,3 +254,38 @@ class DetachedCriticMlpExtractor(MlpExtractor):
         :return: last layer of the value network, (batch, latent_dim_vf)
         """
         return super().forward_critic(features.detach())
+
+
+def copy_policy(
+    policy: Any, average: ParameterEwma | None = None, policy_kwargs: Mapping[str, Any] | None = None
+) -> Any:
+    """
+    :param policy: a policy of SB3
+    :param average: an average of its parameters, to copy in their place
+    :param policy_kwargs: what it was built with. SB3's policies leave some of it out of what they save
+        (``share_features_extractor``, the LSTM's size), and come back without when they are saved alone
+    :return: an independent copy in evaluation mode, without gradients
+    :raises ValueError: if it cannot be copied
+    """
+    for module in policy.modules():
+        if "forward" in vars(module):
+            raise ValueError(f"the policy cannot be copied: forward of a {type(module).__name__} was replaced")
+    # The last distribution may have a graph, which cannot be copied; the next forward pass makes another.
+    memo = {id(policy.action_dist): copy.copy(policy.action_dist), id(policy.optimizer): None}
+    try:
+        copied = copy.deepcopy(policy, memo)
+    except Exception as error:
+        raise ValueError(f"the policy cannot be copied: {error}") from error
+    if average is not None:
+        tensors = dict(zip(average.names, average.averages, strict=True))
+        for name, parameter in copied.named_parameters():
+            if name in tensors:
+                parameter.data = tensors[name].clone()
+    copied.optimizer = policy.optimizer_class(copied.parameters(), lr=1.0, **policy.optimizer_kwargs)
+    constructor_parameters = copied._get_constructor_parameters
+    copied._get_constructor_parameters = partial(_merged, constructor_parameters, dict(policy_kwargs or {}))
+    return copied.requires_grad_(False).eval()
+
+
+def _merged(inherited: Any, policy_kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {**policy_kwargs, **inherited()}

@@ -1,47 +1,29 @@
 """Phasic Policy Gradient: an auxiliary phase as a mixin on the decoupled core, PPG and PPG-EWMA."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, TypeVar, cast
 
-import numpy as np
 import torch as th
 from stable_baselines3 import PPO
-from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ProgressBarCallback
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import MaybeCallback, Schedule
 from stable_baselines3.common.utils import FloatSchedule, update_learning_rate
 
-from sb3_ppo_ewma import losses
 from sb3_ppo_ewma._arguments import check_integer, check_number, check_schedule, warn_caller
-from sb3_ppo_ewma._engine import forward
-from sb3_ppo_ewma._engine.gradient_steps import TrainStatistics
-from sb3_ppo_ewma._engine.parts import accumulated
-from sb3_ppo_ewma.distributions import distribution_parameters, torch_distributions, with_parameters
-from sb3_ppo_ewma.losses import LossTerms
-from sb3_ppo_ewma.memory import MemoryReturn
+from sb3_ppo_ewma._engine.iteration import AuxiliaryCoefficients
+from sb3_ppo_ewma.auxiliary_phase import AuxiliaryPhase, PhaseProgress
 from sb3_ppo_ewma.policies import PPGCnnPolicy, PPGImpalaPolicy, PPGMultiInputPolicy, PPGPolicy
-from sb3_ppo_ewma.ppo_ewma import EVALUATION_BATCH_SIZE, EwmaMixin
+from sb3_ppo_ewma.ppo_ewma import EwmaMixin
 from sb3_ppo_ewma.rollouts import PhaseBuffer, Rollout
+from sb3_ppo_ewma.training_log import log_phase
 
 SelfPhasic = TypeVar("SelfPhasic", bound="AuxiliaryPhaseMixin")
 SelfPPG = TypeVar("SelfPPG", bound="PPG")
 
-_PHASE = "the auxiliary phase"
-
-# What is to blame for a step of it that was not made, by what shows it
-_BLAME = {
-    "policy_kl": f"KL divergence of {_PHASE}",
-    "value_loss": "values",
-    "aux_value_loss": "auxiliary values",
-}
-
 # The default batch size is this part of a rollout: in the paper, 16 of its 256 sequences.
 _AUX_MINIBATCHES = 16
-# Bytes from which on a phase has freed memory given back to the system
-_LARGE_PHASE = 2**27
-# How often a long auxiliary phase shows how far it is
-_REPORTS_PER_EPOCH = 20
 
 
 def default_aux_batch_size(n_samples: int) -> int:
@@ -72,7 +54,7 @@ class AuxiliaryPhaseMixin(EwmaMixin):
     :param vf_aux_coef: c_aux ≥ 0, weight of the auxiliary value head's loss
     :param prox_decay: as in :class:`~sb3_ppo_ewma.EwmaMixin`; the EWMA starts anew after every auxiliary phase
     :param advantage_decay: as in :class:`~sb3_ppo_ewma.EwmaMixin`; ``None`` with ``normalize_advantage=False``
-    :param args: positional arguments of the algorithm this is mixed into, see there
+    :param args: positional arguments of the algorithm this is mixed into
     :param kwargs: keyword arguments of :class:`~sb3_ppo_ewma.EwmaMixin` and the algorithm this is mixed into
     :raises TypeError: for an unknown argument or one of the wrong type
     :raises ValueError: for a value out of its range, before anything is built
@@ -84,6 +66,10 @@ class AuxiliaryPhaseMixin(EwmaMixin):
 
     _own_states: ClassVar[tuple[str, ...]] = (*EwmaMixin._own_states, "aux_optimizer")
     _own_buffers: ClassVar[tuple[str, ...]] = (*EwmaMixin._own_buffers, "phase_buffer")
+    _further_optimizers: ClassVar[Mapping[str, str]] = {
+        **EwmaMixin._further_optimizers,
+        "aux_optimizer": "aux_lr_schedule",
+    }
     _sb3_defaults: ClassVar[Mapping[str, Any]] = {"n_epochs": 1}
     _default_advantage_decay: ClassVar[float | None] = 0.0
 
@@ -118,8 +104,7 @@ class AuxiliaryPhaseMixin(EwmaMixin):
         # Counters, saved with the other attributes: phases so far, rollouts stored in the present one
         self._n_phases = 0
         self._n_phase_rollouts = 0
-        self._progress_bars: list[Any] = []
-        self._memory_return = MemoryReturn(every=2)
+        self._phase_progress = PhaseProgress()
         super().__init__(*args, prox_decay=prox_decay, advantage_decay=advantage_decay, **kwargs)
         if "phase_buffer" in vars(self):
             self._check_memory()
@@ -180,8 +165,8 @@ class AuxiliaryPhaseMixin(EwmaMixin):
                 self.phase_buffer.clear()
                 self._n_phase_rollouts = 0
                 if self.policy_ewma is not None:
-                    self.policy_ewma.reset(self.policy)
-                self._show("")
+                    self.policy_ewma.reset()
+                self._phase_progress.clear()
         self._n_phase_rollouts = len(self.phase_buffer)
         self.logger.record("aux/n_phases", self._n_phases)
         self.logger.record("aux/phase_progress", self._n_phase_rollouts / self.n_policy_iterations)
@@ -189,112 +174,16 @@ class AuxiliaryPhaseMixin(EwmaMixin):
     def _train_auxiliary_phase(self, buffer: PhaseBuffer) -> None:
         learning_rate = self._scheduled("aux_learning_rate", self.aux_lr_schedule)
         update_learning_rate(self.aux_optimizer, learning_rate)
-        batch_size = self.aux_batch_size or default_aux_batch_size(self.n_steps * self.n_envs)
-        statistics = TrainStatistics()
-        with self._gradient_steps():
-            old_parameters = self._old_distribution_parameters(buffer, batch_size)
-            # Until a step cannot be made
-            all(
-                self._gradient_step(
-                    self._auxiliary_loss_terms,
-                    [self._auxiliary_samples(buffer, indices, old_parameters)],
-                    self.aux_optimizer,
-                    statistics,
-                )
-                for indices in self._auxiliary_minibatches(buffer, batch_size)
-            )
-        statistics.check_finite(_BLAME, f"after {self._n_updates} epochs and {self.num_timesteps} steps")
-        self.logger.record("aux/learning_rate", learning_rate)
-        for name in losses.AuxiliaryLossStats._fields:
-            self.logger.record(f"aux/{name}", statistics.terms(name).mean())
-
-    def _gradient_step(self, *args: Any, **kwargs: Any) -> bool:
-        made = super()._gradient_step(*args, **kwargs)
-        self._return_memory()
-        return made
-
-    def _return_memory(self) -> None:
-        # After the minibatches of both phases. Next to a small phase, what they leave behind does not matter.
-        is_large = self.phase_buffer is not None and self.phase_buffer.nbytes >= _LARGE_PHASE
-        if is_large and self.device.type == "cpu":
-            self._memory_return()
-
-    @th.no_grad()
-    def _old_distribution_parameters(self, buffer: PhaseBuffer, batch_size: int) -> list[th.Tensor]:
-        """
-        :param buffer: the phase's samples
-        :param batch_size: number of samples evaluated together, at least
-        :return: parameters of π_old for all samples, (n_samples, ...) each
-        """
-        self.policy.set_training_mode(False)
-        blocks: list[th.Tensor] = []
-        step = max(batch_size, EVALUATION_BATCH_SIZE)
-        for start in range(0, buffer.n_samples, step):
-            rows = slice(start, start + step)
-            observations = buffer.observations(rows, self.device)
-            shortcut = self._auxiliary_shortcut()
-            if shortcut is not None:
-                parameters = forward.distribution(self.policy, shortcut.action_outputs(observations))
-                parts = [part.expand(len(parameters[0]), -1) for part in parameters]
-            else:
-                distribution = self.policy.get_distribution(observations)
-                parts = distribution_parameters(torch_distributions(distribution, _PHASE))
-            # One block each: many small ones that stay would keep the large ones between them from being used again.
-            blocks = blocks or [part.new_empty((buffer.n_samples, *part.shape[1:])) for part in parts]
-            for block, part in zip(blocks, parts, strict=True):
-                block[rows] = part
-            self._return_memory()
-        self.policy.set_training_mode(True)
-        return blocks
-
-    def _auxiliary_minibatches(self, buffer: PhaseBuffer, batch_size: int) -> Iterator[np.ndarray]:
-        n_minibatches = math.ceil(buffer.n_samples / batch_size)
-        for epoch in range(self.n_aux_epochs):
-            for i, indices in enumerate(buffer.minibatches(batch_size)):
-                self._show_progress(epoch, i, n_minibatches)
-                yield indices
-
-    def _auxiliary_samples(
-        self, buffer: PhaseBuffer, indices: np.ndarray, old_parameters: list[th.Tensor]
-    ) -> tuple[Any, th.Tensor, list[th.Tensor]]:
-        rows = th.as_tensor(indices, device=self.device)
-        return (
-            buffer.observations(indices, self.device),
-            buffer.returns(indices, self.device),
-            [parameter[rows] for parameter in old_parameters],
+        iteration = self._iteration(None)
+        phase = AuxiliaryPhase(
+            self._engines.engine_for(self, iteration, [self.aux_optimizer], is_auxiliary=True),
+            iteration,
+            self.aux_optimizer,
+            AuxiliaryCoefficients(self.beta_clone, self.vf_true_coef, self.vf_aux_coef),
+            self.aux_batch_size or default_aux_batch_size(self.n_steps * self.n_envs),
         )
-
-    def _auxiliary_shortcut(self) -> forward.StandardPolicy | None:
-        is_own = getattr(type(self.policy), "evaluate_auxiliary", None) is PPGPolicy.evaluate_auxiliary
-        return self._shortcuts.get(id(self.policy)) if is_own else None
-
-    def _auxiliary_loss_terms(self, *columns: Any) -> LossTerms:
-        is_own = self._auxiliary_shortcut() is None
-        parts = iter([(1.0, columns)]) if is_own else self._parts(columns[0], columns)
-        return accumulated((share, self._auxiliary_loss_terms_of_part(*part)) for share, part in parts)
-
-    def _auxiliary_loss_terms_of_part(
-        self, observations: Any, returns: th.Tensor, old_parameters: list[th.Tensor]
-    ) -> LossTerms:
-        policy = self.policy
-        shortcut = self._auxiliary_shortcut()
-        if shortcut is not None:
-            current, values, aux_values = shortcut.evaluate_auxiliary(observations)
-            kl = forward.kl_divergence(policy, old_parameters, current)
-        else:
-            distribution, values, aux_values = policy.evaluate_auxiliary(observations)
-            distributions = torch_distributions(distribution, _PHASE)
-            kl = losses.analytic_kl(with_parameters(distributions, old_parameters), distributions)
-        loss, stats = losses.auxiliary_loss(
-            kl,
-            values,
-            aux_values,
-            returns,
-            beta_clone=self.beta_clone,
-            vf_true_coef=self.vf_true_coef,
-            vf_aux_coef=self.vf_aux_coef,
-        )
-        return LossTerms([loss], [th.ones_like(loss)], loss.detach(), stats._asdict())
+        phase.train(buffer, self.n_aux_epochs, self._phase_progress)
+        log_phase(self, iteration, learning_rate)
 
     # ------------------------------------------------------------------ learning, saving, loading
 
@@ -302,14 +191,14 @@ class AuxiliaryPhaseMixin(EwmaMixin):
         """
         Train, as the algorithm this is mixed into.
 
-        :param args: see there
-        :param kwargs: see there
+        :param args: arguments of the algorithm's method
+        :param kwargs: arguments of the algorithm's method
         :return: the model
         """
         try:
             return super().learn(*args, **kwargs)
         finally:
-            self._progress_bars = []  # they cannot be pickled or copied
+            self._phase_progress = PhaseProgress()  # progress bars cannot be pickled or copied
 
     def _setup_learn(self, *args: Any, **kwargs: Any) -> Any:
         result = super()._setup_learn(*args, **kwargs)
@@ -346,23 +235,11 @@ class AuxiliaryPhaseMixin(EwmaMixin):
 
     def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
         result = super()._init_callback(callback, progress_bar)
-        self._progress_bars = list(_progress_bars(result))
+        self._phase_progress = PhaseProgress(result)
         return result
 
-    def _show_progress(self, epoch: int, minibatch: int, n_minibatches: int) -> None:
-        if minibatch * _REPORTS_PER_EPOCH % n_minibatches < _REPORTS_PER_EPOCH:
-            share = 100 * minibatch // n_minibatches
-            self._show(f"aux {epoch + 1}/{self.n_aux_epochs} {share}%")  # short, or the bar loses its other columns
-
-    def _show(self, text: str) -> None:
-        """
-        :param text: shown at the progress bar, where there is one
-        """
-        for callback in self._progress_bars:
-            callback.pbar.set_description(text)
-
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "aux_lr_schedule", "_progress_bars", "_memory_return"]
+        return [*super()._excluded_save_params(), "aux_lr_schedule", "_phase_progress"]
 
     def _start_afresh(self, name: str) -> None:
         if name == "aux_optimizer":
@@ -447,15 +324,3 @@ class PPGEWMA(PPG):
         :return: the model
         """
         return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
-
-
-def _progress_bars(callback: BaseCallback) -> Iterator[ProgressBarCallback]:
-    """
-    :param callback: callback, perhaps a list of others
-    :return: the progress bars among them
-    """
-    if isinstance(callback, ProgressBarCallback):
-        yield callback
-    elif isinstance(callback, CallbackList):
-        for child in callback.callbacks:
-            yield from _progress_bars(child)

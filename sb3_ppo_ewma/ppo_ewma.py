@@ -1,14 +1,10 @@
 """PPO-EWMA: PPO whose proximal policy is a moving average, as a mixin for any PPO-like SB3 algorithm."""
 
-import contextlib
-import copy
-import functools
 import math
 import multiprocessing
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, cast, get_args
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, TypeVar, cast, get_args
 
-import numpy as np
 import torch as th
 from stable_baselines3 import PPO
 from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
@@ -19,10 +15,8 @@ from stable_baselines3.common.type_aliases import (
     RolloutBufferSamples,
     Schedule,
 )
-from stable_baselines3.common.utils import explained_variance, obs_as_tensor, update_learning_rate
-from torch.distributions import Distribution
+from stable_baselines3.common.utils import update_learning_rate
 
-from sb3_ppo_ewma import losses
 from sb3_ppo_ewma._arguments import (
     CLIP_OFF,
     bind_arguments,
@@ -36,82 +30,42 @@ from sb3_ppo_ewma._arguments import (
     merged_signature,
     warn_caller,
 )
-from sb3_ppo_ewma._engine import forward
-from sb3_ppo_ewma._engine.compilation import UNROLLED, CompilationError, CompiledSteps
-from sb3_ppo_ewma._engine.flat_mlp import ROWS, FlatMlp, Samples, can_be_flat
-from sb3_ppo_ewma._engine.gradient_steps import GradientSteps, TrainStatistics
-from sb3_ppo_ewma._engine.mlp import MlpPolicy, is_mlp_policy
-from sb3_ppo_ewma._engine.parts import accumulated, can_be_parted, part_size, split
+from sb3_ppo_ewma._engine.iteration import Coefficients, Engine, Iteration, Minibatch, Objective
+from sb3_ppo_ewma._engine.recognition import replaced_method
+from sb3_ppo_ewma._engine.selection import EngineSelector
 from sb3_ppo_ewma._parallel.data_parallel import DataParallelMixin
+from sb3_ppo_ewma.advantages import AdvantageNormalizer, MomentsEwma
 from sb3_ppo_ewma.checkpointing.generators import preserved_generators
 from sb3_ppo_ewma.checkpointing.saving import uncompiled
-from sb3_ppo_ewma.distributions import standard_deviation, torch_distributions
-from sb3_ppo_ewma.ewma import (
-    MomentsEwma,
-    ParameterEwma,
-    center_of_mass_from_decay,
-    decay_from_center_of_mass,
-    default_center_of_mass,
-    standardize,
-)
-from sb3_ppo_ewma.losses import Coefficient, Coefficients, LossTerms
+from sb3_ppo_ewma.evaluation import Evaluation, PolicyEvaluation
+from sb3_ppo_ewma.ewma import ParameterEwma, decay_from_center_of_mass, default_center_of_mass
 from sb3_ppo_ewma.networks import with_features_extractor
-from sb3_ppo_ewma.policies import ImpalaPolicy
+from sb3_ppo_ewma.policies import ImpalaPolicy, copy_policy
 from sb3_ppo_ewma.rollouts import (
-    BufferData,
-    DeviceData,
+    BufferMinibatches,
+    MinibatchSource,
     Rollout,
     StaleRollouts,
-    TrainingData,
+    device_minibatches,
     is_finite,
-    observations_at,
 )
+from sb3_ppo_ewma.training_log import BLAME, log_training
 
 KlEstimator = Literal["sample", "analytic"]
 StalenessMode = Literal["decoupled", "behavior", "proximal"]
+EngineChoice = Literal["auto", "reference"]
 CompileMode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 SelfPPOEWMA = TypeVar("SelfPPOEWMA", bound="PPOEWMA")
 
-_ANALYTIC = "kl_estimator='analytic' (there is also 'sample')"
-
 # Smallest batch for evaluating a whole rollout without gradients
 EVALUATION_BATCH_SIZE = 256
-
-# Methods by which families of algorithms evaluate policies, and those that compute the losses
-_EVALUATION = ("_evaluate_actions", "_log_prob", "_padding_mask")
-_LOSSES = ("_loss_terms", "_loss_terms_of_part", "_policy_loss_terms", "_policy_statistics", "_log_prob_prox",
-           "_log_prob_behav", "_normalized_advantages")  # fmt: skip
-
-# What belongs to this process
-_PROCESS = ("_compiled_steps", "_gave_up_compiling", "_shortcuts", "_flat", "_is_parted", "_part_size", "_steps")
-
-# What is to blame for a step that was not made, by what shows it
-_BLAME = {
-    "log_ratio_old": "log-probabilities",
-    "value_loss": "values",
-    "entropy_loss": "entropy",
-    "policy_gradient_loss": "policy loss",
-    "kl_loss": "KL penalty",
-}
-
-
-class Epoch(NamedTuple):
-    """
-    Which losses one pass over a rollout minimises.
-
-    :param policy: the policy loss with the entropy bonus; each of its gradient steps moves the EWMA
-    :param value: the value loss
-    """
-
-    policy: bool
-    value: bool
 
 
 class EwmaMixin(DataParallelMixin):
     """
     Decouples the proximal from the behaviour policy in a PPO-like SB3 algorithm. Place it first:
-    ``class PPOEWMA(EwmaMixin, PPO)``. Collection, ``learn`` and ``predict`` stay the algorithm's; families differ in
-    :meth:`_make_policy`, :meth:`_evaluate_actions`, :meth:`_padding_mask` and :meth:`_predict_values`.
+    ``class PPOEWMA(EwmaMixin, PPO)``. Collection, ``learn`` and ``predict`` stay the algorithm's; families differ in how
+    they evaluate their policies, :class:`~sb3_ppo_ewma.evaluation.PolicyEvaluation`.
 
     Source: Hilton, Cobbe, Schulman 2022, https://arxiv.org/abs/2110.00641
 
@@ -135,6 +89,9 @@ class EwmaMixin(DataParallelMixin):
         iteration, π_behav the one that collected; ``"behavior"``: the collecting policy is both; ``"proximal"``: the
         policy at the start of the iteration is both. With ``prox_decay`` not ``None``, the EWMA is π_prox in every
         mode, which then only decides what π_behav is
+    :param engine: ``"auto"``: gradient steps and forward passes of collection are made in the fastest way that gives the
+        numbers of the definition up to rounding; ``"reference"``: by the definition, with ``prox_decay=None`` equal to
+        SB3 to the bit. :meth:`explain_engine` says which way it is, and why
     :param torch_compile: make each gradient step as one compiled graph, with the same results up to rounding; a string
         is a mode of ``torch.compile``. Compiling takes some seconds to a minute once. What cannot be compiled is
         trained without it, with a warning
@@ -143,8 +100,8 @@ class EwmaMixin(DataParallelMixin):
         it. 0: nothing happens at the same time; ``None``: no such process. ``staleness_mode`` says what the policies
         of such a rollout are
     :param async_timeout: seconds without a step of the environments after which that process is given up
-    :param ppo_args: positional arguments of the algorithm this is mixed into, see there. ``clip_range`` may also be
-        ``None`` or a negative constant: no clip
+    :param ppo_args: positional arguments of the algorithm this is mixed into. ``clip_range`` may also be ``None`` or a
+        negative constant: no clip
     :param ppo_kwargs: keyword arguments of the algorithm this is mixed into
     :raises TypeError: for an unknown argument or one of the wrong type
     :raises ValueError: for a value out of its range, before anything is built
@@ -168,11 +125,13 @@ class EwmaMixin(DataParallelMixin):
         "advantage_moments",
         "value_optimizer",
     )
-
     _policy_states: ClassVar[frozenset[str]] = frozenset({"policy_ewma"})
-
     _own_buffers: ClassVar[tuple[str, ...]] = ("stale_rollouts",)
+    # Optimisers beside the policy's own, of the same parameters, with the schedules of their learning rates
+    _further_optimizers: ClassVar[Mapping[str, str]] = {"value_optimizer": "lr_schedule"}
 
+    # How the family evaluates its policies
+    _evaluation: ClassVar[PolicyEvaluation] = PolicyEvaluation()
     # Rollout buffers whose minibatches are gathered on the device, with the minibatches' class
     _samples_classes: ClassVar[Mapping[type[RolloutBuffer], type[Any]]] = {
         RolloutBuffer: RolloutBufferSamples,
@@ -199,6 +158,7 @@ class EwmaMixin(DataParallelMixin):
         recompute_advantages: bool = False,
         staleness: int = 0,
         staleness_mode: StalenessMode = "decoupled",
+        engine: EngineChoice = "auto",
         torch_compile: bool | str = False,
         async_rollouts: int | None = None,
         async_timeout: float = 600.0,
@@ -218,6 +178,7 @@ class EwmaMixin(DataParallelMixin):
         self.recompute_advantages = recompute_advantages
         self.staleness = staleness
         self.staleness_mode: StalenessMode = staleness_mode
+        self.engine: EngineChoice = engine
         self.torch_compile = torch_compile
         self.async_rollouts = async_rollouts
         self.async_timeout = async_timeout
@@ -261,6 +222,7 @@ class EwmaMixin(DataParallelMixin):
             if "fork" not in multiprocessing.get_all_start_methods():
                 raise ValueError(f"async_rollouts={self.async_rollouts} needs fork(), which this system does not have")
         check_number("async_timeout", self.async_timeout, 0)
+        check_choice("engine", self.engine, get_args(EngineChoice))
         if not isinstance(self.torch_compile, bool):
             check_choice("torch_compile", self.torch_compile, get_args(CompileMode), "True or False")
         if not isinstance(self.recompute_advantages, bool):
@@ -303,19 +265,12 @@ class EwmaMixin(DataParallelMixin):
         if self.clip_range is None:  # load(..., clip_range=None) bypasses the constructor
             self.clip_range = CLIP_OFF
         super()._setup_model()
-        self.policy_ewma = None if self.prox_decay is None else ParameterEwma(self._copy_policy())
+        self.policy_ewma = None if self.prox_decay is None else ParameterEwma(uncompiled(self.policy))
         self.advantage_moments = None if self.advantage_decay is None else MomentsEwma(self.advantage_decay)
         self.value_optimizer = self._make_optimizer(self.lr_schedule) if self._has_value_epochs() else None
         self.stale_rollouts = StaleRollouts(self.staleness) if self.staleness > 0 else None
-        self._compiled_steps: CompiledSteps | None = None
-        self._gave_up_compiling = False
-        self._shortcuts: dict[int, forward.StandardPolicy] = {}
-        self._flat: FlatMlp | None = None
-        self._is_parted = False
-        self._part_size: int | None = None
-        self._steps: GradientSteps
-        # Policy at the start of the iteration, only built when something needs it
-        self._recent_policy: ParameterEwma | None = None
+        self._engines = EngineSelector()
+        self._has_warned_of_restart = False
 
     @property
     def _is_stale(self) -> bool:
@@ -326,48 +281,30 @@ class EwmaMixin(DataParallelMixin):
 
     def _make_optimizer(self, schedule: Schedule) -> th.optim.Optimizer:
         """
-        :param schedule: of the learning rate
-        :return: a further optimiser of all the policy's parameters, built as SB3 builds the policy's own
+        :param schedule: schedule of the learning rate
+        :return: a further optimiser, built as SB3 builds the policy's own, for the parameters that that one has
         """
         policy = self.policy
-        optimizer = policy.optimizer_class(policy.parameters(), lr=schedule(1), **policy.optimizer_kwargs)
+        parameters = [parameter for group in policy.optimizer.param_groups for parameter in group["params"]]
+        optimizer = policy.optimizer_class(parameters, lr=schedule(1), **policy.optimizer_kwargs)
         return cast(th.optim.Optimizer, optimizer)
 
-    def _make_policy(self, policy_kwargs: dict[str, Any]) -> ActorCriticPolicy:
-        """
-        :param policy_kwargs: keyword arguments of the policy
-        :return: a new policy, built as the algorithm's ``_setup_model`` does
-        """
-        policy = self.policy_class(
-            self.observation_space, self.action_space, self.lr_schedule, use_sde=self.use_sde, **policy_kwargs
-        )
-        return cast(ActorCriticPolicy, policy)
-
-    def _copy_policy(self) -> ActorCriticPolicy:
-        # Built anew, since copy.deepcopy() fails on policies that have been trained or use gSDE; from copied arguments,
-        # since a module among them (a pre-trained encoder) would else be part of both policies.
-        with preserved_generators(self.device):
-            policy = self._make_policy(copy.deepcopy(self.policy_kwargs)).to(self.device)
-        policy.load_state_dict(uncompiled(self.policy).state_dict())
-        # SB3's policies leave some arguments out of what they save (share_features_extractor, the LSTM's size), and
-        # come back without them when they are saved alone.
-        parameters = functools.partial(_constructor_parameters, policy._get_constructor_parameters, self.policy_kwargs)
-        policy._get_constructor_parameters = parameters  # type: ignore[method-assign]
-        return policy
+    # ------------------------------------------------------------------ what users read, and may override
 
     @property
     def proximal_policy(self) -> ActorCriticPolicy | None:
         """
-        :return: π_prox, the EWMA of the policy, to predict with, evaluate or save; it changes as training goes on. With
-            gSDE, each access draws its exploration noise anew. ``None`` with ``prox_decay=None``
+        :return: π_prox as it is now, a new policy with the EWMA of the parameters, to predict with, evaluate or save;
+            with gSDE, its exploration noise is drawn anew. ``None`` with ``prox_decay=None``
+        :raises ValueError: if the policy cannot be copied
         """
         if self.policy_ewma is None:
             return None
-        policy = cast(ActorCriticPolicy, self.policy_ewma.module)
-        if self.use_sde:
-            # Its exploration noise follows the averaged standard deviation.
-            with preserved_generators(self.device):
-                policy.reset_noise()
+        with preserved_generators(self.device):
+            self._follow_policy()
+            policy = copy_policy(uncompiled(self.policy), self.policy_ewma, self.policy_kwargs)
+            if self.use_sde:
+                policy.reset_noise()  # follows the averaged standard deviation
         return policy
 
     @property
@@ -382,61 +319,29 @@ class EwmaMixin(DataParallelMixin):
             default_center_of_mass(n_samples, self.batch_size, self.n_epochs, self._is_stale)
         )
 
-    # ------------------------------------------------------------------ hooks of the families
+    @property
+    def current_engine(self) -> str:
+        """
+        :return: name of the engine of the last training, before the first one of the next
+        """
+        choice = self._engines.choice or self._engines.choose(self, self._iteration(None), self._optimizers())
+        return cast(str, choice.engine.name)
 
-    def _evaluate_actions(
-        self, policy: ActorCriticPolicy, samples: Any, actions: th.Tensor
-    ) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
+    def explain_engine(self) -> str:
         """
-        :param policy: the current, proximal or recent policy
-        :param samples: minibatch from the rollout buffer
-        :param actions: its actions in the form the distribution expects
-        :return: values, log-probabilities and entropies of the actions
+        :return: which engine trains this model as it is now, why none of the faster ones does, and what they need
         """
-        shortcut = self._shortcuts.get(id(policy))
-        if shortcut is not None:
-            return shortcut.evaluate_actions(samples.observations, actions)
-        return policy.evaluate_actions(samples.observations, actions)
+        return self._engines.choose(self, self._iteration(None), self._optimizers()).explanation()
 
-    def _log_prob(self, policy: ActorCriticPolicy, samples: Any, actions: th.Tensor) -> th.Tensor:
+    def extra_loss(self, evaluation: Evaluation, minibatch: Minibatch) -> th.Tensor:
         """
-        :param policy: the proximal or recent policy
-        :param samples: minibatch from the rollout buffer
-        :param actions: its actions in the form the distribution expects
-        :return: (batch,) the log-probabilities of :meth:`_evaluate_actions`
-        """
-        shortcut = self._shortcuts.get(id(policy))
-        if shortcut is not None:
-            return shortcut.log_prob(samples.observations, actions)
-        return self._evaluate_actions(policy, samples, actions)[1]
+        A further term of the loss, for subclasses to override: it is added where the policy is trained.
 
-    def _padding_mask(self, samples: Any) -> th.Tensor | None:
+        :param evaluation: the minibatch under π_θ, π_prox and π_behav
+        :param minibatch: samples, actions, normalised advantages and padding mask
+        :return: shape (), with gradient
         """
-        :param samples: minibatch from the rollout buffer
-        :return: (batch,) bool, False for padding; ``None`` where nothing is padded
-        """
-        return None
-
-    def _predict_values(self, buffer: Any, indices: slice) -> th.Tensor:
-        """
-        :param buffer: flattened rollout buffer
-        :param indices: of its samples
-        :return: current values of their observations
-        """
-        return cast(th.Tensor, self.policy.predict_values(observations_at(buffer, indices)))
-
-    def _predict_last_values(self, rollout: Rollout) -> th.Tensor:
-        """
-        :param rollout: the rollout
-        :return: current values of the observations after its last step
-        """
-        return cast(th.Tensor, self.policy.predict_values(obs_as_tensor(rollout.last_obs, self.device)))
-
-    def _collected_rollout(self) -> Rollout:
-        """
-        :return: what ``collect_rollouts`` has just collected
-        """
-        return Rollout(self.rollout_buffer, self._last_obs, cast(np.ndarray, self._last_episode_starts))
+        raise NotImplementedError("extra_loss is called where a subclass defines it")
 
     # ------------------------------------------------------------------ collection
 
@@ -444,13 +349,13 @@ class EwmaMixin(DataParallelMixin):
         """
         As in the algorithm this is mixed into; an error that comes from a NaN or Inf says so.
 
-        :param args: see there
-        :param kwargs: see there
+        :param args: arguments of the algorithm's method
+        :param kwargs: arguments of the algorithm's method
         :return: False when a callback ended the collection
         :raises ValueError: if the environment or the network returned NaN or Inf
         """
         try:
-            with self._fast_forward():
+            with self._engines.collecting(self):
                 return super().collect_rollouts(*args, **kwargs)
         except Exception as error:
             if self._last_obs is not None and not is_finite(self._last_obs):
@@ -463,29 +368,11 @@ class EwmaMixin(DataParallelMixin):
             if not bool(th.isfinite(parameter).all()):
                 raise ValueError(f"NaN or Inf in the policy's parameter {name!r}") from error
 
-    @contextlib.contextmanager
-    def _fast_forward(self) -> Iterator[None]:
-        policy = self.policy
-        if not (self._is_fast and forward.is_standard(policy)):
-            yield
-            return
-        shortcut = MlpPolicy(policy) if is_mlp_policy(policy) else forward.StandardPolicy(policy)
-        policy.forward = shortcut.forward  # called by the policy itself, with its hooks
-        try:
-            yield
-        finally:
-            del policy.forward
-
-    def _update_info_buffer(self, infos: list[dict[str, Any]], dones: np.ndarray | None = None) -> None:
-        # Called at every step. The value of a truncated episode's last observation goes into the rewards, where a NaN
-        # would be blamed on them, and an Inf may not show: tanh of it is 1.
-        for info in infos:
-            if info.get("TimeLimit.truncated", False) and not is_finite(info.get("terminal_observation", 0)):
-                raise ValueError("NaN or Inf in the terminal observation that the environment returned")
-        super()._update_info_buffer(infos, dones)
-
     def _next_rollout(self) -> Rollout | None:
-        rollout = self._collected_rollout()
+        """
+        :return: the rollout to train on, ``None`` while a queue of stale rollouts fills
+        """
+        rollout = self._evaluation.collected_rollout(self)
         try:
             rollout.check_finite()
         except ValueError as error:
@@ -502,419 +389,153 @@ class EwmaMixin(DataParallelMixin):
         if rollout is None:
             return
         self.policy.set_training_mode(True)
-        optimizers = [self.policy.optimizer, self.value_optimizer]
-        self._update_learning_rate([optimizer for optimizer in optimizers if optimizer is not None])
-        self._start_iteration()
-        advantage_std = self._update_advantage_moments(rollout)
-
-        statistics = TrainStatistics()
-        with self._gradient_steps(flattens=self.value_optimizer is None):
-            self._train_epochs(rollout, statistics)
-        statistics.check_finite(_BLAME, f"after {self._n_updates} epochs and {self.num_timesteps} steps")
-        self._log_training(rollout, advantage_std, statistics)
+        self._update_learning_rate(self._optimizers())
+        self._follow_policy()
+        iteration = self._iteration(rollout)
+        advantage_std = iteration.normalizer.include(rollout.buffer.advantages)
+        engine = self._engines.engine_for(self, iteration, self._optimizers())
+        try:
+            for index, objective in enumerate(self._objectives()):
+                if index > 0 and self.recompute_advantages:
+                    self._recompute_advantages(rollout, iteration)
+                finished = self._train_epoch(engine, iteration, objective)
+                self._n_updates += objective.policy
+                if not finished:
+                    break
+        finally:
+            self._remember_policy()
+        self._engines.report(self, iteration)
+        iteration.statistics.check_finite(BLAME, self._when(rollout))
+        log_training(self, iteration, rollout, advantage_std)
         self._end_iteration(rollout)
         self._pool_log()
 
-    def _train_epochs(self, rollout: Rollout, statistics: TrainStatistics) -> None:
-        data = self._training_data(rollout)
-        for index, epoch in enumerate(self._epochs()):
-            if index > 0 and self.recompute_advantages:
-                self._recompute_advantages(rollout)
-                data.update_targets()
-            finished = self._train_epoch(data, epoch, statistics)
-            self._n_updates += epoch.policy
-            if not finished:
-                break
+    def _train_epoch(self, engine: Engine, iteration: Iteration, objective: Objective) -> bool:
+        """
+        :return: False if training ends with this epoch: ``target_kl`` forbade a step, or it could not be made
+        """
+        iteration.statistics.begin_epoch()
+        try:
+            finished = all(engine.step(minibatch, objective) for minibatch in engine.minibatches())
+        finally:
+            engine.end_epoch()
+        if iteration.exceeded_kl is not None and self.verbose >= 1:
+            print(f"Early stopping at n_updates={self._n_updates} due to reaching max kl: {iteration.exceeded_kl:.2f}")
+        return finished
 
-    def _training_data(self, rollout: Rollout) -> TrainingData:
-        samples_class = self._samples_classes.get(type(rollout.buffer))
-        return BufferData(rollout.buffer) if samples_class is None else DeviceData(rollout.buffer, samples_class)
-
-    def _epochs(self) -> list[Epoch]:
+    def _objectives(self) -> list[Objective]:
+        """
+        :return: the losses of each epoch
+        """
         if self.value_optimizer is None:
-            return [Epoch(policy=True, value=True)] * self.n_epochs
-        n_epochs_value = cast(int, self.n_epochs_value)
-        return [Epoch(policy=False, value=True)] * n_epochs_value + [Epoch(policy=True, value=False)] * self.n_epochs
+            return [Objective(policy=True, value=True)] * self.n_epochs
+        value_epochs = [Objective(policy=False, value=True)] * cast(int, self.n_epochs_value)
+        return [*value_epochs, *[Objective(policy=True, value=False)] * self.n_epochs]
 
-    def _start_iteration(self) -> None:
-        if self.policy_ewma is not None and self.policy_ewma.total_weight == 1:
-            # No step is averaged yet, so the average is the policy itself, also when the user has since put other
-            # parameters into it (a pre-trained policy, say).
-            self.policy_ewma.reset(self.policy)
-        if self._needs_recent_policy():
-            if self._recent_policy is None:
-                self._recent_policy = ParameterEwma(self._copy_policy())
-            self._recent_policy.reset(self.policy)
+    def _optimizers(self) -> list[th.optim.Optimizer]:
+        return [self.policy.optimizer, *([] if self.value_optimizer is None else [self.value_optimizer])]
+
+    def _iteration(self, rollout: Rollout | None) -> Iteration:
+        """
+        :param rollout: the rollout to train on, ``None`` where nothing is trained
+        :return: what the training works with
+        """
+        is_analytic = self.kl_coef > 0 and self.kl_estimator == "analytic"
+        is_recent_behav = self._is_stale and self.staleness_mode == "proximal"
+        is_recent_prox = is_analytic or (self._is_stale and self.staleness_mode != "behavior")
+        is_recent_prox = is_recent_prox and self.policy_ewma is None
+        # Policy at the start of the iteration
+        recent = ParameterEwma(uncompiled(self.policy)) if is_recent_prox or is_recent_behav else None
+        return Iteration(
+            policy=self.policy,
+            evaluation=self._evaluation,
+            action_space=self.action_space,
+            source=None if rollout is None else self._minibatch_source(rollout),
+            batch_size=self.batch_size,
+            coefficients=self._current_coefficients(),
+            normalizer=AdvantageNormalizer(self.normalize_advantage, self.advantage_moments, self._ranks),
+            optimizer=self.policy.optimizer,
+            max_grad_norm=self.max_grad_norm,
+            value_optimizer=self.value_optimizer,
+            average=self.policy_ewma,
+            prox_decay=self.current_prox_decay,
+            prox=self.policy_ewma if self.policy_ewma is not None else recent if is_recent_prox else None,
+            behav=recent if is_recent_behav else None,
+            analytic_kl=is_analytic,
+            max_kl=None if self.target_kl is None else 1.5 * self.target_kl,
+            extra_loss=None if type(self).extra_loss is EwmaMixin.extra_loss else self.extra_loss,
+            process_group=self._ranks,
+        )
+
+    def _minibatch_source(self, rollout: Rollout) -> MinibatchSource:
+        buffer = rollout.buffer
+        samples_class = self._samples_classes.get(type(buffer))
+        if self.engine == "reference" or samples_class is None or replaced_method(buffer) is not None:
+            return BufferMinibatches(buffer)
+        return device_minibatches(buffer, samples_class)
+
+    def _follow_policy(self) -> None:
+        """
+        EWMA and further optimisers follow the policy: where its parameters were replaced by other objects, or the
+        policy's optimiser by one of other parameters, they start afresh; so does the EWMA where somebody else has
+        changed values since the last training.
+        """
+        restarted = []
+        average, policy = self.policy_ewma, uncompiled(self.policy)
+        if average is not None and not (average.follows(policy) and average.is_up_to_date()):
+            if average.total_weight > 1:
+                restarted.append("policy_ewma")
+            average.follow(policy)
+        optimized = [id(each) for group in self.policy.optimizer.param_groups for each in group["params"]]
+        for name, schedule in self._further_optimizers.items():
+            optimizer: th.optim.Optimizer | None = getattr(self, name)
+            if optimizer is None or [id(p) for group in optimizer.param_groups for p in group["params"]] == optimized:
+                continue
+            setattr(self, name, self._make_optimizer(getattr(self, schedule)))
+            if optimizer.state:
+                restarted.append(name)
+        if restarted and not self._has_warned_of_restart:
+            self._has_warned_of_restart = True
+            warn_caller(
+                f"The policy's parameters were changed outside of training: {', '.join(restarted)} started afresh."
+            )
+
+    def _remember_policy(self) -> None:
+        """Note that the policy's values are those that training left behind."""
+        if self.policy_ewma is not None:
+            self.policy_ewma.remember()
+
+    @th.no_grad()
+    def _recompute_advantages(self, rollout: Rollout, iteration: Iteration) -> None:
+        self.policy.set_training_mode(False)
+        buffer, predict = rollout.buffer, self._evaluation.predict_values
+        size = buffer.buffer_size * buffer.n_envs
+        step = max(EVALUATION_BATCH_SIZE, self.batch_size or size)
+        values = [predict(self.policy, buffer, slice(i, i + step)).flatten() for i in range(0, size, step)]
+        last_values = self._evaluation.predict_last_values(self.policy, rollout)
+        rollout.replace_values(th.cat(values).cpu().numpy(), last_values)
+        self.policy.set_training_mode(True)
+        iteration.normalizer.include(buffer.advantages)
+        cast(MinibatchSource, iteration.source).update_targets()
 
     def _end_iteration(self, rollout: Rollout) -> None:
         """
         Called at the end of every training, for algorithms that do more.
 
-        :param rollout: that was trained on
+        :param rollout: the rollout that was trained on
         """
 
-    def _needs_recent_policy(self) -> bool:
-        if self._is_stale and self.staleness_mode == "proximal":
-            return True
-        if self.policy_ewma is not None:
-            return False
-        return self._is_kl_analytic() or (self._is_stale and self.staleness_mode == "decoupled")
-
-    def _train_epoch(self, data: TrainingData, epoch: Epoch, statistics: TrainStatistics) -> bool:
-        """
-        :return: False if training ends with this epoch
-        """
-        statistics.begin_epoch()
-        coefficients = self._current_coefficients()
-        optimizer = self.policy.optimizer if epoch.policy else cast(th.optim.Optimizer, self.value_optimizer)
-        loss_terms: Callable[..., LossTerms] = self._loss_terms
-        flat = self._flat
-        groups: Iterator[list[tuple[Any, ...]]]
-        if flat is None:
-            given = self._given(coefficients)
-            groups = ([(data, each, epoch, given)] for each in data.minibatches(self.batch_size))
-        else:
-            optimizer, loss_terms = flat.optimizer, flat.loss_terms
-            groups = self._flat_minibatches(flat, data, coefficients, statistics)
-        finished = all(
-            self._gradient_step(loss_terms, minibatches, optimizer, statistics, updates_average=epoch.policy)
-            for minibatches in groups
-        )
-        if flat is not None:
-            statistics.condense(lambda rows: flat.statistics(rows, coefficients), ROWS)
-            flat.write_back()
-        return finished
-
-    def _given(self, coefficients: Coefficients) -> Coefficients:
-        """
-        :return: as losses are given them; no compiled graph is to depend on their values
-        """
-        return coefficients if self._steps.compiled is None else coefficients.as_tensors(self.device)
-
-    def _flat_minibatches(
-        self, flat: FlatMlp, data: TrainingData, coefficients: Coefficients, statistics: TrainStatistics
-    ) -> Iterator[list[tuple[Any, ...]]]:
-        """
-        :return: arguments of ``flat.loss_terms`` for each minibatch, alone or with those that are one graph with it
-        """
-        given, with_approx_kl = self._given(coefficients), self.target_kl is not None
-        n_unrolled = 1 if self._steps.compiled is None or with_approx_kl else UNROLLED
-        is_stale = self._is_stale and self.staleness_mode == "proximal"
-        for samples, n_minibatches in data.blocks(self.batch_size, flat.features_dim):
-            actions = forward.as_distributed(self.action_space, samples.actions)
-            advantages = samples.advantages.view(n_minibatches, -1)
-            columns = Samples(
-                actions,
-                self._normalized_advantages(advantages, None, coefficients).flatten(),
-                samples.returns,
-                samples.old_values,
-                samples.old_log_prob,
-                self._log_prob_behav(samples, actions) if is_stale else None,
-                self._log_prob_prox(samples, actions) if self.policy_ewma is None else None,
-            )
-            parts = zip(
-                flat.features(samples.observations).chunk(n_minibatches), columns.chunk(n_minibatches), strict=True
-            )
-            arguments = [(*part, given, with_approx_kl) for part in parts]
-            n_grouped = n_minibatches // n_unrolled * n_unrolled
-            yield from (arguments[i : i + n_unrolled] for i in range(0, n_grouped, n_unrolled))
-            yield from ([each] for each in arguments[n_grouped:])
-            # Rows of a block, not of an epoch, are there at the same time
-            statistics.condense(lambda rows: flat.statistics(rows, coefficients), ROWS)
-
-    @contextlib.contextmanager
-    def _gradient_steps(self, flattens: bool = False) -> Iterator[None]:
-        """
-        Within this context :meth:`_gradient_step` makes steps, and what it needs stays what it is.
-
-        :param flattens: whether the policy can be trained as a :class:`~sb3_ppo_ewma._engine.flat_mlp.FlatMlp`
-        """
-        compiled = self._compiler()
-        policies = [self.policy, *(a.module for a in (self.policy_ewma, self._recent_policy) if a is not None)]
-        may_round = self._is_fast or compiled is not None
-        may_round = may_round and not self._is_kl_analytic() and not self._overrides(_EVALUATION)
-        try:
-            self._shortcuts = {
-                id(policy): forward.StandardPolicy(policy)
-                for policy in policies
-                if may_round and forward.is_standard(policy)
-            }
-            self._is_parted = compiled is None and id(self.policy) in self._shortcuts and can_be_parted(self.policy)
-            if flattens and may_round and all(map(is_mlp_policy, policies)) and not self._overrides(_LOSSES):
-                mlp = MlpPolicy(self.policy)
-                self._flat = FlatMlp(mlp, self.policy_ewma, compiled is None) if can_be_flat(mlp) else None
-            self._steps = GradientSteps(
-                self.policy,
-                self.policy_ewma,
-                max_grad_norm=self.max_grad_norm,
-                max_kl=None if self.target_kl is None else 1.5 * self.target_kl,
-                decay=self.current_prox_decay,
-                may_fuse=self._is_fast,
-                compiled=compiled,
-                flat=self._flat,
-                ranks=self._ranks,
-            )
-            with self._steps.training():
-                yield
-        finally:
-            self._shortcuts, self._flat, self._is_parted, self._part_size = {}, None, False, None
-            vars(self).pop("_steps", None)
-
-    def _overrides(self, names: Sequence[str]) -> bool:
-        """
-        :return: whether one of these methods is not the mixin's
-        """
-        own = (getattr(getattr(self, name), "__func__", None) for name in names)
-        return any(method is not getattr(EwmaMixin, name) for name, method in zip(names, own, strict=True))
-
-    def _gradient_step(
-        self,
-        loss_terms: Callable[..., LossTerms],
-        minibatches: list[tuple[Any, ...]],
-        optimizer: th.optim.Optimizer,
-        statistics: TrainStatistics,
-        updates_average: bool = False,
-    ) -> bool:
-        """
-        :return: False if training ends here: ``target_kl`` forbade the step, or it could not be made
-        """
-        steps = self._steps
-        try:
-            made = steps.step(loss_terms, minibatches, optimizer, statistics, updates_average)
-        except CompilationError as reason:
-            self._give_up_compiling(reason)
-            steps.compiled = None
-            made = steps.step(loss_terms, minibatches, optimizer, statistics, updates_average)
-        if steps.exceeded_kl is not None and self.verbose >= 1:
-            print(f"Early stopping at n_updates={self._n_updates} due to reaching max kl: {steps.exceeded_kl:.2f}")
-        return made
-
-    def _compiler(self) -> CompiledSteps | None:
-        if not self.torch_compile or self._gave_up_compiling:
-            return None
-        if self._ranks is not None:
-            self._give_up_compiling(CompilationError("data-parallel training averages gradients outside of graphs"))
-            return None
-        if self._compiled_steps is None:
-            try:
-                self._compiled_steps = CompiledSteps(None if self.torch_compile is True else self.torch_compile)
-            except CompilationError as reason:
-                self._give_up_compiling(reason)
-        return self._compiled_steps
-
-    def _give_up_compiling(self, reason: CompilationError) -> None:
-        warn_caller(f"torch_compile={self.torch_compile!r} has no effect, training goes on without it: {reason}")
-        self._gave_up_compiling = True
-        self._compiled_steps = None
-
-    @property
-    def _is_fast(self) -> bool:
-        # Whether results may differ from SB3's in their last digits. Who gives optimiser settings gets them to the bit.
-        given = self.policy_kwargs.keys() & {"optimizer_class", "optimizer_kwargs"}
-        return not given or bool((self.policy_kwargs.get("optimizer_kwargs") or {}).get("fused"))
-
-    def _loss_terms(self, data: TrainingData, minibatch: Any, epoch: Epoch, coefficients: Coefficients) -> LossTerms:
-        samples = data.samples(minibatch)
-        mask = self._padding_mask(samples)
-        advantages = self._normalized_advantages(samples.advantages, mask, coefficients)
-        # Where there are several parts, there is no mask: a family that has one is evaluated by methods of its own.
-        parts = self._parts(samples.observations, (samples, advantages))
-        return accumulated(
-            (share, self._loss_terms_of_part(part, part_advantages, mask, epoch, coefficients))
-            for share, (part, part_advantages) in parts
-        )
-
-    def _parts(self, observations: Any, columns: tuple[Any, ...]) -> Iterator[tuple[float, Any]]:
-        """
-        :param observations: of a minibatch
-        :param columns: of the minibatch, all that is to be split
-        :return: see :func:`~sb3_ppo_ewma._engine.parts.split`
-        """
-        if not (self._is_parted and type(self.rollout_buffer) in self._samples_classes):
-            return iter([(1.0, columns)])
-        if self._part_size is None:
-            self._part_size = part_size(self._shortcuts[id(self.policy)], observations)
-        some = next(iter(observations.values())) if isinstance(observations, dict) else observations
-        return split(columns, len(some), self._part_size)
-
-    def _loss_terms_of_part(
-        self,
-        samples: Any,
-        advantages: th.Tensor,
-        mask: th.Tensor | None,
-        epoch: Epoch,
-        coefficients: Coefficients,
-    ) -> LossTerms:
-        """
-        :param samples: of the minibatch or a part of it
-        :param advantages: (batch,) normalised
-        :param mask: see :meth:`_padding_mask`
-        """
-        actions = forward.as_distributed(self.action_space, samples.actions)
-        values, log_prob, entropy = self._evaluate_actions(self.policy, samples, actions)
-        roots: list[th.Tensor] = []
-        gradients: list[th.Tensor] = []
-        weighted: list[th.Tensor] = []
-        statistics: dict[str, th.Tensor] = {}
-
-        def add(name: str, term: th.Tensor, coefficient: Coefficient | None) -> None:
-            statistics[name] = detached = term.detach()
-            if coefficient is not None:
-                roots.append(term)
-                gradients.append(th.ones_like(detached) * coefficient)
-                weighted.append(detached * coefficient)
-
-        if epoch.policy:
-            # Before the proximal policy is evaluated: SB3's policies keep their last distribution only.
-            current = torch_distributions(self.policy.action_dist, _ANALYTIC) if self._is_kl_analytic() else []
-            policy = self._policy_loss_terms(samples, actions, advantages, log_prob.detach(), mask, coefficients)
-            roots.append(log_prob)
-            gradients.append(policy.gradient)
-            weighted.append(policy.policy_gradient_loss + policy.kl_loss)
-            statistics |= self._policy_statistics(policy, log_prob.detach() - samples.old_log_prob, mask)
-            if current:
-                kl = losses.analytic_kl(self._proximal_distributions(samples, actions), current)
-                add("kl_loss", losses.masked_mean(kl, mask), coefficients.kl_coef)
-            add("entropy_loss", losses.entropy_loss(entropy, log_prob, mask), coefficients.ent_coef)
-        if epoch.value:
-            value_loss = losses.value_loss(
-                values.flatten(),
-                samples.returns,
-                old_values=samples.old_values,
-                clip_range_vf=coefficients.clip_range_vf,
-                mask=mask,
-            )
-            add("value_loss", value_loss, coefficients.vf_coef)
-        statistics["loss"] = loss = th.stack(weighted).sum()
-        return LossTerms(roots, gradients, loss, statistics)
-
-    def _policy_statistics(
-        self, policy: losses.PolicyLossTerms, log_ratio_old: th.Tensor, mask: th.Tensor | None
-    ) -> dict[str, th.Tensor]:
-        statistics = {
-            "policy_gradient_loss": policy.policy_gradient_loss,
-            "kl_loss": policy.kl_loss,
-            "log_ratio_prox": losses.valid(policy.log_ratio_prox, mask),
-            "log_ratio_behav": losses.valid(policy.log_ratio_behav, mask),
-            "log_ratio_old": losses.valid(log_ratio_old, mask),
-        }
-        if self.target_kl is not None:
-            statistics["approx_kl"] = losses.approximate_kl(statistics["log_ratio_old"])
-        return statistics
-
-    def _policy_loss_terms(
-        self,
-        samples: Any,
-        actions: th.Tensor,
-        advantages: th.Tensor,
-        log_prob: th.Tensor,
-        mask: th.Tensor | None,
-        coefficients: Coefficients,
-    ) -> losses.PolicyLossTerms:
-        log_prob_prox = self._log_prob_prox(samples, actions)
-        is_prox_behav = self.policy_ewma is None and self.staleness_mode == "proximal"
-        return losses.policy_loss_terms(
-            log_prob,
-            log_prob_prox,
-            log_prob_prox if is_prox_behav else self._log_prob_behav(samples, actions),
-            advantages,
-            coefficients.ratio_limits,
-            kl_coef=None if self._is_kl_analytic() else coefficients.kl_coef,
-            mask=mask,
-        )
-
-    def _log_prob_prox(self, samples: Any, actions: th.Tensor) -> th.Tensor:
-        """
-        :return: (batch,) log π_prox(a|s)
-        """
-        if self.policy_ewma is not None:
-            return self._log_prob_of(self.policy_ewma, samples, actions)
-        if self._is_stale and self.staleness_mode != "behavior":
-            return self._log_prob_of(self._recent_policy, samples, actions)
-        return cast(th.Tensor, samples.old_log_prob)
-
-    def _log_prob_behav(self, samples: Any, actions: th.Tensor) -> th.Tensor:
-        """
-        :return: (batch,) log π_behav(a|s), or what takes its place in the mode ``"proximal"``
-        """
-        if self._is_stale and self.staleness_mode == "proximal":
-            return self._log_prob_of(self._recent_policy, samples, actions)
-        return cast(th.Tensor, samples.old_log_prob)
-
-    @th.no_grad()
-    def _log_prob_of(self, average: ParameterEwma | None, samples: Any, actions: th.Tensor) -> th.Tensor:
-        return self._log_prob(cast(ActorCriticPolicy, cast(ParameterEwma, average).module), samples, actions)
-
-    def _proximal_distributions(self, samples: Any, actions: th.Tensor) -> Sequence[Distribution]:
-        average = self.policy_ewma if self.policy_ewma is not None else self._recent_policy
-        if self.policy_ewma is None and not self._is_stale:
-            # log π_prox came from the rollout; otherwise computing it has just left the distributions behind.
-            self._log_prob_of(average, samples, actions)
-        return torch_distributions(cast(Any, cast(ParameterEwma, average).module).action_dist, _ANALYTIC)
-
-    def _is_kl_analytic(self) -> bool:
-        return self.kl_coef > 0 and self.kl_estimator == "analytic"
-
-    # ------------------------------------------------------------------ advantages
-
-    def _update_advantage_moments(self, rollout: Rollout) -> float:
-        """
-        :return: standard deviation of the advantages, of this rollout or, with ``advantage_decay``, of the EWMA
-        """
-        advantages = rollout.buffer.advantages
-        if self.advantage_moments is None:
-            return float(advantages.std())
-        if self.recompute_advantages:
-            self._moments_before = copy.deepcopy(self.advantage_moments.state_dict())
-        self._include_advantages(advantages)
-        return math.sqrt(self.advantage_moments.moments()[1])
-
-    def _include_advantages(self, advantages: np.ndarray) -> None:
-        moments = cast(MomentsEwma, self.advantage_moments)
-        if self._ranks is None:
-            moments.update(th.as_tensor(advantages))
-            return
-        mean, squares, count = self._ranks.moments(th.as_tensor(advantages, dtype=th.float64).flatten())
-        moments.update_from_moments(mean.item(), squares.item() / count, count)
-
-    def _normalized_advantages(
-        self, advantages: th.Tensor, mask: th.Tensor | None, coefficients: Coefficients
-    ) -> th.Tensor:
-        if not self.normalize_advantage:
-            return advantages
-        if coefficients.advantage_scale is not None:
-            return standardize(advantages, *coefficients.advantage_scale)
-        if self._ranks is None:
-            return losses.normalize_advantages(advantages, mask)
-        mean, squares, count = self._ranks.moments(losses.valid(advantages, mask))
-        return advantages if count == 1 else standardize(advantages, mean, (squares / (count - 1)).sqrt() + 1e-8)
-
-    @th.no_grad()
-    def _recompute_advantages(self, rollout: Rollout) -> None:
-        self.policy.set_training_mode(False)
-        buffer = rollout.buffer
-        size = buffer.buffer_size * buffer.n_envs
-        step = max(EVALUATION_BATCH_SIZE, self.batch_size or size)
-        values = th.cat([self._predict_values(buffer, slice(i, i + step)).flatten() for i in range(0, size, step)])
-        rollout.replace_values(values.cpu().numpy(), self._predict_last_values(rollout))
-        self.policy.set_training_mode(True)
-        if self.advantage_moments is not None:
-            # A rollout counts once, with its latest advantages.
-            self.advantage_moments.load_state_dict(self._moments_before)
-            self._include_advantages(buffer.advantages)
-
-    # ------------------------------------------------------------------ schedules and logs
+    # ------------------------------------------------------------------ schedules
 
     def _current_coefficients(self) -> Coefficients:
         # Schedules may end slightly below 0 when the last rollout overshoots; only constants switch the clip off.
-        clip_range = None if is_clip_off(self.clip_range) else self._scheduled("clip_range", self.clip_range)
         return Coefficients(
-            losses.RatioLimits.of(clip_range, self.max_importance_ratio),
+            None if is_clip_off(self.clip_range) else self._scheduled("clip_range", self.clip_range),
             None if self.clip_range_vf is None else self._scheduled("clip_range_vf", self.clip_range_vf),
-            self.ent_coef or None,
+            self.ent_coef,
             self.vf_coef,
-            self.kl_coef or None,
-            None if self.advantage_moments is None else self.advantage_moments.location_and_scale(),
+            self.kl_coef,
+            self.max_importance_ratio,
         )
 
     def _scheduled(self, name: str, schedule: Schedule) -> float:
@@ -929,41 +550,9 @@ class EwmaMixin(DataParallelMixin):
         for optimizer in optimizers if isinstance(optimizers, list) else [optimizers]:
             update_learning_rate(optimizer, learning_rate)
 
-    def _log_training(self, rollout: Rollout, advantage_std: float, statistics: TrainStatistics) -> None:
-        record = self.logger.record
-        coefficients = self._current_coefficients()
-        for name in ("entropy_loss", "policy_gradient_loss", "value_loss"):
-            record(f"train/{name}", np.mean(statistics.terms(name)))
-        # SB3 logs the mean of the last epoch
-        approx_kl = statistics.reduce(losses.approximate_kl, "log_ratio_old", last_epoch=True)
-        record("train/approx_kl", np.mean(approx_kl))
-        limits = coefficients.ratio_limits
-        clip_fraction, approx_kl_prox, importance_ratio_max, cap_fraction, importance_ess = statistics.reduce(
-            lambda prox, behav: th.stack(losses.ratio_statistics(prox, behav, limits)),
-            "log_ratio_prox",
-            "log_ratio_behav",
-        )
-        record("train/approx_kl_prox", np.mean(approx_kl_prox))
-        record("train/loss", statistics.terms("loss")[-1])
-        record("train/importance_ratio_max", np.max(importance_ratio_max))
-        record("train/importance_ess", np.mean(importance_ess))
-        if limits.log_cap is not None:
-            record("train/importance_cap_fraction", np.mean(cap_fraction))
-        if coefficients.kl_coef is not None:
-            record("train/kl_loss", np.mean(statistics.terms("kl_loss")))
-        record("train/advantage_std", advantage_std)
-        if self.current_prox_decay is not None:
-            record("train/prox_center_of_mass", center_of_mass_from_decay(self.current_prox_decay))
-        buffer = rollout.buffer
-        record("train/explained_variance", explained_variance(buffer.values.flatten(), buffer.returns.flatten()))
-        if hasattr(self.policy, "log_std"):
-            record("train/std", standard_deviation(self.policy).mean().item())
-        record("train/n_updates", self._n_updates, exclude="tensorboard")
-        if limits.high is not None:
-            record("train/clip_fraction", np.mean(clip_fraction))
-            record("train/clip_range", self._scheduled("clip_range", self.clip_range))
-        if coefficients.clip_range_vf is not None:
-            record("train/clip_range_vf", coefficients.clip_range_vf)
+    def _when(self, rollout: Rollout) -> str:
+        found = "" if is_finite(rollout.buffer.observations) else ", from observations with NaN or Inf,"
+        return f"{found} after {self._n_updates} epochs and {self.num_timesteps} steps".strip(", ")
 
     # ------------------------------------------------------------------ learning, saving, loading
 
@@ -981,12 +570,16 @@ class EwmaMixin(DataParallelMixin):
             )
         return result
 
+    def set_parameters(self, *args: Any, **kwargs: Any) -> None:
+        super().set_parameters(*args, **kwargs)
+        self._remember_policy()
+
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_recent_policy", "_moments_before", *_PROCESS]
+        return [*super()._excluded_save_params(), "_engines", "_has_warned_of_restart"]
 
     def _start_afresh(self, name: str) -> None:
         if name == "policy_ewma" and self.policy_ewma is not None:
-            self.policy_ewma.reset(self.policy)
+            self.policy_ewma.reset()
         elif name == "advantage_moments" and self.advantage_moments is not None:
             self.advantage_moments.reset()
         elif name == "value_optimizer":
@@ -1003,8 +596,7 @@ class PPOEWMA(EwmaMixin, PPO):
 
     All parameters of ``stable_baselines3.PPO`` in the same order with the same defaults; those of :class:`EwmaMixin` by
     keyword. With ``prox_decay=None`` it computes what SB3's PPO computes, as long as no ratio π_θ/π_behav reaches
-    ``max_importance_ratio``: up to rounding, or to the bit if optimiser settings are given (SB3's are
-    ``policy_kwargs={"optimizer_kwargs": {"eps": 1e-5}}``).
+    ``max_importance_ratio``: up to rounding, or with ``engine="reference"`` to the bit.
 
     >>> from sb3_ppo_ewma import PPOEWMA
     >>> model = PPOEWMA("MlpPolicy", "CartPole-v1", n_steps=64).learn(64)
@@ -1033,7 +625,3 @@ class PPOEWMA(EwmaMixin, PPO):
         :return: the model
         """
         return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
-
-
-def _constructor_parameters(inherited: Any, policy_kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {**policy_kwargs, **inherited()}

@@ -15,6 +15,7 @@ from gymnasium import spaces
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.type_aliases import DictRolloutBufferSamples, RolloutBufferSamples
 
+from sb3_ppo_ewma._arguments import warn_caller
 from sb3_ppo_ewma.memory import available_memory
 
 # SB3's minibatches, whose actions its buffers cast to float32; sb3-contrib does not
@@ -49,23 +50,29 @@ class Rollout:
 
     def check_finite(self) -> None:
         """
-        :raises ValueError: if the rollout has a NaN or Inf, naming the quantity and where it comes from
+        Look at what enters the losses. Observations may have NaN or Inf that the networks handle, or do not read.
+
+        :raises ValueError: if there is a NaN or Inf, naming the quantity and where it comes from
         """
         quantities = {
-            "observations": (self.buffer.observations, "the environment"),
-            "the last observation": (self.last_obs, "the environment"),
             # Before the rewards, to which the values of truncated episodes are added
             "values": (self.buffer.values, "the network"),
             "log-probabilities": (self.buffer.log_probs, "the network"),
             "rewards": (self.buffer.rewards, "the environment"),
             "advantages": (self.buffer.advantages, "rewards or values that overflow"),
         }
-        for name, (array, origin) in quantities.items():
-            if not is_finite(array):
-                raise ValueError(
-                    f"NaN or Inf in {name} of the rollout, from {origin}. The parameters are those from before it. "
-                    "VecCheckNan finds the step where it begins."
-                )
+        broken = [(name, origin) for name, (array, origin) in quantities.items() if not is_finite(array)]
+        if not broken:
+            return
+        name, origin = broken[0]
+        if not is_finite(self.buffer.observations):
+            name, origin = "observations", "the environment"
+        elif not is_finite(self.last_obs):
+            name, origin = "the last observation", "the environment"
+        raise ValueError(
+            f"NaN or Inf in {name} of the rollout, from {origin}. The parameters are those from before it. "
+            "VecCheckNan finds the step where it begins."
+        )
 
     def detached_copy(self) -> "Rollout":
         """
@@ -107,36 +114,29 @@ def is_finite(array: Any) -> bool:
     return not np.issubdtype(array.dtype, np.inexact) or bool(np.isfinite(array).all())
 
 
-class TrainingData(Protocol):
+class MinibatchSource(Protocol):
     """Where the minibatches of one training come from."""
 
     def minibatches(self, batch_size: int | None) -> Iterator[Any]:
         """
         :param batch_size: number of samples, ``None``: all; the last minibatch may be smaller
-        :return: one epoch of minibatches, arguments for :meth:`samples`
-        """
-        ...
-
-    def samples(self, minibatch: Any) -> Any:
-        """
-        :param minibatch: from :meth:`minibatches`
-        :return: its samples, a named tuple as from SB3's buffers
+        :return: one epoch of minibatches, named tuples as from SB3's buffers
         """
         ...
 
     def blocks(self, batch_size: int | None, features_dim: int) -> Iterator[tuple[Any, int]]:
         """
-        :param batch_size: see :meth:`minibatches`
+        :param batch_size: as for :meth:`minibatches`
         :param features_dim: number of features of a sample, which limits how many samples come together
         :return: one epoch of samples, each with the number of minibatches of one size that they are
         """
         ...
 
     def update_targets(self) -> None:
-        """Advantages and returns in the buffer have changed."""
+        """Take notice that advantages and returns in the buffer have changed."""
 
 
-class BufferData:
+class BufferMinibatches:
     """
     Minibatches from the buffer's own ``get()``.
 
@@ -148,31 +148,24 @@ class BufferData:
 
     def minibatches(self, batch_size: int | None) -> Iterator[Any]:
         """
-        :param batch_size: see :class:`TrainingData`
+        :param batch_size: number of samples, ``None``: all
         :return: one epoch
         """
         return self._buffer.get(batch_size)
 
-    def samples(self, minibatch: Any) -> Any:
-        """
-        :param minibatch: its samples
-        :return: the same
-        """
-        return minibatch
-
     def blocks(self, batch_size: int | None, features_dim: int) -> Iterator[tuple[Any, int]]:
         """
-        :param batch_size: see :class:`TrainingData`
-        :param features_dim: see there
+        :param batch_size: number of samples, ``None``: all
+        :param features_dim: number of features of a sample
         :return: one epoch, minibatch by minibatch
         """
         return ((samples, 1) for samples in self.minibatches(batch_size))
 
     def update_targets(self) -> None:
-        """Nothing to do."""
+        """Nothing to do: every minibatch is read from the buffer."""
 
 
-class DeviceData:
+class DeviceMinibatches:
     """
     A rollout on the device, each quantity in its own dtype, from which minibatches are gathered there; in the same
     order and with the same numbers as from the buffer's own ``get()``.
@@ -208,20 +201,20 @@ class DeviceData:
     def update_targets(self) -> None:
         """Read values, log-probabilities, advantages and returns from the buffer again."""
         buffer = self._buffer
-        rows = (buffer.values, buffer.log_probs, buffer.advantages, buffer.returns)
-        self._targets = self._tensor(np.stack([row.flatten() for row in rows]))
+        targets = (buffer.values, buffer.log_probs, buffer.advantages, buffer.returns)
+        self._targets = self._tensor(np.stack([target.flatten() for target in targets]))
 
     def minibatches(self, batch_size: int | None) -> Iterator[Any]:
         """
-        :param batch_size: see :class:`TrainingData`
+        :param batch_size: number of samples, ``None``: all
         :return: one epoch
         """
-        return iter(th.split(self._permutation(), batch_size or self._n_samples))
+        return map(self._gather, th.split(self._permutation(), batch_size or self._n_samples))
 
     def blocks(self, batch_size: int | None, features_dim: int) -> Iterator[tuple[Any, int]]:
         """
-        :param batch_size: see :class:`TrainingData`
-        :param features_dim: see there
+        :param batch_size: number of samples, ``None``: all
+        :param features_dim: number of features of a sample
         :return: one epoch
         """
         permutation, size = self._permutation(), batch_size or self._n_samples
@@ -229,9 +222,9 @@ class DeviceData:
         whole = self._n_samples // size * size
         for start in range(0, whole, block_size):
             indices = permutation[start : min(start + block_size, whole)]
-            yield self.samples(indices), len(indices) // size
+            yield self._gather(indices), len(indices) // size
         if whole < self._n_samples:
-            yield self.samples(permutation[whole:]), 1
+            yield self._gather(permutation[whole:]), 1
 
     @property
     def _n_samples(self) -> int:
@@ -240,12 +233,8 @@ class DeviceData:
     def _permutation(self) -> th.Tensor:
         return self._tensor(np.random.permutation(self._n_samples))  # SB3's generator
 
-    def samples(self, minibatch: th.Tensor) -> Any:
-        """
-        :param minibatch: indices
-        :return: its samples
-        """
-        indices, observations = minibatch, self._observations
+    def _gather(self, indices: th.Tensor) -> Any:
+        observations = self._observations
         return self._samples_class(
             {key: tensor.index_select(0, indices) for key, tensor in observations.items()}
             if isinstance(observations, dict)
@@ -254,6 +243,22 @@ class DeviceData:
             *self._targets.index_select(1, indices).unbind(),
             *(extra.index_select(0, indices) for extra in self._extras),
         )
+
+
+def device_minibatches(buffer: RolloutBuffer, samples_class: type[Any]) -> MinibatchSource:
+    """
+    :param buffer: filled rollout buffer
+    :param samples_class: named tuple of a minibatch, as its ``get()`` returns it
+    :return: its minibatches gathered on the device, or by its own ``get()`` where the device has no memory for all of it
+    """
+    try:
+        return DeviceMinibatches(buffer, samples_class)
+    except th.OutOfMemoryError:
+        warn_caller(
+            f"A rollout of n_steps={buffer.buffer_size} and n_envs={buffer.n_envs} does not fit into the memory of "
+            f"{buffer.device}: its minibatches are copied there one by one, which takes longer."
+        )
+        return BufferMinibatches(buffer)
 
 
 def _flatten(buffer: RolloutBuffer, extra_names: tuple[str, ...]) -> None:

@@ -17,17 +17,18 @@ from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 
 from sb3_ppo_ewma._arguments import check_integer, check_number
+from sb3_ppo_ewma._engine.iteration import Iteration, Objective
+from sb3_ppo_ewma._engine.reference import ReferenceEngine
+from sb3_ppo_ewma.advantages import AdvantageNormalizer, MomentsEwma
 from sb3_ppo_ewma.checkpointing.generators import preserved_generators
-from sb3_ppo_ewma.ewma import MomentsEwma
-from sb3_ppo_ewma.losses import Coefficients
-from sb3_ppo_ewma.ppo_ewma import Epoch, EwmaMixin
-from sb3_ppo_ewma.rollouts import Rollout, TrainingData
+from sb3_ppo_ewma.ppo_ewma import EwmaMixin
+from sb3_ppo_ewma.rollouts import Rollout
 
 # By name in the log
 _LOSSES = {
-    "joint": Epoch(policy=True, value=True),
-    "policy": Epoch(policy=True, value=False),
-    "value": Epoch(policy=False, value=True),
+    "joint": Objective(policy=True, value=True),
+    "policy": Objective(policy=True, value=False),
+    "value": Objective(policy=False, value=True),
 }
 
 
@@ -143,7 +144,7 @@ class NoiseScaleCallback(BaseCallback):
         model = cast(EwmaMixin, self.model)
         if model._n_rollouts % self.every != 0:
             return
-        rollout = model._collected_rollout()
+        rollout = model._evaluation.collected_rollout(model)
         try:
             rollout.check_finite()
         except ValueError:
@@ -168,62 +169,55 @@ class NoiseScaleCallback(BaseCallback):
         """
         with _unchanged(model):
             model._update_current_progress_remaining(model.num_timesteps, model._total_timesteps)
-            model._start_iteration()
+            model._follow_policy()
             model.policy.set_training_mode(True)
-            coefficients = _with_moments_of(rollout.buffer, model)
-            data = model._training_data(dataclasses.replace(rollout, buffer=_scratch(rollout.buffer)))
-            batch_size = _n_samples(rollout.buffer) // self.n_batches
-            with model._gradient_steps():
-                if not all(parameter.requires_grad for parameter in model.policy.parameters()):
-                    model._is_parted = False  # parts cannot do without a gradient
-                gradients = {
-                    name: _gradients(model, data, epoch, coefficients, batch_size)
-                    for name, epoch in _LOSSES.items()
-                    if name != "joint" or epoch in model._epochs()
-                }
-                return {
-                    name: estimate_noise(itertools.islice(each, self.n_batches), batch_size)
-                    for name, each in gradients.items()
-                }
+            iteration = model._iteration(dataclasses.replace(rollout, buffer=_scratch(rollout.buffer)))
+            iteration.batch_size = _n_samples(rollout.buffer) // self.n_batches
+            iteration.normalizer = _normalizer_of(rollout.buffer, model)
+            gradients = {
+                name: _gradients(iteration, objective)
+                for name, objective in _LOSSES.items()
+                if name != "joint" or objective in model._objectives()
+            }
+            return {
+                name: estimate_noise(itertools.islice(each, self.n_batches), iteration.batch_size)
+                for name, each in gradients.items()
+            }
 
 
 def _n_samples(buffer: RolloutBuffer) -> int:
     return buffer.buffer_size * buffer.n_envs
 
 
-def _gradients(
-    model: EwmaMixin, data: TrainingData, epoch: Epoch, coefficients: Coefficients, batch_size: int
-) -> Iterator[th.Tensor]:
+def _gradients(iteration: Iteration, objective: Objective) -> Iterator[th.Tensor]:
     """
-    :param model: within its ``_gradient_steps``
-    :param data: rollout
-    :param epoch: which losses
-    :param coefficients: of the coming training
-    :param batch_size: number of samples of a gradient
+    :param iteration: what the coming training works with
+    :param objective: the losses
     :return: gradients of disjoint batches, (n_parameters,) each
     """
-    parameters = [parameter for parameter in model.policy.parameters() if parameter.requires_grad]
-    for minibatch in data.minibatches(batch_size):
-        for parameter in parameters:
-            parameter.grad = None
-        terms = model._loss_terms(data, minibatch, epoch, coefficients)
-        # Without roots, gradients are there already (see parts.accumulated()). The roots of frozen networks have none.
-        if any(root.requires_grad for root in terms.roots):
-            th.autograd.backward(*terms.trained())
-        gradients = [th.zeros_like(each) if each.grad is None else each.grad for each in parameters]
-        yield th.cat([gradient.flatten() for gradient in gradients])
+    engine = ReferenceEngine(iteration)
+    parameters = [parameter for parameter in iteration.policy.parameters() if parameter.requires_grad]
+    for samples in engine.minibatches():
+        minibatch = iteration.prepare(samples)
+        evaluation = engine.evaluate(minibatch, objective)
+        loss, _ = engine.loss(evaluation, minibatch, objective, iteration.coefficients)
+        # That of frozen networks has no graph.
+        found: Any = [None] * len(parameters)
+        if loss.requires_grad:
+            found = th.autograd.grad(loss, parameters, allow_unused=True)
+        yield th.cat([(th.zeros_like(p) if g is None else g).flatten() for g, p in zip(found, parameters, strict=True)])
 
 
-def _with_moments_of(buffer: RolloutBuffer, model: EwmaMixin) -> Coefficients:
+def _normalizer_of(buffer: RolloutBuffer, model: EwmaMixin) -> AdvantageNormalizer:
     """
-    :param buffer: of a rollout that does not count yet in the advantages' moments
-    :param model: whose moments stay as they are
-    :return: its coefficients with moments that include the rollout. One location and scale for all batches: normalised
-        each by itself, small ones would have another expected gradient than large ones
+    :param buffer: a rollout that does not count yet in the advantages' moments
+    :param model: the algorithm, whose moments stay as they are
+    :return: normaliser with moments that include the rollout. One location and scale for all batches: normalised each by
+        itself, small ones would have another expected gradient than large ones
     """
     moments = MomentsEwma(decay=0) if model.advantage_moments is None else copy.deepcopy(model.advantage_moments)
     moments.update(th.as_tensor(buffer.advantages))
-    return model._current_coefficients()._replace(advantage_scale=moments.location_and_scale())
+    return AdvantageNormalizer(model.normalize_advantage, moments)
 
 
 def _scratch(buffer: RolloutBuffer) -> RolloutBuffer:
@@ -243,25 +237,17 @@ def _unchanged(model: EwmaMixin) -> Iterator[None]:
     """
     Losses can be differentiated within this context, and training finds what it would have found.
 
-    :param model: whose gradients, running statistics, mode and progress are put back, and the generators
+    :param model: the algorithm, whose running statistics, mode, progress and generators are put back
     """
     policy = model.policy
-    parameters = list(policy.parameters())
-    gradients = [parameter.grad for parameter in parameters]
     buffers = [buffer.clone() for buffer in policy.buffers()]
     was_training, progress = policy.training, model._current_progress_remaining
-    # What only collection puts there, and is_standard() would take for the policy's own
-    shortcut = vars(policy).pop("forward", None)
     try:
         with preserved_generators(model.device):
             yield
     finally:
-        if shortcut is not None:
-            policy.forward = shortcut
         model._current_progress_remaining = progress
         policy.set_training_mode(was_training)
         with th.no_grad():
             for buffer, before in zip(policy.buffers(), buffers, strict=True):
                 buffer.copy_(before)
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = gradient

@@ -1,0 +1,156 @@
+"""The forward pass of collection, faster, for policies that are recognised, anew at every call."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+import torch as th
+from torch import nn
+from torch.nn import functional as F
+
+from sb3_ppo_ewma._engine.dense_networks import chains, unknown_networks
+from sb3_ppo_ewma._engine.recognition import hooks, methods, unknown_distribution, unknown_policy
+from sb3_ppo_ewma._engine.standard import StandardPolicy
+
+
+def unknown_collection(policy: Any) -> str | None:
+    """
+    :param policy: any policy
+    :return: what is against a faster forward pass
+    """
+    return unknown_policy(policy) or unknown_distribution(policy) or hooks([policy])
+
+
+@contextlib.contextmanager
+def fast_forward(policy: Any) -> Iterator[None]:
+    """
+    Within this context, calling the policy is faster. Torch has a place for what is called instead of ``forward``
+    (``Module.compile()`` uses it), which copies and pickles of the module leave out.
+
+    :param policy: a policy that :func:`unknown_collection` has nothing against
+    """
+    policy._compiled_call_impl = stand_in = FastForward(policy)
+    try:
+        yield
+    finally:
+        if policy._compiled_call_impl is stand_in:  # unless somebody has compiled it since
+            policy._compiled_call_impl = None
+
+
+class FastForward:
+    """
+    Stands in for the ``forward`` of a policy while it collects. At every call it looks at what it relies on: whatever a
+    callback replaces or changes acts at the next step, as with SB3.
+
+    :param policy: a policy that :func:`unknown_collection` has nothing against
+    """
+
+    stands_in_for_forward = True
+
+    def __init__(self, policy: Any) -> None:
+        self._policy = policy
+        self._standard = StandardPolicy(policy)
+        self._forward = type(policy).forward
+        self._distribution = policy.action_dist
+        self._watched = _Watched([policy, policy.mlp_extractor])
+        self._dense = None if unknown_networks(policy) else _DenseForward(policy)
+
+    def __call__(self, obs: Any, deterministic: bool = False) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+        """
+        :param obs: observations
+        :param deterministic: take the most likely actions
+        :return: actions (batch, ...), values (batch, 1), log-probabilities (batch,)
+        """
+        policy, standard = self._policy, self._standard
+        if not (self._watched.is_unchanged() and self._is_unchanged()):
+            return cast(tuple[th.Tensor, th.Tensor, th.Tensor], policy._call_impl(obs, deterministic))
+        dense = self._dense
+        if dense is not None and dense.watched.is_unchanged():
+            outputs, values = dense.outputs(standard.features(obs))
+        else:
+            outputs, values = standard.outputs(obs)
+        parameters = standard.parameters(outputs)
+        actions = (standard.form.mode if deterministic else standard.form.sample)(parameters)
+        shaped = actions.reshape((-1, *policy.action_space.shape))
+        return shaped, values, standard.form.log_prob(parameters, actions)
+
+    def _is_unchanged(self) -> bool:
+        policy, distribution = self._policy, self._policy.action_dist
+        return (
+            type(policy).forward is self._forward
+            and distribution is self._distribution
+            and methods(type(distribution)).isdisjoint(vars(distribution))
+            and self._standard.is_current()
+        )
+
+
+class _Watched:
+    """
+    Modules whose type, methods, hooks and submodules must stay what they are.
+
+    :param modules: the modules
+    """
+
+    def __init__(self, modules: list[nn.Module]) -> None:
+        self._modules = [
+            (module, type(module), methods(type(module)), tuple(module._modules.values())) for module in modules
+        ]
+
+    def is_unchanged(self) -> bool:
+        """
+        :return: whether all are what they were
+        """
+        for module, cls, names, children in self._modules:
+            state = module.__dict__
+            if (
+                state["_forward_hooks"]
+                or state["_forward_pre_hooks"]
+                or type(module) is not cls
+                or not names.isdisjoint(state)
+                or tuple(state["_modules"].values()) != children
+            ):
+                return False
+        return True
+
+
+class _DenseForward:
+    """
+    The dense layers of a policy, whose parameters are looked up at every call.
+
+    :param policy: a policy that :func:`unknown_networks` has nothing against
+    """
+
+    def __init__(self, policy: Any) -> None:
+        self._chains = [[_call(module) for module in chain] for chain in chains(policy)]
+        sequences = [policy.mlp_extractor.policy_net, policy.mlp_extractor.value_net]
+        self.watched = _Watched(
+            [policy.features_extractor, *sequences, *(m for chain in chains(policy) for m in chain)]
+        )
+
+    def outputs(self, features: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+        """
+        :param features: (batch, features_dim)
+        :return: outputs of ``policy.action_net`` and of ``policy.value_net``
+        """
+        actor = critic = features
+        for layer in self._chains[0]:
+            actor = layer(actor)
+        for layer in self._chains[1]:
+            critic = layer(critic)
+        return actor, critic
+
+
+def _call(module: nn.Module) -> Callable[[th.Tensor], th.Tensor]:
+    """
+    :param module: a linear layer or an activation
+    :return: what it computes, without the cost of calling a module
+    """
+    if isinstance(module, nn.Linear):
+        state = module.__dict__
+
+        def linear(inputs: th.Tensor) -> th.Tensor:
+            parameters = state["_parameters"]
+            return F.linear(inputs, parameters["weight"], parameters["bias"])
+
+        return linear
+    return th.tanh if isinstance(module, nn.Tanh) else th.relu

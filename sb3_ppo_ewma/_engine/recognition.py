@@ -1,0 +1,192 @@
+"""
+Recognising policies. Each function names the first thing that keeps faster code from standing in for a policy's own, or
+returns ``None``. What is not known is not recognised: methods overridden in a class or replaced in an instance, modules
+of other types, hooks.
+"""
+
+import functools
+from collections.abc import Iterable
+from typing import Any
+
+from stable_baselines3.common.distributions import Distribution
+from stable_baselines3.common.policies import (
+    ActorCriticCnnPolicy,
+    ActorCriticPolicy,
+    MultiInputActorCriticPolicy,
+)
+from stable_baselines3.common.torch_layers import CombinedExtractor, FlattenExtractor, MlpExtractor, NatureCNN
+from torch import nn
+from torch.nn.modules import module as torch_module
+
+from sb3_ppo_ewma import policies
+from sb3_ppo_ewma.distributions import closed_form
+from sb3_ppo_ewma.networks import ImpalaCNN, ResidualBlock, SmallGridCNN
+from sb3_ppo_ewma.policies import DetachedCriticMlpExtractor, Trunk
+
+# Policies whose code the faster engines know
+_POLICIES = (
+    *(ActorCriticPolicy, ActorCriticCnnPolicy, MultiInputActorCriticPolicy),
+    *(policies.PPGPolicy, policies.PPGCnnPolicy, policies.PPGMultiInputPolicy),
+    *(policies.ImpalaPolicy, policies.PPGImpalaPolicy),
+)
+_BASES = {*_POLICIES, *ActorCriticPolicy.__mro__}
+# What a class derived from them may define: how it is built, and what training does not call
+_FREE = {
+    *("__init__", "_build", "_build_mlp_extractor", "make_features_extractor", "init_weights", "_initialize_aux_head"),
+    *("_get_constructor_parameters", "_dummy_schedule", "save", "load", "train", "set_training_mode"),
+    *("predict", "_predict", "predict_values", "obs_to_tensor", "is_vectorized_observation"),
+    *("scale_action", "unscale_action", "squash_output", "reset_noise"),
+    *("__doc__", "__module__", "__annotations__", "__slots__", "__parameters__", "__orig_bases__", "__qualname__"),
+    *("__abstractmethods__", "_abc_impl", "__firstlineno__", "__static_attributes__", "__annotate__"),
+    *("__annotate_func__", "__weakref__", "__dict__", "features_extractor_class"),
+}
+_MLP_EXTRACTORS = (MlpExtractor, DetachedCriticMlpExtractor)
+ACTIVATIONS = (nn.ReLU, nn.Tanh, nn.ELU, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.Sigmoid, nn.Softplus)
+_CONTAINERS = (
+    *(nn.Sequential, nn.ModuleDict, NatureCNN, CombinedExtractor, FlattenExtractor, MlpExtractor),
+    *(ImpalaCNN, ResidualBlock, SmallGridCNN, Trunk, DetachedCriticMlpExtractor),
+)
+_LAYERS = (nn.Linear, nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d, nn.Flatten, nn.Identity, *ACTIVATIONS)
+# Modules that compute each sample by itself, from inputs and parameters alone
+KNOWN_MODULES = frozenset((*_CONTAINERS, *_LAYERS))
+
+_MODULE_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_PARAMETER_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
+_GLOBAL_HOOKS = (
+    *("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks", "_global_backward_pre_hooks"),
+)
+# Methods of these classes that faster engines rely on, as they were when this module was imported
+_RELIED_ON = {
+    *("forward", "evaluate_actions", "evaluate_auxiliary", "extract_features", "get_distribution", "forward_actor"),
+    *("_get_action_dist_from_latent", "forward_critic", "__call__", "_call_impl", "_wrapped_call_impl", "__getattr__"),
+}
+_ORIGINALS = [
+    (cls, name, function)
+    for cls in {*_BASES, *KNOWN_MODULES}
+    for name, function in vars(cls).items()
+    if name in _RELIED_ON
+]
+
+
+@functools.cache
+def methods(cls: type) -> frozenset[str]:
+    """
+    :param cls: any class
+    :return: names of its methods
+    """
+    return frozenset(name for name in dir(cls) if callable(getattr(cls, name, None)) and name != "_compiled_call_impl")
+
+
+def replaced_method(instance: Any) -> str | None:
+    """
+    :param instance: any object
+    :return: name of a method that the instance has in place of its class's
+    """
+    replaced = methods(type(instance)).intersection(vars(instance))
+    return min(replaced) if replaced else None
+
+
+def unknown_policy(policy: Any) -> str | None:
+    """
+    :param policy: any policy
+    :return: what is against calling its modules as SB3's ``ActorCriticPolicy`` does
+    """
+    cls = type(policy)
+    known = next((base for base in cls.__mro__ if base in _POLICIES), None)
+    if known is None:
+        return f"{cls.__name__} is not derived from ActorCriticPolicy"
+    for base in cls.__mro__ if cls is not known else ():
+        overridden = (
+            [] if base in _BASES else [name for name in vars(base) if name not in _FREE and hasattr(known, name)]
+        )
+        if overridden:
+            return f"{base.__name__} overrides {overridden[0]}"
+    if not (policy._compiled_call_impl is None or hasattr(policy._compiled_call_impl, "stands_in_for_forward")):
+        return "the policy is compiled"
+    replaced = replaced_method(policy)
+    if replaced is not None:
+        return f"{replaced} of the policy was replaced"
+    if type(policy.mlp_extractor) not in _MLP_EXTRACTORS:
+        return f"the mlp_extractor is a {type(policy.mlp_extractor).__name__}"
+    return replaced_in([policy.mlp_extractor])
+
+
+def unknown_distribution(policy: Any) -> str | None:
+    """
+    :param policy: any policy
+    :return: what is against computing with closed forms of its distribution
+    """
+    distribution = policy.action_dist
+    if closed_form(distribution) is None:
+        return f"{type(distribution).__name__} has no closed form"
+    replaced = replaced_method(distribution) if isinstance(distribution, Distribution) else None
+    return None if replaced is None else f"{replaced} of the action distribution was replaced"
+
+
+def replaced_in(modules: Iterable[nn.Module]) -> str | None:
+    """
+    :param modules: modules
+    :return: which method was replaced in one of them
+    """
+    for module in modules:
+        replaced = replaced_method(module)
+        if replaced is not None:
+            return f"{replaced} of a {type(module).__name__} was replaced"
+    return None
+
+
+def unknown_modules(policy: Any) -> str | None:
+    """
+    :param policy: any policy
+    :return: which module is not known to compute each sample by itself, or has something replaced
+    """
+    modules = [module for module in policy.modules() if module is not policy]
+    for module in modules:
+        if type(module) not in KNOWN_MODULES:
+            return f"{type(module).__name__} is not one of the layers known to compute each sample by itself"
+        if module._compiled_call_impl is not None:
+            return f"a {type(module).__name__} is compiled"
+    return replaced_in(modules)
+
+
+def hooks(modules: Iterable[nn.Module]) -> str | None:
+    """
+    :param modules: modules
+    :return: which of them, or of their parameters, has a hook
+    """
+    for module in modules:
+        if any(getattr(module, name) for name in _MODULE_HOOKS):
+            return f"a {type(module).__name__} has hooks"
+        for parameter in module._parameters.values():
+            if any(getattr(parameter, name, None) for name in _PARAMETER_HOOKS):
+                return f"a parameter of a {type(module).__name__} has hooks"
+    if any(getattr(torch_module, name) for name in _GLOBAL_HOOKS):
+        return "torch has global module hooks"
+    return None
+
+
+def patched_classes() -> str | None:
+    """
+    :return: which method of the classes that faster engines know was replaced since this module was imported
+    """
+    for cls, name, function in _ORIGINALS:
+        if vars(cls).get(name) is not function:
+            return f"{cls.__name__}.{name} was replaced"
+    return None
+
+
+def has_convolutions(policy: Any) -> bool:
+    """
+    :param policy: any policy
+    :return: whether it computes with images
+    """
+    return any(type(module) is nn.Conv2d for module in policy.modules())
+
+
+def takes_channels_last(extractor: nn.Module) -> bool:
+    """
+    :param extractor: features extractor
+    :return: whether it computes the same from images whose channels are last in memory
+    """
+    modules = list(extractor.modules())
+    return all(type(module) in KNOWN_MODULES for module in modules) and replaced_in(modules) is None

@@ -1,0 +1,111 @@
+"""How a family of algorithms evaluates its policies on samples from its rollout buffer: what PPO, RecurrentPPO and
+MaskablePPO differ in."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import torch as th
+from stable_baselines3.common.utils import obs_as_tensor
+
+from sb3_ppo_ewma.ewma import ParameterEwma
+from sb3_ppo_ewma.rollouts import Rollout, observations_at
+
+
+class Evaluation(NamedTuple):
+    """
+    A minibatch under the policies of the loss. Only π_θ has a gradient.
+
+    :param values: (batch,) V_θ(s)
+    :param log_prob: (batch,) log π_θ(a|s)
+    :param entropy: (batch,) H(π_θ(·|s)), ``None`` where it has no closed form
+    :param log_prob_prox: (batch,) log π_prox(a|s)
+    :param log_prob_behav: (batch,) log π_behav(a|s)
+    :param kl: (batch,) KL(π_prox ‖ π_θ), with ``kl_estimator="analytic"``
+    """
+
+    values: th.Tensor
+    log_prob: th.Tensor
+    entropy: th.Tensor | None
+    log_prob_prox: th.Tensor
+    log_prob_behav: th.Tensor
+    kl: th.Tensor | None = None
+
+
+class PolicyEvaluation:
+    """The evaluation of SB3's ``PPO``. Other families override its methods."""
+
+    def evaluate_actions(
+        self, policy: Any, samples: Any, actions: th.Tensor
+    ) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
+        """
+        :param policy: the policy
+        :param samples: minibatch from the rollout buffer
+        :param actions: its actions in the form the distribution expects
+        :return: values, log-probabilities and entropies of the actions
+        """
+        result = policy.evaluate_actions(samples.observations, actions)
+        return cast(tuple[th.Tensor, th.Tensor, th.Tensor | None], result)
+
+    def log_prob(self, policy: Any, samples: Any, actions: th.Tensor) -> th.Tensor:
+        """
+        :param policy: the policy
+        :param samples: minibatch from the rollout buffer
+        :param actions: its actions in the form the distribution expects
+        :return: (batch,) the log-probabilities of :meth:`evaluate_actions`, perhaps without evaluating the critic
+        """
+        return self.evaluate_actions(policy, samples, actions)[1]
+
+    def padding_mask(self, samples: Any) -> th.Tensor | None:
+        """
+        :param samples: minibatch from the rollout buffer
+        :return: (batch,) bool, False for padding; ``None`` where nothing is padded
+        """
+        return None
+
+    def predict_values(self, policy: Any, buffer: Any, indices: slice) -> th.Tensor:
+        """
+        :param policy: the policy
+        :param buffer: flattened rollout buffer
+        :param indices: range of its samples
+        :return: values of their observations
+        """
+        return cast(th.Tensor, policy.predict_values(observations_at(buffer, indices)))
+
+    def predict_last_values(self, policy: Any, rollout: Rollout) -> th.Tensor:
+        """
+        :param policy: the policy
+        :param rollout: the rollout
+        :return: values of the observations after its last step
+        """
+        return cast(th.Tensor, policy.predict_values(obs_as_tensor(rollout.last_obs, policy.device)))
+
+    def collected_rollout(self, model: Any) -> Rollout:
+        """
+        :param model: the algorithm
+        :return: what its ``collect_rollouts`` has just collected
+        """
+        return Rollout(model.rollout_buffer, model._last_obs, cast(np.ndarray, model._last_episode_starts))
+
+
+@contextlib.contextmanager
+def averaged_parameters(policy: Any, average: ParameterEwma) -> Iterator[None]:
+    """
+    Within this context the policy is π_prox: it has the average's parameters, and is in evaluation mode, in which it
+    collected. Afterwards it is as it was: running statistics and attributes that its modules changed are put back.
+
+    :param policy: the policy
+    :param average: the average of its parameters
+    """
+    states = [(module, dict(vars(module))) for module in policy.modules()]
+    buffers = [(buffer, buffer.clone()) for buffer in policy.buffers()]
+    with th.no_grad(), average.in_place():
+        try:
+            policy.set_training_mode(False)
+            yield
+        finally:
+            for module, state in states:
+                vars(module).update(state)  # also whether it is in training mode
+            for buffer, value in buffers:
+                buffer.copy_(value)
