@@ -19,7 +19,6 @@ from sb3_ppo_ewma._engine.gradient_steps import TrainStatistics
 from sb3_ppo_ewma._engine.parts import accumulated
 from sb3_ppo_ewma.distributions import distribution_parameters, torch_distributions, with_parameters
 from sb3_ppo_ewma.losses import LossTerms
-from sb3_ppo_ewma.memory import MemoryReturn
 from sb3_ppo_ewma.policies import PPGCnnPolicy, PPGImpalaPolicy, PPGMultiInputPolicy, PPGPolicy
 from sb3_ppo_ewma.ppo_ewma import EVALUATION_BATCH_SIZE, EwmaMixin
 from sb3_ppo_ewma.rollouts import PhaseBuffer, Rollout
@@ -38,8 +37,6 @@ _BLAME = {
 
 # The default batch size is this part of a rollout: in the paper, 16 of its 256 sequences.
 _AUX_MINIBATCHES = 16
-# Bytes from which on a phase has freed memory given back to the system
-_LARGE_PHASE = 2**27
 # How often a long auxiliary phase shows how far it is
 _REPORTS_PER_EPOCH = 20
 
@@ -119,7 +116,6 @@ class AuxiliaryPhaseMixin(EwmaMixin):
         self._n_phases = 0
         self._n_phase_rollouts = 0
         self._progress_bars: list[Any] = []
-        self._memory_return = MemoryReturn(every=2)
         super().__init__(*args, prox_decay=prox_decay, advantage_decay=advantage_decay, **kwargs)
         if "phase_buffer" in vars(self):
             self._check_memory()
@@ -208,17 +204,6 @@ class AuxiliaryPhaseMixin(EwmaMixin):
         for name in losses.AuxiliaryLossStats._fields:
             self.logger.record(f"aux/{name}", statistics.terms(name).mean())
 
-    def _gradient_step(self, *args: Any, **kwargs: Any) -> bool:
-        made = super()._gradient_step(*args, **kwargs)
-        self._return_memory()
-        return made
-
-    def _return_memory(self) -> None:
-        # After the minibatches of both phases. Next to a small phase, what they leave behind does not matter.
-        is_large = self.phase_buffer is not None and self.phase_buffer.nbytes >= _LARGE_PHASE
-        if is_large and self.device.type == "cpu":
-            self._memory_return()
-
     @th.no_grad()
     def _old_distribution_parameters(self, buffer: PhaseBuffer, batch_size: int) -> list[th.Tensor]:
         """
@@ -243,7 +228,6 @@ class AuxiliaryPhaseMixin(EwmaMixin):
             blocks = blocks or [part.new_empty((buffer.n_samples, *part.shape[1:])) for part in parts]
             for block, part in zip(blocks, parts, strict=True):
                 block[rows] = part
-            self._return_memory()
         self.policy.set_training_mode(True)
         return blocks
 
@@ -362,7 +346,7 @@ class AuxiliaryPhaseMixin(EwmaMixin):
             callback.pbar.set_description(text)
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "aux_lr_schedule", "_progress_bars", "_memory_return"]
+        return [*super()._excluded_save_params(), "aux_lr_schedule", "_progress_bars"]
 
     def _start_afresh(self, name: str) -> None:
         if name == "aux_optimizer":
