@@ -225,7 +225,8 @@ def _quantities(
     :param model: the model in training
     :return: the logged values and those derived from them
     """
-    quantities = {**log, "progress": 1 - model._current_progress_remaining, "n_epochs": getattr(model, "n_epochs", 1)}
+    n_epochs = getattr(model, "n_epochs", 1)  # A2C and off-policy algorithms have none
+    quantities = {**log, "progress": 1 - model._current_progress_remaining, "n_epochs": n_epochs}
     for name in ("learning_rate", "clip_range", "std"):
         if name in log and first[name] > 0:
             quantities[f"{name}_share"] = log[name] / first[name]
