@@ -30,7 +30,7 @@ def normalize_fan_in(layer: LayerT, scale: float = 1.0) -> LayerT:
     :param layer: linear or convolutional layer
     :param scale: norm of the weights of each output unit, over all its inputs (and the kernel); a vector of zeros,
         which has no direction, stays zero
-    :return: the same layer
+    :return: ``layer``
     :raises ValueError: if ``scale`` is negative, infinite or NaN
     """
     check_number("scale", scale, 0)

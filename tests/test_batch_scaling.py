@@ -106,7 +106,7 @@ def test_explanation():
 
 
 def mean_age(settings):
-    """Of the proximal policy, in environment steps: what the average of a parameter that is the time lags behind."""
+    """:return: mean age of the proximal policy in environment steps: the lag of the EWMA of a growing parameter"""
     module = nn.Linear(1, 1, bias=False).double()
     nn.init.zeros_(module.weight)
     average = ParameterEwma(copy.deepcopy(module))
@@ -139,7 +139,7 @@ def test_auto_of_a_model_has_the_same_age():
 
 
 def effective_sample_size(decay, n_iterations=4000):
-    """Of weights that decay: 1/Σw² for weights that sum to 1."""
+    """:return: 1/Σw² for decaying weights that sum to 1"""
     weights = decay ** np.arange(n_iterations)
     return weights.sum() ** 2 / (weights**2).sum()
 
@@ -167,7 +167,7 @@ def test_advantage_moments_follow_a_change_as_fast_in_samples():
 
 
 def displacement(optimizer_class, rate, batch_size, noise, n_samples=2**15):
-    """How far parameters go with gradients of -1 and this standard deviation per sample."""
+    """:return: distance that parameters move with gradients of mean -1 and standard deviation ``noise`` per sample"""
     generator = th.Generator().manual_seed(0)
     parameters = th.zeros(2000, requires_grad=True)
     optimizer = optimizer_class([parameters], lr=rate)
