@@ -1,6 +1,6 @@
 """
-Constructor arguments: SB3's are passed through without being repeated, still shown to ``help``, and checked with our
-own before anything is built.
+Constructor arguments: classes pass SB3's on without repeating them, ``help`` still shows them, and all are checked
+before anything is built.
 """
 
 import difflib
@@ -15,21 +15,21 @@ import numpy as np
 from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.utils import ConstantSchedule, FloatSchedule
 
-# SB3's spelling of "no clip" once clip_range has become a schedule; also what the zoo's YAML files can express.
+# clip_range=None as a number, which SB3 can make a schedule of and YAML files of the zoo can hold.
 CLIP_OFF = -1.0
 _PACKAGES = ("sb3_ppo_ewma", "stable_baselines3", "sb3_contrib")
 
 
 class SB3ArgumentError(ValueError, AssertionError):
-    """A refused value; also an ``AssertionError``, since SB3 raises that for some and code may catch it."""
+    """A ``ValueError`` that is also an ``AssertionError``, which SB3 raises for some values and callers may catch."""
 
 
 def merged_signature(cls: type) -> inspect.Signature:
     """
-    Signature of a class whose ``__init__`` passes ``*args, **kwargs`` on to the next class: the next class's parameters
-    in their order, then the keyword-only ones of the classes before it, whose defaults, and those in
-    ``_sb3_defaults``, go before those of the same name. Where an ``__init__`` names positional parameters of its own,
-    those behind it can be given by keyword only and need not be given, since it may give them itself.
+    Merge the signatures of a class whose ``__init__`` passes ``*args, **kwargs`` on to the next class in the MRO: the
+    next class's parameters in their order, then the keyword-only ones of the classes before it. Defaults of the classes
+    before it and of ``_sb3_defaults`` override its own. If an ``__init__`` names positional parameters, those of the
+    classes after it become keyword-only and optional, since the ``__init__`` may supply them.
 
     :param cls: the class
     :return: its signature, without ``self``
@@ -65,12 +65,12 @@ def bind_arguments(
     """
     Bind positional and keyword arguments to the parameters of a base class's constructor.
 
-    :param cls: class under construction, for the message
+    :param cls: class under construction, for the error message
     :param base: class whose ``__init__`` will be called
     :param args: positional arguments
     :param kwargs: keyword arguments
-    :return: by name, the arguments that were given, and all of them, defaults included
-    :raises TypeError: as Python does, with the nearest name for a misspelled one
+    :return: the given arguments by name; all arguments by name, with defaults
+    :raises TypeError: if the arguments do not fit the parameters; suggests the nearest name for a misspelled one
     """
     signature = merged_signature(base)
     unknown = [name for name in kwargs if name not in signature.parameters]
@@ -90,8 +90,8 @@ def bind_arguments(
 
 def is_clip_off(clip_range: Any) -> bool:
     """
-    :param clip_range: schedule
-    :return: whether it is a negative constant, which switches the clip off
+    :param clip_range: a schedule
+    :return: whether the schedule is a negative constant, which switches the clip off
     """
     schedule = clip_range.value_schedule if isinstance(clip_range, FloatSchedule) else clip_range
     return isinstance(schedule, ConstantSchedule) and schedule.val < 0
@@ -99,10 +99,10 @@ def is_clip_off(clip_range: Any) -> bool:
 
 def check_sb3_arguments(arguments: dict[str, Any], advantage_decay: float | None) -> None:
     """
-    :param arguments: SB3's, by name, defaults included
-    :param advantage_decay: our own parameter
-    :raises TypeError: if one has the wrong type
-    :raises ValueError: if one is out of its range
+    :param arguments: SB3's constructor arguments by name, with defaults
+    :param advantage_decay: decay of the advantages' moments, or ``None``
+    :raises TypeError: if an argument has the wrong type
+    :raises ValueError: if an argument is out of range
     """
     if advantage_decay is not None:
         check_normalization(advantage_decay, arguments["normalize_advantage"])
@@ -132,8 +132,8 @@ def check_sb3_arguments(arguments: dict[str, Any], advantage_decay: float | None
 def check_normalization(advantage_decay: float, normalize_advantage: bool) -> None:
     """
     :param advantage_decay: decay of the advantages' moments
-    :param normalize_advantage: SB3's switch
-    :raises ValueError: if they contradict each other
+    :param normalize_advantage: SB3's parameter
+    :raises ValueError: if the two contradict each other
     """
     if not normalize_advantage:
         raise ValueError(
@@ -144,9 +144,9 @@ def check_normalization(advantage_decay: float, normalize_advantage: bool) -> No
 
 def checked_clip_range(clip_range: Any) -> float | Schedule:
     """
-    :param clip_range: what the user gave
-    :return: the same in a form that SB3 accepts
-    :raises TypeError: if it is neither a number nor a schedule nor ``None``
+    :param clip_range: the user's argument
+    :return: the clip range in a form that SB3 accepts
+    :raises TypeError: if ``clip_range`` is not a number, a schedule or ``None``
     :raises ValueError: if it is 1 or above, or a schedule that starts below 0
     """
     if clip_range is None:
@@ -165,13 +165,13 @@ def checked_clip_range(clip_range: Any) -> float | Schedule:
 
 def check_number(name: str, value: Any, low: float, high: float = math.inf, *, closed: bool = False) -> None:
     """
-    :param name: of the parameter
-    :param value: its value
+    :param name: name of the parameter, for the error message
+    :param value: value of the parameter
     :param low: smallest allowed value
-    :param high: upper end of the allowed values
-    :param closed: whether the upper end itself is allowed
-    :raises TypeError: if it is no real number
-    :raises ValueError: if it is out of the range or NaN
+    :param high: upper bound of the allowed values
+    :param closed: whether ``high`` itself is allowed
+    :raises TypeError: if the value is not a real number
+    :raises ValueError: if the value is out of range or NaN
     """
     if high < math.inf:
         allowed = f"in [{low}, {high}{']' if closed else ')'}"
@@ -186,10 +186,10 @@ def check_number(name: str, value: Any, low: float, high: float = math.inf, *, c
 
 def check_schedule(name: str, value: Any) -> None:
     """
-    :param name: of the parameter
+    :param name: name of the parameter, for the error message
     :param value: number or schedule
-    :raises TypeError: if it is neither
-    :raises ValueError: if it is, or starts, below 0
+    :raises TypeError: if the value is neither
+    :raises ValueError: if the number, or the start of the schedule, is below 0
     """
     if callable(value):
         check_number(f"{name} at the start", value(1.0), 0)
@@ -199,7 +199,7 @@ def check_schedule(name: str, value: Any) -> None:
 
 def warn_caller(message: str) -> None:
     """
-    Warn at the line of the caller's code, outside of this package and of SB3.
+    Issue a warning that points at the caller's code, outside this package and SB3.
 
     :param message: text of the warning
     """
@@ -211,11 +211,11 @@ def warn_caller(message: str) -> None:
 
 def check_integer(name: str, value: Any, minimum: int) -> None:
     """
-    :param name: of the parameter
-    :param value: its value
+    :param name: name of the parameter, for the error message
+    :param value: value of the parameter
     :param minimum: smallest allowed value
-    :raises TypeError: if it is no integer
-    :raises ValueError: if it is below the minimum
+    :raises TypeError: if the value is not an integer
+    :raises ValueError: if the value is below the minimum
     """
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
         raise TypeError(f"{name} must be an integer >= {minimum}, got {value!r}")
@@ -225,11 +225,11 @@ def check_integer(name: str, value: Any, minimum: int) -> None:
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...], others: str = "") -> None:
     """
-    :param name: of the parameter
-    :param value: its value
+    :param name: name of the parameter, for the error message
+    :param value: value of the parameter
     :param choices: allowed values
-    :param others: description of what else is allowed
-    :raises ValueError: if it is none of them
+    :param others: other allowed values in words, for the error message
+    :raises ValueError: if the value is not one of ``choices``
     """
     if value not in choices:
         allowed = ", ".join([*map(repr, choices), *([others] if others else [])])

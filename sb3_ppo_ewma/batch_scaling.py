@@ -1,10 +1,10 @@
 """
-Batch size-invariance: hyper-parameters with which training behaves the same with another number of environments.
+Batch size-invariance: rescale hyper-parameters so that training behaves the same with another number of environments.
 
-With a ratio = new number of environments / old one, both batches are multiplied by it: the samples of an iteration and
-those of a gradient step. In the same number of environment steps there are then 1/ratio times as many iterations and
-gradient steps. The learning rate makes up for it, and what is counted in iterations or gradient steps is divided by the
-ratio, so that it stays the same in environment steps.
+With ratio = new / old number of environments, both batches are multiplied by ratio, the samples of an iteration and the
+samples of a gradient step. The same number of environment steps then has 1/ratio times the iterations and gradient
+steps. The learning rate compensates for that. Quantities counted in iterations or gradient steps are divided by ratio,
+so that they stay the same in environment steps.
 
 This holds for one policy epoch, for advantages that are not normalised per minibatch, and below the critical batch
 size.
@@ -36,28 +36,28 @@ from sb3_ppo_ewma.ppg import default_aux_batch_size
 from sb3_ppo_ewma.ppo_ewma import EwmaMixin
 
 _PAPER = "Hilton et al. 2022"
-# What the rules depend on, and what they depend on where an algorithm has it
-_NEEDED = ("n_envs", "n_steps", "batch_size", "n_epochs", "learning_rate", "prox_decay", "advantage_decay")
+# Hyper-parameters that the rules read: those that every algorithm has, and those that only some have
+_REQUIRED = ("n_envs", "n_steps", "batch_size", "n_epochs", "learning_rate", "prox_decay", "advantage_decay")
 _OPTIONAL = ("n_policy_iterations", "aux_batch_size", "aux_learning_rate", "max_grad_norm")
-# What the processes of a data-parallel training share, where an algorithm has it
-_SHARED = {"n_envs": "environments", "batch_size": "samples", "aux_batch_size": "samples"}
-# Arguments of the constructor that are no settings, or are given anew
-_NO_SETTINGS = ("policy", "env", "_init_setup_model")
-# What is built where no optimiser settings are given
-_OUR_ADAM = {"eps": 1e-5, "fused": True}
-# Of a ratio that is given as a floating point number
+# Hyper-parameters that data-parallel training divides between its processes, with their units
+_DIVIDED = {"n_envs": "environments", "batch_size": "samples", "aux_batch_size": "samples"}
+# Arguments of the constructor that are not hyper-parameters
+_NOT_HYPERPARAMETERS = ("policy", "env", "_init_setup_model")
+# optimizer_kwargs of this package's policies where the user gives none
+_DEFAULT_ADAM_KWARGS = {"eps": 1e-5, "fused": True}
+# A floating-point ratio becomes the nearest fraction with at most this denominator.
 _LARGEST_DENOMINATOR = 2**20
 
 
 class Change(NamedTuple):
     """
-    What a rule did.
+    The effect of a rule on one hyper-parameter.
 
-    :param name: of the hyper-parameter
-    :param old: value
-    :param new: value
-    :param rule: in words
-    :param source: of the rule
+    :param name: name of the hyper-parameter
+    :param old: old value
+    :param new: new value
+    :param rule: the rule in words
+    :param source: where the rule comes from
     """
 
     name: str
@@ -71,8 +71,8 @@ class Rescaled(NamedTuple):
     """
     Hyper-parameters for another number of environments.
 
-    :param hyperparameters: all of them
-    :param changes: what the rules did, also where that is nothing
+    :param hyperparameters: all hyper-parameters
+    :param changes: the effect of every rule, even where the value stays the same
     """
 
     hyperparameters: dict[str, Any]
@@ -80,9 +80,9 @@ class Rescaled(NamedTuple):
 
     @property
     def explanation(self) -> str:
-        """A table of name, old → new, rule and source."""
+        """A text table with the columns name, old → new, rule and source."""
         rows = [
-            (change.name, f"{_shown(change.old)} → {_shown(change.new)}", change.rule, change.source)
+            (change.name, f"{_format(change.old)} → {_format(change.new)}", change.rule, change.source)
             for change in self.changes
         ]
         widths = [max(len(row[column]) for row in rows) for column in range(3)]
@@ -93,10 +93,10 @@ class Rescaled(NamedTuple):
 
 class ScaledSchedule:
     """
-    A schedule times a number; unlike a function of its own, it can be saved with a model.
+    A schedule multiplied by a constant; a class instead of a lambda, so that ``repr`` shows what it is.
 
-    :param schedule: of the remaining progress
-    :param factor: the number
+    :param schedule: schedule of the remaining progress, from 1 to 0
+    :param factor: the constant
     """
 
     def __init__(self, schedule: Schedule, factor: float) -> None:
@@ -110,7 +110,7 @@ class ScaledSchedule:
 
 
 # === Rules ===
-# Of one quantity each. ratio = new batch / old batch
+# One function per quantity; ratio = new batch / old batch
 
 
 def adam_learning_rate(learning_rate: float, ratio: float) -> float:
@@ -142,11 +142,10 @@ def adam_beta(beta: float, ratio: float) -> float:
 
 def max_grad_norm(norm: float, ratio: float) -> float:
     """
-    :param norm: to which gradients are clipped
+    :param norm: norm that gradients are clipped to
     :param ratio: new batch / old batch
-    :return: norm/√ratio. Below the critical batch size a gradient is mostly noise, the mean of as many samples as a
-        minibatch has, so its norm goes with one over the square root of their number. The rule is ours: the paper
-        clips no gradients
+    :return: norm/√ratio. Below the critical batch size a gradient is mostly noise, averaged over the minibatch, so its
+        norm is proportional to 1/√batch. The rule is ours: the paper does not clip gradients
     """
     return norm / math.sqrt(ratio)
 
@@ -155,7 +154,7 @@ def prox_decay(decay: float, ratio: float) -> float:
     """
     :param decay: β_prox, decay of the EWMA of the parameters per gradient step
     :param ratio: new batch / old batch
-    :return: decay with the centre of mass 1/(1−β) − 1 divided by ratio, the same number of samples
+    :return: decay whose centre of mass 1/(1−β) − 1 is divided by ratio, so that it has the same age in samples
     """
     return decay_from_center_of_mass(center_of_mass_from_decay(decay) / ratio)
 
@@ -164,7 +163,7 @@ def advantage_decay(decay: float, ratio: float) -> float:
     """
     :param decay: d, decay of the advantages' moments per iteration
     :param ratio: new batch / old batch
-    :return: decay with the span 2/(1−d) − 1 divided by ratio, the same number of samples
+    :return: decay whose span 2/(1−d) − 1 is divided by ratio, so that it covers the same number of samples
     :raises ValueError: if the span would be shorter than an iteration
     """
     span = span_from_decay(decay) / ratio
@@ -179,16 +178,16 @@ def advantage_decay(decay: float, ratio: float) -> float:
 
 def count(name: str, number: int, ratio: Fraction, unit: str) -> int:
     """
-    :param name: of the hyper-parameter, for the message
-    :param number: of environments, samples or iterations
+    :param name: name of the hyper-parameter, for the error message
+    :param number: number of environments, samples or iterations
     :param ratio: new number / old number
-    :param unit: what is counted, for the message
+    :param unit: unit of the number, for the error message
     :return: number·ratio
-    :raises ValueError: if that is no whole number
+    :raises ValueError: if number·ratio is not a whole number
     """
     result = number * ratio
     if result.denominator != 1:
-        raise ValueError(f"{name}={number} times {ratio} is {float(result):.4g}, no whole number of {unit}")
+        raise ValueError(f"{name}={number} times {ratio} is {float(result):.4g}, not a whole number of {unit}")
     return int(result)
 
 
@@ -203,13 +202,13 @@ def rescale(
     critical_batch_size: float | None = None,
 ) -> Rescaled:
     """
-    Hyper-parameters with which training behaves the same, as a function of environment steps, when the number of
+    Rescale hyper-parameters so that training behaves the same, as a function of environment steps, when the number of
     environments is multiplied by ``ratio``.
 
-    Adam's learning rate is multiplied by √ratio (that of SGD by ratio); the centre of mass of ``prox_decay``, the span
-    of ``advantage_decay``, ``n_policy_iterations`` and ``staleness`` are divided by it, ``max_grad_norm`` by √ratio;
-    the auxiliary phase keeps its minibatches and its learning rate. ``"auto"`` and ``None``, which depend on the number
-    of environments, are replaced by their numbers before.
+    Adam's learning rate is multiplied by √ratio, SGD's by ratio. The centre of mass of ``prox_decay``, the span of
+    ``advantage_decay``, ``n_policy_iterations`` and ``staleness`` are divided by ratio, ``max_grad_norm`` by √ratio.
+    The auxiliary phase keeps its minibatches and its learning rate. ``prox_decay="auto"`` and ``aux_batch_size=None``,
+    which depend on the number of environments, become the numbers they stand for.
 
     >>> import math
     >>> from sb3_ppo_ewma.batch_scaling import rescale
@@ -222,64 +221,65 @@ def rescale(
     Source: Hilton et al. 2022, https://arxiv.org/abs/2110.00641. The rules for ``staleness`` and ``max_grad_norm`` are
     ours.
 
-    :param hyperparameters: ``n_envs`` and keyword arguments of an algorithm, as of :func:`settings_of` or completed by
+    :param hyperparameters: ``n_envs`` and keyword arguments of an algorithm, from :func:`settings_of` or
         :func:`with_defaults`. Learning rates are numbers, schedules or the zoo's ``lin_NUMBER``
-    :param ratio: new number of environments / old one
-    :param adam_betas: adjust β₁ and β₂ of Adam as well, which the paper did not need; with PPG also those of the
+    :param ratio: new / old number of environments
+    :param adam_betas: whether to adjust β₁ and β₂ of Adam, which the paper did not need; with PPG also those of the
         auxiliary phase, whose Adam has the policy's settings
-    :param critical_batch_size: in samples, of :class:`~sb3_ppo_ewma.NoiseScaleCallback`, if it is known; above it there
-        is no invariance
+    :param critical_batch_size: critical batch size in samples, as :class:`~sb3_ppo_ewma.NoiseScaleCallback` estimates
+        it, or ``None`` if unknown; minibatches above it cause a warning
     :return: new hyper-parameters and an explanation
-    :raises TypeError: if something has the wrong type
-    :raises ValueError: where the rules do not hold: several policy epochs, advantages normalised per minibatch, no
-        EWMA, ``target_kl``, another optimiser than Adam and SGD, a schedule that cannot be scaled, a result that is no
-        whole number, an advantage span of less than an iteration
+    :raises TypeError: if an argument has the wrong type
+    :raises ValueError: if there is no rule: for several policy epochs, advantages normalised per minibatch, no EWMA,
+        ``target_kl``, an optimiser other than Adam and SGD, a schedule that cannot be scaled, a result that is not a
+        whole number, an advantage span below one iteration
     """
     ratio = _checked_ratio(ratio)
-    old = _checked(hyperparameters)
+    old = _checked_hyperparameters(hyperparameters)
     if critical_batch_size is not None:
         check_number("critical_batch_size", critical_batch_size, 0)
-    changes = list(_changes(old, ratio, adam_betas))
-    _warn_of_critical_size({change.name: change.new for change in changes}, ratio, critical_batch_size)
+    changes = _apply_rules(old, ratio, adam_betas)
+    _warn_above_critical_batch_size({change.name: change.new for change in changes}, ratio, critical_batch_size)
     return Rescaled({**old, **{change.name: change.new for change in changes}}, tuple(changes))
 
 
 def settings_of(model: BaseAlgorithm) -> dict[str, Any]:
     """
-    :param model: of an algorithm of this package
-    :return: ``n_envs`` and the keyword arguments with which the same model could be built for other environments; of a
-        data-parallel training, those of one process that does the work of all
-    :raises TypeError: if it is no such model
+    :param model: model of one of this package's algorithms
+    :return: ``n_envs`` and the keyword arguments that build the same model for other environments; in data-parallel
+        training, those of a single process that does the work of all
+    :raises TypeError: if ``model`` is of another class
     """
     if not isinstance(model, EwmaMixin):
         raise TypeError(f"model must be one of this package's algorithms, got {type(model).__name__}")
-    names = [name for name in inspect.signature(type(model)).parameters if name not in _NO_SETTINGS]
+    names = [name for name in inspect.signature(type(model)).parameters if name not in _NOT_HYPERPARAMETERS]
     settings = {"n_envs": model.n_envs, **{name: getattr(model, name) for name in names if hasattr(model, name)}}
-    shared = {name: settings[name] * world_size() for name in _SHARED if settings.get(name) is not None}
-    return {**settings, **shared}
+    totals = {name: settings[name] * world_size() for name in _DIVIDED if settings.get(name) is not None}
+    return {**settings, **totals}
 
 
 def per_process(hyperparameters: Mapping[str, Any], n_processes: int) -> dict[str, Any]:
     """
-    What each process of a data-parallel training is built with, so that together they do the same as one: the
-    environments and the samples of a minibatch are divided between them.
+    Divide environments and minibatches between the processes of a data-parallel training, which together then do the
+    same as one process.
 
     >>> from sb3_ppo_ewma.batch_scaling import per_process
     >>> per_process(dict(n_envs=64, n_steps=256, batch_size=2048), 4)
     {'n_envs': 16, 'n_steps': 256, 'batch_size': 512}
 
-    :param hyperparameters: of all, ``n_envs`` and ``batch_size`` among them (see :func:`with_defaults`)
-    :param n_processes: at least 1
-    :return: of one
-    :raises TypeError: if the number of processes is no integer
-    :raises ValueError: if something cannot be divided, or there is no ``n_envs`` or ``batch_size``
+    :param hyperparameters: hyper-parameters of the whole training, with ``n_envs`` and ``batch_size``
+        (:func:`with_defaults` adds them)
+    :param n_processes: number of processes, at least 1
+    :return: hyper-parameters of one process
+    :raises TypeError: if ``n_processes`` is not an integer
+    :raises ValueError: if a number cannot be divided, or ``n_envs`` or ``batch_size`` is missing
     """
     check_integer("n_processes", n_processes, minimum=1)
     missing = [name for name in ("n_envs", "batch_size") if name not in hyperparameters]
     if missing:
         raise ValueError(f"hyperparameters must have {', '.join(missing)}: with_defaults() adds what is not given")
     parts = dict(hyperparameters)
-    for name, unit in _SHARED.items():
+    for name, unit in _DIVIDED.items():
         number = parts.get(name)
         if number is None:
             continue
@@ -295,15 +295,15 @@ def per_process(hyperparameters: Mapping[str, Any], n_processes: int) -> dict[st
 
 def with_defaults(algorithm: type[BaseAlgorithm], hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
     """
-    :param algorithm: class of this package
-    :param hyperparameters: some of its keyword arguments, and perhaps ``n_envs`` (1 otherwise)
-    :return: the same, completed with the defaults that the rules depend on
-    :raises TypeError: if it is no such class
+    :param algorithm: class of one of this package's algorithms
+    :param hyperparameters: some of its keyword arguments, optionally with ``n_envs`` (default 1)
+    :return: these hyper-parameters and the defaults of the others that the rules read
+    :raises TypeError: if ``algorithm`` is not such a class
     """
     if not (isinstance(algorithm, type) and issubclass(algorithm, EwmaMixin)):
         raise TypeError(f"algorithm must be a class of this package's algorithms, got {algorithm!r}")
     parameters = inspect.signature(algorithm).parameters
-    defaults = {name: parameters[name].default for name in (*_NEEDED, *_OPTIONAL) if name in parameters}
+    defaults = {name: parameters[name].default for name in (*_REQUIRED, *_OPTIONAL) if name in parameters}
     if not hyperparameters.get("normalize_advantage", True):
         defaults["advantage_decay"] = None  # as the constructor does
     return {"n_envs": 1, **defaults, **hyperparameters}
@@ -317,14 +317,14 @@ def _checked_ratio(ratio: Any) -> Fraction:
     return Fraction(ratio).limit_denominator(_LARGEST_DENOMINATOR)
 
 
-def _checked(hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
+def _checked_hyperparameters(hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
     """
-    :param hyperparameters: as given
-    :return: the same as a dictionary
-    :raises ValueError: with the reason why they cannot be rescaled
+    :param hyperparameters: the user's argument
+    :return: a copy
+    :raises ValueError: if they cannot be rescaled, with the reason
     """
     old = dict(hyperparameters)
-    missing = [name for name in _NEEDED if name not in old]
+    missing = [name for name in _REQUIRED if name not in old]
     if missing:
         raise ValueError(
             f"hyperparameters must have {', '.join(missing)}: with_defaults(algorithm, hyperparameters) adds what is "
@@ -334,29 +334,29 @@ def _checked(hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
         check_integer(name, old[name], minimum=1)
     if old["n_epochs"] != 1:
         raise ValueError(
-            f"n_epochs={old['n_epochs']} cannot be rescaled: with several policy epochs, training depends on how the "
-            "samples of an iteration are divided, which no other hyper-parameter makes up for; use n_epochs=1"
+            f"n_epochs={old['n_epochs']} cannot be rescaled: with several policy epochs, training depends on how an "
+            "iteration is divided into minibatches, which no other hyper-parameter compensates for; use n_epochs=1"
         )
     if old["prox_decay"] is None:
         raise ValueError(
             "prox_decay=None cannot be rescaled: without an EWMA, the proximal policy is the behaviour policy, whose "
-            "age is an iteration, however many samples that has; use prox_decay='auto' or a number"
+            "age in samples changes with the number of environments; use prox_decay='auto' or a number"
         )
     if old["advantage_decay"] is None and old.get("normalize_advantage", True):
         raise ValueError(
             "advantage_decay=None cannot be rescaled: it normalises advantages per minibatch, so that their scale "
-            "depends on how many samples that has; use advantage_decay=0.0, which normalises per iteration, or "
+            "depends on its size; use advantage_decay=0.0, which normalises per iteration, or "
             "normalize_advantage=False"
         )
     if old.get("target_kl") is not None:
         raise ValueError(
-            f"target_kl={old['target_kl']} cannot be rescaled: it ends an iteration by the distance from the behaviour "
+            f"target_kl={old['target_kl']} cannot be rescaled: it ends an iteration at a distance from the behaviour "
             "policy, whose age depends on the number of environments; use target_kl=None"
         )
     return old
 
 
-def _changes(old: Mapping[str, Any], ratio: Fraction, adam_betas: bool) -> list[Change]:
+def _apply_rules(old: Mapping[str, Any], ratio: Fraction, adam_betas: bool) -> list[Change]:
     n_envs, batch_size = old["n_envs"], old["batch_size"]
     n_samples = n_envs * old["n_steps"]
     new_envs = count("n_envs", n_envs, ratio, "environments")
@@ -387,7 +387,7 @@ def _changes(old: Mapping[str, Any], ratio: Fraction, adam_betas: bool) -> list[
         new_staleness = count("staleness", old["staleness"], 1 / ratio, "iterations")
         changes.append(Change("staleness", old["staleness"], new_staleness, "÷ ratio", "the same age in samples"))
     if "n_policy_iterations" in old:
-        changes += _phase_changes(old, ratio, n_samples)
+        changes += _auxiliary_phase_changes(old, ratio, n_samples)
     norm = old.get("max_grad_norm", math.inf)
     if norm < math.inf:
         new_norm = max_grad_norm(norm, float(ratio))
@@ -409,22 +409,22 @@ def _optimizer_changes(old: Mapping[str, Any], ratio: Fraction, adam_betas: bool
         )
     rule, name = (adam_learning_rate, "× √ratio, Adam") if is_adam else (sgd_learning_rate, "× ratio, SGD")
     rate = old["learning_rate"]
-    changes = [Change("learning_rate", rate, _scaled(rate, rule(1.0, float(ratio))), name, _PAPER)]
+    changes = [Change("learning_rate", rate, _scale_learning_rate(rate, rule(1.0, float(ratio))), name, _PAPER)]
     if adam_betas and is_adam:
         betas = kwargs.get("betas", (0.9, 0.999))
         new_betas = tuple(adam_beta(beta, float(ratio)) for beta in betas)
-        new_kwargs = {**policy_kwargs, "optimizer_kwargs": {**(kwargs or _OUR_ADAM), "betas": new_betas}}
-        rule_in_words = f"Adam's betas to the power of ratio: {_shown(betas)} → {_shown(new_betas)}"
+        new_kwargs = {**policy_kwargs, "optimizer_kwargs": {**(kwargs or _DEFAULT_ADAM_KWARGS), "betas": new_betas}}
+        rule_in_words = f"Adam's betas to the power of ratio: {_format(betas)} → {_format(new_betas)}"
         changes.append(Change("policy_kwargs", old.get("policy_kwargs"), new_kwargs, rule_in_words, _PAPER))
     return changes
 
 
-def _phase_changes(old: Mapping[str, Any], ratio: Fraction, n_samples: int) -> list[Change]:
+def _auxiliary_phase_changes(old: Mapping[str, Any], ratio: Fraction, n_samples: int) -> list[Change]:
     n_iterations = old["n_policy_iterations"]
     check_integer("n_policy_iterations", n_iterations, minimum=1)
     new_iterations = count("n_policy_iterations", n_iterations, 1 / ratio, "iterations")
     changes = [Change("n_policy_iterations", n_iterations, new_iterations, "÷ ratio", _PAPER)]
-    # The phase has the same samples as before, and nothing of it changes.
+    # The phase keeps its number of samples, and so its minibatches and its learning rate.
     size = old.get("aux_batch_size")
     new_size = default_aux_batch_size(n_samples) if size is None else size
     changes.append(Change("aux_batch_size", size, new_size, "kept, as a number", _PAPER))
@@ -434,11 +434,11 @@ def _phase_changes(old: Mapping[str, Any], ratio: Fraction, n_samples: int) -> l
     return changes
 
 
-def _scaled(learning_rate: Any, factor: float) -> Any:
+def _scale_learning_rate(learning_rate: Any, factor: float) -> Any:
     """
     :param learning_rate: number, schedule or ``lin_NUMBER``
-    :param factor: to multiply it by
-    :return: the same kind
+    :param factor: factor to multiply it by
+    :return: the product: a number, schedule or ``lin_NUMBER`` again
     :raises ValueError: for any other string
     """
     if isinstance(learning_rate, str):
@@ -458,7 +458,7 @@ def _scaled(learning_rate: Any, factor: float) -> Any:
     return ScaledSchedule(learning_rate, factor) if callable(learning_rate) else float(learning_rate) * factor
 
 
-def _warn_of_critical_size(new: Mapping[str, Any], ratio: Fraction, critical: float | None) -> None:
+def _warn_above_critical_batch_size(new: Mapping[str, Any], ratio: Fraction, critical: float | None) -> None:
     size = new.get("batch_size")
     if critical is not None and size is not None and size > critical:
         reason = f"the critical batch size is {critical:.4g}"
@@ -466,19 +466,19 @@ def _warn_of_critical_size(new: Mapping[str, Any], ratio: Fraction, critical: fl
         reason = "that may be more than the critical batch size, which NoiseScaleCallback estimates"
     else:
         return
-    size_in_words = "as many samples as an iteration has" if size is None else f"{size} samples"
+    size_in_words = "all samples of an iteration" if size is None else f"{size} samples"
     warnings.warn(
-        f"A minibatch has now {size_in_words}; {reason}. Above it, training is slower than with fewer environments, as "
-        "a function of environment steps.",
+        f"A minibatch now has {size_in_words}; {reason}. Above it, training needs more environment steps than with "
+        "fewer environments.",
         stacklevel=3,
     )
 
 
-def _shown(value: Any) -> str:
+def _format(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, str) and value.startswith("lin_"):
         return f"lin_{float(value.removeprefix('lin_')):.4g}"
     if isinstance(value, tuple):
-        return f"({', '.join(map(_shown, value))})"
+        return f"({', '.join(map(_format, value))})"
     return str(value) if not isinstance(value, Mapping) else "…"

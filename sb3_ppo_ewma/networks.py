@@ -30,7 +30,7 @@ def normalize_fan_in(layer: LayerT, scale: float = 1.0) -> LayerT:
     :param layer: linear or convolutional layer
     :param scale: norm of the weights of each output unit, over all its inputs (and the kernel); a vector of zeros,
         which has no direction, stays zero
-    :return: the same layer
+    :return: ``layer``
     :raises ValueError: if ``scale`` is negative, infinite or NaN
     """
     check_number("scale", scale, 0)
@@ -44,17 +44,17 @@ def normalize_fan_in(layer: LayerT, scale: float = 1.0) -> LayerT:
 
 def is_channels_last(observation_space: spaces.Box) -> bool:
     """
-    Guess the order of the axes of an image or a grid. The first rule that decides holds:
+    Guess the order of the axes of an image or a grid. The first rule that applies decides:
 
-    1. Height and width are equal and the other axis, first or last, has another size: that one has the channels. It may
-       be the longest (stacked frames of a small grid).
-    2. All sizes differ and the first or the last axis is the smallest: that one has the channels, as in SB3's own rule.
-    3. Undecided, for instance 10x10x10: images (uint8 in [0, 255]) are channel-first, as Stable-Baselines3 hands them
-       to the policy; everything else is channel-last, as in MinAtar.
+    1. Two neighbouring axes have the same size and the third, first or last, another: the third has the channels. It
+       may be the longest (stacked frames of a small grid).
+    2. All sizes differ and the first or the last axis is the smallest: the smallest has the channels, as in SB3.
+    3. Otherwise, for instance 10x10x10: images (uint8 in [0, 255]) are channel-first, as SB3 passes them to the policy;
+       everything else is channel-last, as in MinAtar.
 
-    :param observation_space: with three axes, as the policy sees it: Stable-Baselines3 has moved the channels of images
-        to the front where it took the last axis for theirs
-    :return: whether the channels come last, (height, width, channels), or first, (channels, height, width)
+    :param observation_space: space with three axes, as the policy sees it, after SB3 has moved the channels of images
+        to the front
+    :return: ``True`` for (height, width, channels), ``False`` for (channels, height, width)
     """
     first, middle, last = observation_space.shape
     if first == middle != last:
@@ -69,12 +69,12 @@ def is_channels_last(observation_space: spaces.Box) -> bool:
 
 class _ConvolutionalExtractor(BaseFeaturesExtractor):
     """
-    What the extractors of this module share: checks, the order of the axes and the forward pass. Subclasses set
-    ``cnn``, which ends flat, and ``linear``.
+    Base class of this module's extractors: argument checks, order of the axes and forward pass. Subclasses set ``cnn``,
+    which ends with ``nn.Flatten``, and ``linear``.
 
-    :param observation_space: image or grid, a ``Box`` with three axes
+    :param observation_space: space of an image or a grid, a ``Box`` with three axes
     :param features_dim: number of features extracted
-    :param channels_last: order of the axes; None to guess it
+    :param channels_last: order of the axes; ``None`` to guess it
     :param mixed_precision: whether to compute in bfloat16
     """
 
@@ -106,16 +106,16 @@ class _ConvolutionalExtractor(BaseFeaturesExtractor):
 
     def forward(self, observations: th.Tensor) -> th.Tensor:
         """
-        :param observations: (batch, three axes in the order of the observation space), of the parameters' dtype
+        :param observations: (batch, three axes in the order of the observation space), in the parameters' dtype
         :return: (batch, features_dim)
         """
         if self.channels_last:
             observations = observations.permute(0, 3, 1, 2)
-        # Channels last in memory makes convolution and above all pooling faster on a CPU, whatever order the input has,
-        # and is the order that tensor cores take.
+        # The channels_last memory format speeds up convolution and above all pooling on a CPU, and suits tensor cores.
         device = observations.device.type
-        is_last = device == "cpu" or self.mixed_precision
-        observations = observations.contiguous(memory_format=th.channels_last if is_last else th.contiguous_format)
+        use_channels_last = device == "cpu" or self.mixed_precision
+        memory_format = th.channels_last if use_channels_last else th.contiguous_format
+        observations = observations.contiguous(memory_format=memory_format)
         if not self.mixed_precision:
             return cast(th.Tensor, self.linear(self.cnn(observations)))
         with th.autocast(device, dtype=th.bfloat16):
@@ -125,9 +125,9 @@ class _ConvolutionalExtractor(BaseFeaturesExtractor):
 
 class ResidualBlock(nn.Module):
     """
-    Adds to its input what two convolutions make of it.
+    Adds the output of two convolutions to the input.
 
-    :param channels: of input and output
+    :param channels: number of channels of input and output
     :param scale: norm of the initial weights of each filter
     """
 
@@ -143,7 +143,7 @@ class ResidualBlock(nn.Module):
     def forward(self, images: th.Tensor) -> th.Tensor:
         """
         :param images: (batch, channels, height, width)
-        :return: of the same shape
+        :return: (batch, channels, height, width)
         """
         output: th.Tensor = images + self.residual(images)
         return output
@@ -154,32 +154,32 @@ class ImpalaCNN(_ConvolutionalExtractor):
     Residual network of IMPALA, with the initialisation of PPG's released code.
 
     Each stage is a 3x3 convolution, a 3x3 max-pooling with stride 2 and ``n_blocks`` residual blocks of two 3x3
-    convolutions; a dense layer follows. Everything is padded, so that an image of any size down to 1x1 will do: a stage
-    halves height and width, rounded up.
+    convolutions; a dense layer follows. A stage halves height and width, rounded up. Images may be as small as 1x1,
+    since every layer is padded.
 
-    The weights of each unit start with the norm 1 in the first convolution of a stage, 1.4 in the dense layer and
+    The initial weights of a unit have norm 1 in the first convolution of a stage, 1.4 in the dense layer and
     (number of blocks in all stages)^(-1/4) in the blocks; biases start at zero.
 
     Two defaults of SB3's ``ActorCriticPolicy`` change this network: ``ortho_init=True`` **overwrites its
-    initialisation** with orthogonal weights, and ``net_arch`` puts two layers of 64 units behind every extractor but
-    ``NatureCNN``. ``policy_kwargs=dict(features_extractor_class=ImpalaCNN, ortho_init=False, net_arch=[])`` is the
-    network as described.
+    initialisation** with orthogonal weights, and ``net_arch`` adds two layers of 64 units after every extractor but
+    ``NatureCNN``. ``policy_kwargs=dict(features_extractor_class=ImpalaCNN, ortho_init=False, net_arch=[])`` builds the
+    network described here.
 
-    The division of images by 255 is left to SB3's preprocessing (``normalize_images=True``). No space is refused for
-    its dtype or range, so there is no ``normalized_image`` as in ``NatureCNN``.
+    SB3's preprocessing divides images by 255 (``normalize_images=True``). Spaces of any dtype and range are accepted,
+    so there is no ``normalized_image`` as in ``NatureCNN``.
 
     Paper: Espeholt et al. 2018, https://arxiv.org/abs/1802.01561, figure 3 (without the LSTM)
     Code: https://github.com/openai/phasic-policy-gradient
 
-    :param observation_space: image or grid, a ``Box`` with three axes
+    :param observation_space: space of an image or a grid, a ``Box`` with three axes
     :param features_dim: number of features extracted
-    :param channels: filters of each stage
-    :param n_blocks: residual blocks of each stage
-    :param channels_last: order of the axes of ``observation_space`` as the policy sees it, after SB3 has moved the
-        channels of images to the front; None to guess it by :func:`is_channels_last`
-    :param mixed_precision: whether convolutions and dense layer compute in bfloat16, by ``torch.autocast``, faster on
-        hardware made for it; parameters, their gradients and what follows the features stay as they are
-    :raises ValueError: if the space is no ``Box`` with three axes, or a number is out of its range
+    :param channels: number of filters in each stage
+    :param n_blocks: number of residual blocks per stage
+    :param channels_last: ``True`` for (height, width, channels), ``False`` for (channels, height, width), after SB3 has
+        moved the channels of images to the front; ``None`` to guess with :func:`is_channels_last`
+    :param mixed_precision: whether to compute convolutions and dense layer in bfloat16 with ``torch.autocast``, faster
+        on hardware that supports it; parameters, gradients and features keep their dtype
+    :raises ValueError: if the space is not a ``Box`` with three axes, or a number is out of range
     :raises TypeError: if a parameter has the wrong type
     """
 
@@ -215,25 +215,25 @@ class SmallGridCNN(_ConvolutionalExtractor):
     stride 1 and without padding or pooling, then a dense layer.
 
     The defaults are the hidden layers of MinAtar's DQN: one 3x3 convolution with 16 filters and 128 units, all ReLU.
-    The weights start as PyTorch builds them, or orthogonal under SB3's ``ortho_init=True``; SB3's ``net_arch`` puts two
-    layers of 64 units behind, unless it is ``[]``.
+    The initial weights are PyTorch's, or orthogonal with SB3's ``ortho_init=True``. SB3's ``net_arch`` adds two layers
+    of 64 units, unless it is ``[]``.
 
-    SB3 divides by 255 what has the dtype and the bounds of an image. MiniGrid's cells do, although their values are 10
-    at most: ``policy_kwargs=dict(normalize_images=False)`` leaves them as they are.
+    SB3 divides observations by 255 if their space has the dtype and the bounds of an image. MiniGrid's has, although
+    its values are at most 10: ``policy_kwargs=dict(normalize_images=False)`` keeps them.
 
     Paper: Young and Tian 2019, https://arxiv.org/abs/1903.03176
     Code: https://github.com/kenjyoung/MinAtar
 
-    :param observation_space: grid or image, a ``Box`` with three axes
+    :param observation_space: space of a grid or an image, a ``Box`` with three axes
     :param features_dim: number of features extracted
-    :param channels: filters of each convolution
+    :param channels: number of filters in each convolution
     :param kernel_size: height and width of the filters
-    :param channels_last: order of the axes of ``observation_space`` as the policy sees it, after SB3 has moved the
-        channels of images to the front; None to guess it by :func:`is_channels_last`
-    :param mixed_precision: whether convolutions and dense layer compute in bfloat16, by ``torch.autocast``, faster on
-        hardware made for it; parameters, their gradients and what follows the features stay as they are
-    :raises ValueError: if the space is no ``Box`` with three axes, the grid is smaller than the convolutions need, or a
-        number is out of its range
+    :param channels_last: ``True`` for (height, width, channels), ``False`` for (channels, height, width), after SB3 has
+        moved the channels of images to the front; ``None`` to guess with :func:`is_channels_last`
+    :param mixed_precision: whether to compute convolutions and dense layer in bfloat16 with ``torch.autocast``, faster
+        on hardware that supports it; parameters, gradients and features keep their dtype
+    :raises ValueError: if the space is not a ``Box`` with three axes, the grid is too small for the convolutions, or a
+        number is out of range
     :raises TypeError: if a parameter has the wrong type
     """
 
@@ -268,10 +268,10 @@ class SmallGridCNN(_ConvolutionalExtractor):
 
 def _checked_channels(channels: object) -> tuple[int, ...]:
     """
-    :param channels: filters of each stage or convolution
-    :return: the same as a tuple
-    :raises ValueError: if there is none or one is below 1
-    :raises TypeError: if it is no sequence of integers
+    :param channels: number of filters in each stage or convolution
+    :return: these numbers as a tuple
+    :raises ValueError: if ``channels`` is empty or a number is below 1
+    :raises TypeError: if ``channels`` is not a sequence of integers
     """
     if not isinstance(channels, Sequence):
         raise TypeError(f"channels must be a sequence of integers >= 1, got {channels!r}")
@@ -292,13 +292,13 @@ def features_extractor_class(
     name_or_class: str | Callable[..., BaseFeaturesExtractor],
 ) -> type[BaseFeaturesExtractor]:
     """
-    Features extractor by its name, as a configuration file or a command line can give it.
+    Look up a features extractor by its name, for configuration files and command lines.
 
-    :param name_or_class: a name in ``FEATURES_EXTRACTORS``; a class is passed through, as is any callable that builds
-        an extractor, since SB3 takes both
+    :param name_or_class: a name in ``FEATURES_EXTRACTORS``; a class or another callable that builds an extractor is
+        returned unchanged, since SB3 accepts both
     :return: the class
     :raises ValueError: if no extractor has this name
-    :raises TypeError: if it is neither a name nor callable
+    :raises TypeError: if ``name_or_class`` is neither a name nor callable
     """
     if isinstance(name_or_class, str):
         if name_or_class not in FEATURES_EXTRACTORS:
@@ -313,9 +313,9 @@ def features_extractor_class(
 def with_features_extractor(policy_kwargs: dict[str, Any]) -> dict[str, Any]:
     """
     :param policy_kwargs: keyword arguments of a policy, in which ``features_extractor_class`` may be a name
-    :return: the same with the class of that name
+    :return: ``policy_kwargs`` with the class in place of its name
     :raises ValueError: for an unknown name
-    :raises TypeError: if it is no dictionary
+    :raises TypeError: if ``policy_kwargs`` is not a dictionary
     """
     if not isinstance(policy_kwargs, dict):
         raise TypeError(f"policy_kwargs must be a dictionary or None, got {policy_kwargs!r}")

@@ -1,4 +1,4 @@
-"""Policies with an auxiliary value head and a choice of critic architecture, and the policy of the IMPALA network."""
+"""Policies with an auxiliary value head and a choice of critic architecture, and policies with the IMPALA network."""
 
 import copy
 from collections.abc import Mapping
@@ -32,14 +32,14 @@ _SMALL_HEAD = 0.1
 
 class PPGPolicy(ActorCriticPolicy):
     """
-    SB3's actor-critic policy with what Phasic Policy Gradient needs: an auxiliary value head, linear, on the last layer
-    of the policy network, and a choice of what critic and policy share.
+    SB3's actor-critic policy for Phasic Policy Gradient. It adds a linear auxiliary value head on the last layer of the
+    policy network, and ``critic_arch`` sets what critic and policy share.
 
-    The trunk is the features extractor, with the layers of ``trunk_arch`` behind it; ``net_arch`` is what follows
-    separately for policy and value. Where the trunk has no weights (vector observations without ``trunk_arch``) the
-    three architectures coincide.
+    The trunk is the features extractor, followed by the layers of ``trunk_arch``; ``net_arch`` gives the separate
+    layers of policy and critic after it. If the trunk has no weights (vector observations without ``trunk_arch``), the
+    three architectures are equivalent.
 
-    Arguments behind ``net_arch`` are given by keyword.
+    Arguments after ``net_arch`` are keyword-only.
 
     Source: Cobbe et al. 2020, https://arxiv.org/abs/2009.04416, and its released code.
 
@@ -47,16 +47,17 @@ class PPGPolicy(ActorCriticPolicy):
     :param action_space: as in ``ActorCriticPolicy``
     :param lr_schedule: as in ``ActorCriticPolicy``
     :param net_arch: as in ``ActorCriticPolicy``
-    :param critic_arch: ``"dual"``: the critic has a trunk of its own; ``"shared"``: both use one trunk; ``"detach"``:
-        one trunk, which the value loss does not train, in neither phase
-    :param trunk_arch: units of the fully-connected layers at the end of the trunk, with ``activation_fn``; ``None``:
-        no layers
-    :param std_activation: of Gaussian policies without gSDE. ``"exp"``: the parameter is the logarithm of the standard
-        deviation, as in SB3; ``"softplus"``: see
-        :class:`~sb3_ppo_ewma.distributions.SoftplusDiagGaussianDistribution`
-    :param share_features_extractor: follows from ``critic_arch``; may be given if it agrees
-    :param kwargs: further keyword arguments of ``ActorCriticPolicy``
+    :param critic_arch: ``"dual"``: policy and critic have separate trunks; ``"shared"``: both use one trunk;
+        ``"detach"``: one trunk, which the value loss trains in neither phase
+    :param trunk_arch: number of units in each fully-connected layer at the end of the trunk, activated by
+        ``activation_fn``; ``None``: no layers
+    :param std_activation: how Gaussian policies without gSDE parametrise the standard deviation. ``"exp"``: by its
+        logarithm, as in SB3; ``"softplus"``: as
+        :class:`~sb3_ppo_ewma.distributions.SoftplusDiagGaussianDistribution` does
+    :param share_features_extractor: ``None``, or the value that ``critic_arch`` implies
+    :param kwargs: other keyword arguments of ``ActorCriticPolicy``
     :raises ValueError: for an unknown choice, or one that contradicts another argument
+    :raises TypeError: if ``trunk_arch`` is not a list of integers
     """
 
     def __init__(
@@ -119,11 +120,11 @@ class PPGPolicy(ActorCriticPolicy):
                 f"critic_arch='detach' is not known to the mlp_extractor of {type(self).__name__}: detach the features "
                 "in its forward_critic() and use critic_arch='shared'"
             )
-        # Without a trace in the random numbers: all other weights are those of a policy without this head.
+        # Keep the random state: all other weights then equal those of a policy without this head.
         with preserved_generators(th.device("cpu")):
             self.aux_value_net = nn.Linear(self.mlp_extractor.latent_dim_pi, 1)
             self._initialize_aux_head(self.aux_value_net)
-        # Anew, with the head's parameters
+        # Rebuild the optimizer, which lacks the head's parameters.
         optimizer: Any = self.optimizer_class
         self.optimizer = optimizer(self.parameters(), lr=lr_schedule(1), **self.optimizer_kwargs)
 
@@ -133,9 +134,9 @@ class PPGPolicy(ActorCriticPolicy):
 
     def evaluate_auxiliary(self, obs: PyTorchObs) -> tuple[Distribution, th.Tensor, th.Tensor]:
         """
-        What the auxiliary phase trains, in one forward pass.
+        Compute in one forward pass all outputs that the auxiliary phase trains.
 
-        :param obs: observations
+        :param obs: observations, (batch, ...)
         :return: action distribution; values V and auxiliary values V_aux, both (batch,)
         """
         features = self.extract_features(obs)
@@ -164,16 +165,16 @@ class PPGMultiInputPolicy(PPGPolicy, MultiInputActorCriticPolicy):
 
 class ImpalaPolicy(ActorCriticPolicy):
     """
-    SB3's actor-critic policy with the network of the PPG paper: :class:`~sb3_ppo_ewma.ImpalaCNN`, no layers between it
-    and the heads, and its initialisation, in which the weights of every output of the heads have norm 0.1.
+    SB3's actor-critic policy with the network of the PPG paper: :class:`~sb3_ppo_ewma.ImpalaCNN`, directly followed by
+    the heads, whose initial weights have norm 0.1 for every output.
 
-    :param observation_space: images, (channels, height, width) or (height, width, channels)
+    :param observation_space: space of images, (channels, height, width) or (height, width, channels)
     :param action_space: as in ``ActorCriticPolicy``
     :param lr_schedule: as in ``ActorCriticPolicy``
     :param net_arch: as in ``ActorCriticPolicy``, ``None``: no layers
-    :param ortho_init: ``True``: SB3's initialisation instead
+    :param ortho_init: whether to use SB3's orthogonal initialisation instead
     :param features_extractor_class: as in ``ActorCriticPolicy``
-    :param kwargs: further keyword arguments of ``ActorCriticPolicy``
+    :param kwargs: other keyword arguments of ``ActorCriticPolicy``
     """
 
     def __init__(
@@ -205,7 +206,7 @@ class ImpalaPolicy(ActorCriticPolicy):
                     normalize_fan_in(head, _SMALL_HEAD)
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
-        # SB3 leaves it out, and a policy without a shared extractor would come back with one.
+        # SB3 omits this one: a policy with two extractors would be loaded with a shared one.
         return {
             **super()._get_constructor_parameters(),
             "share_features_extractor": self.share_features_extractor,
@@ -213,7 +214,7 @@ class ImpalaPolicy(ActorCriticPolicy):
 
 
 class PPGImpalaPolicy(PPGPolicy, ImpalaPolicy):
-    """:class:`PPGPolicy` with the network of the paper, see :class:`ImpalaPolicy`."""
+    """:class:`PPGPolicy` with the network of :class:`ImpalaPolicy`."""
 
     def _initialize_aux_head(self, head: nn.Linear) -> None:
         if self.ortho_init:
@@ -227,8 +228,8 @@ class Trunk(BaseFeaturesExtractor):
     A features extractor followed by fully-connected layers.
 
     :param extractor: the features extractor
-    :param units: of the layers, at least one
-    :param activation_fn: after each layer
+    :param units: number of units in each layer, at least one layer
+    :param activation_fn: activation after each layer
     """
 
     def __init__(self, extractor: BaseFeaturesExtractor, units: list[int], activation_fn: type[nn.Module]) -> None:
@@ -246,12 +247,12 @@ class Trunk(BaseFeaturesExtractor):
 
 
 class DetachedCriticMlpExtractor(MlpExtractor):
-    """Stops the gradient of the value function before the features."""
+    """Keeps the gradient of the value function out of the features."""
 
     def forward_critic(self, features: th.Tensor) -> th.Tensor:
         """
         :param features: (batch, features_dim)
-        :return: last layer of the value network, (batch, latent_dim_vf)
+        :return: output of the value network's last layer, (batch, latent_dim_vf)
         """
         return super().forward_critic(features.detach())
 

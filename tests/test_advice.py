@@ -1,4 +1,4 @@
-"""What AdviceCallback says, when, and when not."""
+"""When AdviceCallback gives advice, what it prints and logs, and when it stays silent."""
 
 import copy
 import math
@@ -23,7 +23,7 @@ from sb3_ppo_ewma.callbacks.advice import FINDINGS
 PAGE = (Path(__file__).parents[1] / "docs" / "advice.md").read_text()
 NAMES = [finding.name for finding in FINDINGS]
 
-# By name of a finding: what is logged where it is found and where it is only just not, what the model is like
+# By name of a finding: logs that trigger it, logs just inside the threshold, attributes of the model
 Log = dict[str, float]
 CASES: dict[str, tuple[list[Log], list[Log], dict[str, Any]]] = {
     "clip_fraction_low": ([{"clip_fraction": 0.0009}], [{"clip_fraction": 0.001}], {}),
@@ -50,7 +50,7 @@ SLOW = ("clip_fraction_low", "explained_variance_low")
 
 
 class Rows(KVWriter):
-    """Remembers what is logged, line by line."""
+    """Stores the rows of the log."""
 
     def __init__(self) -> None:
         self.rows: list[dict[str, Any]] = []
@@ -64,9 +64,9 @@ class Rows(KVWriter):
 
 class Run:
     """
-    As much of a run as a callback sees of it.
+    A stand-in for a training run: model, logger and the calls that SB3 makes to a callback.
 
-    :param callback: that sees it
+    :param callback: the callback under test
     :param model: attributes of the model
     """
 
@@ -106,10 +106,10 @@ def test_there_is_a_case_for_every_finding() -> None:
 
 
 def trainings_until_found(name: str, patience: int = 10) -> int:
-    """:return: number of trainings, the first of which is START and only counts where it has the value"""
+    """:return: number of calls of train(); the first one logs START, which counts only if it has the value"""
     (key, *_) = CASES[name][0][0]
     n_without = 0 if key in START else 1
-    n_without += name == "advantage_std_swings"  # is of two trainings
+    n_without += name == "advantage_std_swings"  # needs two iterations
     return (3 * patience if name in SLOW else patience) + n_without
 
 
@@ -124,7 +124,7 @@ def test_is_said_once_after_enough_iterations(name: str, capsys: pytest.CaptureF
     found = re.fullmatch(rf"Advice after {n}00 steps: .+ is ([\d.e-]+) \(.+ in (\d+) of (\d+) iterations\): .+\.", line)
     assert found is not None
     assert float(found[1]) > 0 or name == "explained_variance_low"
-    # A row of the log is written after the next rollout; the first one has no training
+    # SB3 writes a row after the next rollout; the first row is before any training
     lines = [row.get(f"advice/{name}") for row in run.writer.rows]
     assert lines == [None] * n + [1] * (len(lines) - n)
 
@@ -250,7 +250,7 @@ def test_a_training_counts_once() -> None:
     run.start()
     run.callback.on_rollout_start()
     assert run.callback.found == {}
-    # What another callback saw in an earlier learn()
+    # Values of an earlier learn(), seen by another callback
     new = AdviceCallback(patience=1)
     new.init_callback(run.model)
     new.on_training_start({}, {})
@@ -301,7 +301,7 @@ class NoiseEnv(gym.Env[Any, int]):
     """
     Observations and rewards are noise.
 
-    :param block: of this many steps every third one has rewards a thousand times as large
+    :param block: length of a block in steps; every third block has rewards a thousand times as large
     """
 
     observation_space = spaces.Box(-1, 1, (4,))
@@ -326,7 +326,7 @@ class NoiseEnv(gym.Env[Any, int]):
 
 
 def advice(cls: type[PPO], env: Any, n_iterations: int, **kwargs: Any) -> set[str]:
-    """:return: names of what is found in a small run"""
+    """:return: names of the findings in a small run"""
     small = {"n_steps": 64, "batch_size": 32, "n_epochs": 4, "policy_kwargs": {"net_arch": [16]}, "seed": 1}
     model = cls("MlpPolicy", make_vec_env(env, seed=1), device="cpu", **{**small, **kwargs})
     callback = AdviceCallback()
@@ -355,7 +355,7 @@ def test_stale_data() -> None:
     ill = {"learning_rate": 0.03, "n_epochs": 10, "max_importance_ratio": 10.0, "staleness": 16}
     young = advice(PPOEWMA, "Pendulum-v1", 28, **ill, prox_decay=0.5)
     assert {"importance_cap", "importance_ess_low", "kl_high"} <= young
-    # The advice helps: the default is as old as an iteration.
+    # The advice helps: the default prox_decay averages over an iteration.
     old = advice(PPOEWMA, "Pendulum-v1", 28, **ill)
     assert not {"importance_cap", "kl_high"} & old
 
@@ -397,7 +397,7 @@ def test_save_and_continue(tmp_path: Path) -> None:
     assert callback.found == {}
     assert (tmp_path / "rl_model_256_steps.zip").exists()
     model.save(tmp_path / "model")
-    # The same callback goes on where it stopped, a new one begins
+    # The same callback continues, a new one starts with empty windows
     model = PPOEWMA.load(tmp_path / "model", env=model.get_env())
     new = AdviceCallback(patience=2)
     model.learn(2 * 64, [callback, new], reset_num_timesteps=False)

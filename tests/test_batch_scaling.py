@@ -106,7 +106,7 @@ def test_explanation():
 
 
 def mean_age(settings):
-    """Of the proximal policy, in environment steps: what the average of a parameter that is the time lags behind."""
+    """:return: mean age of the proximal policy in environment steps: the lag of the EWMA of a growing parameter"""
     module = nn.Linear(1, 1, bias=False).double()
     nn.init.zeros_(module.weight)
     average = ParameterEwma(copy.deepcopy(module))
@@ -139,7 +139,7 @@ def test_auto_of_a_model_has_the_same_age():
 
 
 def effective_sample_size(decay, n_iterations=4000):
-    """Of weights that decay: 1/Σw² for weights that sum to 1."""
+    """:return: 1/Σw² for decaying weights that sum to 1"""
     weights = decay ** np.arange(n_iterations)
     return weights.sum() ** 2 / (weights**2).sum()
 
@@ -167,7 +167,7 @@ def test_advantage_moments_follow_a_change_as_fast_in_samples():
 
 
 def displacement(optimizer_class, rate, batch_size, noise, n_samples=2**15):
-    """How far parameters go with gradients of -1 and this standard deviation per sample."""
+    """:return: distance that parameters move with gradients of mean -1 and standard deviation ``noise`` per sample"""
     generator = th.Generator().manual_seed(0)
     parameters = th.zeros(2000, requires_grad=True)
     optimizer = optimizer_class([parameters], lr=rate)
@@ -259,9 +259,9 @@ def test_a_scaled_schedule_is_saved(tmp_path):
         ({"prox_decay": None}, 0.5, "prox_decay=None cannot be rescaled: without an EWMA"),
         ({"advantage_decay": None}, 0.5, "advantage_decay=None cannot be rescaled: it normalises .* per minibatch"),
         ({"target_kl": 0.01}, 0.5, "target_kl=0.01 cannot be rescaled"),
-        ({}, 1 / 3, "n_envs=8 times 1/3 is 2.667, no whole number of environments"),
-        ({"batch_size": 65}, 0.5, "batch_size=65 times 1/2 is 32.5, no whole number of samples"),
-        ({"n_policy_iterations": 3}, 2, "n_policy_iterations=3 times 1/2 is 1.5, no whole number of iterations"),
+        ({}, 1 / 3, "n_envs=8 times 1/3 is 2.667, not a whole number of environments"),
+        ({"batch_size": 65}, 0.5, "batch_size=65 times 1/2 is 32.5, not a whole number of samples"),
+        ({"n_policy_iterations": 3}, 2, "n_policy_iterations=3 times 1/2 is 1.5, not a whole number of iterations"),
         ({"staleness": 1}, 2, "staleness=1 times 1/2"),
         ({"advantage_decay": 0.0}, 2, "span of 1 iterations.*would be 0.5.*advantage_decay must be at least 0.3333"),
         ({"learning_rate": "cos_1e-3"}, 0.5, "learning_rate='cos_1e-3' cannot be rescaled"),

@@ -1,9 +1,4 @@
-import pathlib
-import platform
-
-import pytest
-
-from sb3_ppo_ewma.memory import MemoryReturn, available_memory
+from sb3_ppo_ewma.memory import available_memory
 
 
 def write(folder, **files):
@@ -37,34 +32,3 @@ def test_control_groups_of_the_first_version(tmp_path):
 def test_this_machine():
     available = available_memory()
     assert available is None or available > 2**20
-
-
-def resident_set_size() -> int:
-    (kilobytes,) = [
-        line.split()[1]
-        for line in pathlib.Path("/proc/self/status").read_text().splitlines()
-        if line.startswith("VmRSS")
-    ]
-    return int(kilobytes) * 1024
-
-
-@pytest.mark.skipif(
-    platform.libc_ver()[0] != "glibc", reason="other C libraries give memory back themselves, or cannot"
-)
-def test_freed_memory_is_given_back_at_every_second_call():
-    give_back = MemoryReturn(every=2)
-    # Below the size from which on glibc asks the system for each block; the last ones keep the others from the end.
-    blocks = [bytearray(100_000) for _ in range(2000)]
-    kept = blocks[-20:]
-    filled = resident_set_size()
-    del blocks
-    give_back()
-    assert resident_set_size() > filled - 20_000_000
-    give_back()
-    assert resident_set_size() < filled - 150_000_000
-    assert len(kept) == 20
-
-
-def test_without_the_function_nothing_happens(monkeypatch):
-    monkeypatch.setattr("sb3_ppo_ewma.memory._malloc_trim", lambda: None)
-    MemoryReturn(every=1)()

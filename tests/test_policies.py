@@ -43,7 +43,7 @@ BOX, DISCRETE = spaces.Box(-1, 1, (2,)), spaces.Discrete(3)
 ARCHITECTURES = ["dual", "shared", "detach"]
 IMPALA = {"features_extractor_kwargs": {"channels": (4,), "n_blocks": 1, "features_dim": 6}}
 
-# Each with weights in the trunk: class, observation space, arguments
+# Policies with weights in the trunk: class, observation space, arguments
 POLICIES: dict[str, tuple[type[PPGPolicy], spaces.Space, dict[str, Any]]] = {
     "vector": (PPGPolicy, VECTOR, {"trunk_arch": [6]}),
     "image": (PPGCnnPolicy, IMAGE, {"features_extractor_kwargs": {"features_dim": 6}}),
@@ -54,7 +54,7 @@ POLICIES: dict[str, tuple[type[PPGPolicy], spaces.Space, dict[str, Any]]] = {
 
 
 def learning_rate(_: float) -> float:
-    """The schedule that policies are built with."""
+    """The learning rate schedule of all policies here."""
     return 0.01
 
 
@@ -75,9 +75,9 @@ def observations(space: spaces.Space, n: int = 4) -> Any:
 
 def parts_with_gradient(policy: Any, output: th.Tensor) -> set[str]:
     """
-    :param policy: that made the output
-    :param output: is summed and differentiated
-    :return: the parts of the policy that the gradient reaches; each is reached with all its parameters or with none
+    :param policy: policy that computed the output
+    :param output: tensor to sum and differentiate
+    :return: parts of the policy that the gradient reaches, each with all its parameters
     """
     policy.zero_grad()
     output.sum().backward()
@@ -273,7 +273,7 @@ def test_the_head_is_part_of_the_optimizer() -> None:
 
 
 def row_norms(layer: nn.Linear) -> th.Tensor:
-    """:return: (outputs,) the norm of the weights of each"""
+    """:return: norm of the weights of each output, (outputs,)"""
     return layer.weight.detach().norm(dim=1)
 
 
@@ -332,7 +332,7 @@ def test_another_extractor_behind_the_small_heads() -> None:
 
 
 def outputs(policy: Any, space: spaces.Space) -> list[th.Tensor]:
-    """:return: what a policy says of some observations"""
+    """:return: a policy's outputs for some observations"""
     obs, outputs = observations(space), []
     with th.no_grad():
         actions, values, log_prob = policy(obs, deterministic=True)
@@ -343,7 +343,7 @@ def outputs(policy: Any, space: spaces.Space) -> list[th.Tensor]:
 
 
 def assert_comes_back(policy: Any, space: spaces.Space, path: pathlib.Path) -> Any:
-    """:return: the policy as it was read from a file"""
+    """:return: the policy, loaded from a file"""
     with th.no_grad():  # away from where every policy starts
         for parameter in policy.parameters():
             parameter.add_(0.1 * th.randn_like(parameter))
@@ -538,7 +538,7 @@ def test_unknown_extractors(cls: type) -> None:
 
 class OwnNetwork(nn.Module):
     """
-    As in SB3's documentation: anything with these attributes and methods.
+    A custom network with the attributes and methods that SB3's documentation asks for.
 
     :param features_dim: number of features
     """
@@ -561,7 +561,7 @@ class OwnNetwork(nn.Module):
 
 
 class PolicyWithOwnNetwork(PPGPolicy):
-    """Builds its own."""
+    """Builds a custom network."""
 
     def _build_mlp_extractor(self) -> None:
         self.mlp_extractor = OwnNetwork(self.features_dim)

@@ -561,17 +561,6 @@ def test_phase_reserves_memory_when_it_is_needed():
     assert model.phase_buffer.nbytes == 3 * ROLLOUT * (4 * 4 + 4)
 
 
-@pytest.mark.parametrize("is_large", [True, False])
-def test_large_phases_give_memory_back(is_large, monkeypatch):
-    monkeypatch.setattr("sb3_ppo_ewma.ppg._LARGE_PHASE", 1 if is_large else 2**40)
-    model = make().learn(2 * ROLLOUT)
-    calls = []
-    monkeypatch.setattr(model, "_memory_return", lambda: calls.append(len(model.phase_buffer)))
-    model.learn(ROLLOUT, reset_num_timesteps=False)
-    # In both phases: two stored rollouts while the third is trained on, then three
-    assert set(calls) == ({2, 3} if is_large else set())
-
-
 # ---------------------------------------------------------------------- from and to the others
 
 

@@ -76,7 +76,7 @@ def test_it_prints_a_table_and_an_entry_that_can_be_used(capsys):
 
 def test_warnings_are_printed(capsys):
     zoo.main(["rescale", "--algo", "ppo_ewma", *CARTPOLE, "--n-envs", "8"])
-    assert "\nWarning: A minibatch has now 16 samples; that may be more than the critical" in capsys.readouterr().out
+    assert "\nWarning: A minibatch now has 16 samples; that may be more than the critical" in capsys.readouterr().out
 
 
 def test_parameters_of_the_command_line(capsys):
@@ -94,7 +94,7 @@ def test_what_cannot_be_rescaled(capsys):
     arguments = ["rescale", "--algo", "ppo_ewma", *CARTPOLE]
     assert "n_envs must be >= 1, got 0" in refusal([*arguments, "--n-envs", "0"], capsys)
     odd = [*arguments, "--n-envs", "3", "-params", "batch_size:6"]
-    assert "batch_size=6 times 3/4 is 4.5, no whole number of samples" in refusal(odd, capsys)
+    assert "batch_size=6 times 3/4 is 4.5, not a whole number of samples" in refusal(odd, capsys)
     many = [*arguments, "--n-envs", "2", "-params", "n_epochs:4"]
     assert "n_epochs=4 cannot be rescaled, only one policy epoch: --conf-file ppo_ewma_one" in refusal(many, capsys)
     many[2] = "ppg_ewma"
@@ -238,7 +238,7 @@ FILES = {"ppg_ewma": hyperparameter_file("ppg_ewma"), "ppo_ewma": hyperparameter
 
 
 @pytest.mark.parametrize("algo", FILES)
-@pytest.mark.filterwarnings("ignore:A minibatch has now")
+@pytest.mark.filterwarnings("ignore:A minibatch now has")
 def test_every_entry_can_be_rescaled(algo):
     entries = yaml.safe_load(FILES[algo].read_text())
     assert entries

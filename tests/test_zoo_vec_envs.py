@@ -50,7 +50,7 @@ def train(env: str, *params: str, arguments: tuple[str, ...] = ()) -> Path:
 
 
 def option(env: EnvPoolVecEnv, name: str) -> Any:
-    return env._options_of_task.get(name)
+    return env._pool_options.get(name)
 
 
 def refusal(arguments: list[str]) -> str:
@@ -177,7 +177,7 @@ def test_information_of_episodes(made: list[EnvPoolVecEnv]) -> None:
     ("arguments", "message"),
     [
         (["--env", "Breakot-v5"], "Breakot-v5 not found in gym registry, you maybe meant Breakout-v5?"),
-        (["--env", "MinAtar/Breakout-v1"], "EnvPool has no task 'MinAtar/Breakout-v1'. Near: .*Breakout-v5"),
+        (["--env", "MinAtar/Breakout-v1"], "EnvPool has no task 'MinAtar/Breakout-v1'. Similar: .*Breakout-v5"),
         (
             ["--env", "CartPole-v1", "-params", "env_wrapper:'gymnasium.wrappers.FlattenObservation'"],
             "env_wrapper gymnasium.wrappers.FlattenObservation cannot wrap EnvPool's environments.*--vec-env dummy",

@@ -1,1 +1,1 @@
-"""EnvPool's tasks as environments of Gymnasium and Stable-Baselines3."""
+"""EnvPool's tasks as Gymnasium environments and as vectorised environments of Stable-Baselines3."""

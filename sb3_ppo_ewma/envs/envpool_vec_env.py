@@ -1,6 +1,5 @@
 """
-Environments that EnvPool (https://envpool.readthedocs.io) steps in C++ threads, as a vectorised environment of
-Stable-Baselines3.
+A vectorised environment of Stable-Baselines3 that EnvPool (https://envpool.readthedocs.io) steps in C++ threads.
 """
 
 import contextlib
@@ -22,26 +21,26 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvO
 
 from sb3_ppo_ewma._arguments import check_choice, check_integer
 
-# EnvPool's options that are given otherwise
-_OWN_OPTIONS = {
-    "num_envs": "num_envs",
-    "seed": "seed",
-    "env_seed": "seed",
-    "render_mode": "render_mode",
-    "batch_size": "none: all environments are stepped together",
-    "gym_reset_return_info": "none: EnvPool has no other choice",
+# Options of EnvPool that users cannot pass, with what to do instead
+_RESERVED_OPTIONS = {
+    "num_envs": "use num_envs",
+    "seed": "use seed",
+    "env_seed": "use seed",
+    "render_mode": "use render_mode",
+    "batch_size": "all environments are stepped together",
+    "gym_reset_return_info": "EnvPool has no other choice",
 }
 _RENDER_MODES = ("rgb_array", "human")
-# Options of rendering are no part of a specification's configuration.
+# EnvPool's specifications do not list these options.
 _RENDER_OPTIONS = ("from_pixels", "render_width", "render_height", "render_camera_id")
-# Seeds of EnvPool are int32.
+# EnvPool's seeds are int32.
 _N_SEEDS = 2**31
 
 
 def import_envpool() -> Any:
     """
-    :return: module ``envpool``
-    :raises ImportError: if it is not installed, with what to install
+    :return: the module ``envpool``
+    :raises ImportError: if it is not installed; the message says what to install
     """
     try:
         return importlib.import_module("envpool")
@@ -51,8 +50,8 @@ def import_envpool() -> Any:
         raise ImportError("EnvPoolVecEnv needs EnvPool: pip install 'sb3-ppo-ewma[envpool]'") from error
 
 
-# Pools of a process from which this one was forked
-_lost_pools: list[Any] = []
+# Pools of the parent process after a fork, kept because their destructors would wait for threads that do not exist here
+_inherited_pools: list[Any] = []
 
 
 def make_envpool_vec_env(task_id: str, n_envs: int = 1, seed: int | None = None, **kwargs: Any) -> "EnvPoolVecEnv":
@@ -61,37 +60,37 @@ def make_envpool_vec_env(task_id: str, n_envs: int = 1, seed: int | None = None,
 
     :param task_id: EnvPool's name of the task
     :param n_envs: number of environments
-    :param seed: of the first environment, that of the next is larger by 1; ``None``: drawn
-    :param kwargs: of :class:`EnvPoolVecEnv`, options of the task among them
-    :return: the environments
+    :param seed: seed of the first environment, increased by 1 for each further one; ``None``: a random seed
+    :param kwargs: other arguments of :class:`EnvPoolVecEnv`, including options of the task
+    :return: the vectorised environment
     """
     return EnvPoolVecEnv(task_id, n_envs, seed, **kwargs)
 
 
 class EnvPoolVecEnv(VecEnv):
     """
-    One pool of EnvPool's for all environments, with the behaviour that Stable-Baselines3 expects:
+    A pool of EnvPool that behaves as Stable-Baselines3 expects:
 
-    - An episode's end resets its environment at once: ``infos[i]["terminal_observation"]`` has the last observation,
-      and every action acts. (EnvPool alone resets in the next step, whose action it ignores.)
-    - ``infos[i]["TimeLimit.truncated"]`` and ``infos[i]["episode"]`` are as with SB3's ``Monitor``, and so is
-      ``monitor.csv``, one file for all environments. In Atari games with ``episodic_life`` or ``reward_clip``, an
-      episode is a whole game and its return that of the game, as in SB3; its length counts the steps of the agent.
-    - ``infos[i]`` has EnvPool's information about the environment, among it ``elapsed_step``.
-    - The pool is made at the first ``reset()``, and again by one after ``seed()``: its seeds cannot be changed.
+    - The end of an episode resets its environment in the same step, with the last observation in
+      ``infos[i]["terminal_observation"]``. (EnvPool itself resets in the next step and ignores that step's action.)
+    - ``infos[i]["TimeLimit.truncated"]``, ``infos[i]["episode"]`` and ``monitor.csv`` follow SB3's ``Monitor``, with
+      one file for all environments. In Atari games with ``episodic_life`` or ``reward_clip``, an episode is a whole
+      game with its unclipped return, as in SB3; its length counts the agent's steps.
+    - ``infos[i]`` has EnvPool's information about the environment, including ``elapsed_step``.
+    - The first ``reset()``, and one after ``seed()``, make a new pool, since EnvPool cannot change seeds.
 
-    There are no Python objects of single environments: ``env_method()`` knows ``render`` and ``get_wrapper_attr``,
-    ``get_attr()`` what an environment has that was made by Gymnasium, ``set_attr()`` is refused.
+    Single environments are not Python objects: ``env_method()`` supports ``render`` and ``get_wrapper_attr``,
+    ``get_attr()`` the standard attributes of a Gymnasium environment, and ``set_attr()`` raises an error.
 
     :param task_id: EnvPool's name of the task, one of ``envpool.list_all_envs()``
     :param num_envs: number of environments
-    :param seed: of the first environment, that of the next is larger by 1; ``None``: drawn
+    :param seed: seed of the first environment, increased by 1 for each further one; ``None``: a random seed
     :param render_mode: ``"rgb_array"``, ``"human"`` (a window with all environments, needs OpenCV) or ``None``
-    :param start_index: number of the first environment among those of several pools, which is added to the seed and
-        names the file of statistics
-    :param monitor_dir: folder for ``0.monitor.csv``, made where it is missing; ``None``: no file
-    :param info_keywords: names of information that ``infos[i]["episode"]`` and the file have too
-    :param options: of the task, as ``envpool.make`` takes them: ``num_threads``, ``max_episode_steps``, …
+    :param start_index: index of the first environment if there are several pools; added to the seed and used as the
+        name of the monitor file
+    :param monitor_dir: folder for ``0.monitor.csv``, created if missing; ``None``: no file
+    :param info_keywords: keys of ``infos[i]`` to copy to ``infos[i]["episode"]`` and the file
+    :param options: options of the task, as ``envpool.make`` takes them: ``num_threads``, ``max_episode_steps``, …
     :raises ImportError: if EnvPool is not installed
     :raises ValueError: if EnvPool has no such task, the task no such option, or SB3 no such spaces
     """
@@ -120,24 +119,24 @@ class EnvPoolVecEnv(VecEnv):
         self._pool: Any = None
         self._pool_process = 0
         self._is_stepping = False
-        self._options_of_task = {"num_envs": num_envs, **options}
+        self._pool_options = {"num_envs": num_envs, **options}
         pool_spec = _make_spec(envpool, task_id, options, num_envs)
         if getattr(pool_spec.config, "max_num_players", 1) > 1:
-            raise ValueError(f"{task_id} has several players, which SB3 has no algorithm for")
+            raise ValueError(f"{task_id} has several players, which SB3 does not support")
         self.spec = EnvSpec(
             task_id,
             max_episode_steps=getattr(pool_spec.config, "max_episode_steps", None),
             reward_threshold=getattr(pool_spec.config, "reward_threshold", None),
         )
-        # SB3 shows pictures in a window itself.
-        self._shows = render_mode == "human"
+        # SB3 opens the window itself and needs images.
+        self._opens_window = render_mode == "human"
         self.render_mode = None if render_mode is None else "rgb_array"
-        with _silent_precision():
-            observation_space = _checked_observations(task_id, pool_spec.observation_space)
-            action_space = _checked_actions(task_id, pool_spec.action_space)
-        # Rewards may be clipped, and episodes end where a life does: statistics are about the game.
+        with _without_precision_warnings():
+            observation_space = _checked_observation_space(task_id, pool_spec.observation_space)
+            action_space = _gymnasium_action_space(task_id, pool_spec.action_space)
+        # With clipped rewards and episodes that end with a life, statistics still refer to the whole game.
         state = pool_spec.state_array_spec
-        self._has_games = "info:terminated" in state and "info:reward" in state and "info:lives" in state
+        self._reports_games = "info:terminated" in state and "info:reward" in state and "info:lives" in state
         super().__init__(num_envs, observation_space, action_space)
         self.seed(None if seed is None else seed + start_index)
         self._start = time.time()
@@ -155,8 +154,8 @@ class EnvPoolVecEnv(VecEnv):
         """
         Set the seeds for the next ``reset()``, which makes a new pool.
 
-        :param seed: of the first environment; ``None``: drawn from NumPy's global generator, as SB3 does
-        :return: of all environments, within EnvPool's range of 0 to 2³¹ − 1
+        :param seed: seed of the first environment; ``None``: drawn from NumPy's global generator, as in SB3
+        :return: seeds of all environments, reduced to EnvPool's range of 0 to 2³¹ − 1
         """
         super().seed(seed)
         self._seeds = [None if each is None else each % _N_SEEDS for each in self._seeds]
@@ -164,49 +163,47 @@ class EnvPoolVecEnv(VecEnv):
 
     def set_options(self, options: list[dict[str, Any]] | dict[str, Any] | None = None) -> None:
         """
-        :param options: none: EnvPool's are given when it is made
+        :param options: must be empty or ``None``; pass EnvPool's options to the constructor
         :raises ValueError: if there are any
         """
         if any(options if isinstance(options, list) else [options]):
-            raise ValueError(f"EnvPool takes no options at a reset, got {options!r}: give them to EnvPoolVecEnv")
+            raise ValueError(f"EnvPool takes no options at a reset, got {options!r}: pass them to EnvPoolVecEnv")
 
     def reset(self) -> VecEnvObs:
         """
         Start new episodes.
 
-        :return: their first observations, (num_envs, …)
+        :return: first observations, (num_envs, …)
         """
-        self._leave_pool_of_another_process()
+        self._drop_inherited_pool()
         if self._is_stepping:
             self._receive()
         if self._pool is None or self._seeds[0] is not None:
             self._make_pool()
         observations, info = self._pool.reset()
         self._reset_seeds()
-        self.reset_infos = self._infos(info)
+        self.reset_infos = self._split_infos(info)
         self._returns[:] = 0
         self._lengths[:] = 0
         return cast(VecEnvObs, observations)
 
     def _make_pool(self) -> None:
-        """
-        Make the pool with the seeds that wait for a reset.
-        """
+        """Make a pool with the seeds set by ``seed()``, or random ones."""
         if self._seeds[0] is None:
             self.seed()
         self._close_pool()
         rendered = {} if self.render_mode is None else {"render_mode": self.render_mode}
         self._pool_process = os.getpid()
-        with _silent_precision():
+        with _without_precision_warnings():
             self._pool = import_envpool().make_gymnasium(
-                self.task_id, seed=list(self._seeds), **rendered, **self._options_of_task
+                self.task_id, seed=list(self._seeds), **rendered, **self._pool_options
             )
-            # EnvPool keeps it from now on, and would warn about its bounds later.
+            # EnvPool caches the space here; built later, it would warn about its bounds.
             _ = self._pool.observation_space
 
     def close(self) -> None:
         """
-        End the threads of the pool and close the file. May be called again; a ``reset()`` makes a new pool.
+        Stop the pool's threads and close the monitor file. May be called twice; ``reset()`` makes a new pool.
         """
         self._close_pool()
         if self._writer is not None:
@@ -216,23 +213,23 @@ class EnvPoolVecEnv(VecEnv):
     @property
     def is_lost_by_fork(self) -> bool:
         """
-        :return: whether a process that is forked from this one has to begin with ``reset()``, since the threads of the
-            pool do not go with it
+        :return: whether a process forked from this one must call ``reset()`` first, since a fork does not copy the
+            pool's threads
         """
         return self._pool is not None
 
-    def _leave_pool_of_another_process(self) -> None:
+    def _drop_inherited_pool(self) -> None:
         if self._pool is not None and self._pool_process != os.getpid():
-            _lost_pools.append(self._pool)  # its destructor would wait for threads that are not here
+            _inherited_pools.append(self._pool)
             self._pool, self._is_stepping = None, False
 
     def _close_pool(self) -> None:
-        self._leave_pool_of_another_process()
+        self._drop_inherited_pool()
         if self._pool is not None:
             if self._is_stepping:
                 self._receive()
             self._pool.close()
-            self._pool = None  # its threads end with it
+            self._pool = None  # the destructor ends its threads
 
     # Steps -----------------------------------------------------------------------------------------------------------
 
@@ -241,15 +238,15 @@ class EnvPoolVecEnv(VecEnv):
         Start a step of all environments in the pool's threads.
 
         :param actions: (num_envs, …)
-        :raises RuntimeError: before the first ``reset()``, and if a step has begun already
-        :raises ValueError: if their shape or, for discrete ones, their values do not belong to the action space
+        :raises RuntimeError: before the first ``reset()``, and if a step has already started
+        :raises ValueError: if the shape of the actions or, for discrete ones, a value is not in the action space
         """
-        self._leave_pool_of_another_process()
+        self._drop_inherited_pool()
         if self._pool is None:
             raise RuntimeError("step() before the first reset()")
         if self._is_stepping:
             raise RuntimeError("step_async() was called again before step_wait()")
-        self.actions = self._checked(np.asarray(actions))
+        self.actions = self._checked_actions(np.asarray(actions))
         self._pool.send(self.actions)
         self._is_stepping = True
 
@@ -257,27 +254,27 @@ class EnvPoolVecEnv(VecEnv):
         """
         Wait for the step, and reset the environments whose episodes ended.
 
-        :return: observations (num_envs, …), rewards (num_envs,), ends of episodes (num_envs,), information
-        :raises RuntimeError: if no step has begun
+        :return: observations (num_envs, …), rewards (num_envs,), dones (num_envs,), infos
+        :raises RuntimeError: if no step has started
         """
         if not self._is_stepping:
             raise RuntimeError("step_wait() was called before step_async()")
         observations, rewards, terminated, truncated, info = self._receive()
         dones = terminated | truncated
-        infos = self._infos({**info, "TimeLimit.truncated": truncated & ~terminated})
-        self._returns += info["reward"] if self._has_games else rewards
+        infos = self._split_infos({**info, "TimeLimit.truncated": truncated & ~terminated})
+        self._returns += info["reward"] if self._reports_games else rewards
         self._lengths += 1
         if dones.any():
             ended = np.flatnonzero(dones)
-            over = info["terminated"].astype(bool) | truncated if self._has_games else dones
+            over = info["terminated"].astype(bool) | truncated if self._reports_games else dones
             for index in ended.tolist():
                 infos[index]["terminal_observation"] = _row(observations, index)
                 if over[index]:
                     self._record_episode(index, infos[index])
-            # A step of an environment whose episode has ended only resets it, whatever the action. EnvPool's reset()
-            # would also end a game of Atari that goes on after a life is lost.
+            # A step after the end of an episode only resets the environment and ignores the action. EnvPool's reset()
+            # would instead end an Atari game that continues after a lost life.
             first, _, _, _, reset_info = self._pool.step(self.actions[ended], ended)
-            for index, each in zip(ended.tolist(), self._infos(reset_info), strict=True):
+            for index, each in zip(ended.tolist(), self._split_infos(reset_info), strict=True):
                 self.reset_infos[index] = each
             _set_rows(observations, ended, first)
         return observations, rewards.astype(np.float32, copy=False), dones, infos
@@ -286,11 +283,13 @@ class EnvPoolVecEnv(VecEnv):
         self._is_stepping = False
         return self._pool.recv(reset=False, return_info=True)
 
-    def _checked(self, actions: np.ndarray) -> np.ndarray:
+    def _checked_actions(self, actions: np.ndarray) -> np.ndarray:
         """
-        :param actions: of all environments
-        :return: the same
-        :raises ValueError: if C++ code would read past their end, or by them past the end of something else
+        Refuse actions that would make EnvPool's C++ code read out of bounds.
+
+        :param actions: actions of all environments, (num_envs, …)
+        :return: the actions, unchanged
+        :raises ValueError: if a shape or a discrete value is not in the action space
         """
         expected = (self.num_envs, *(self.action_space.shape or ()))
         if actions.shape != expected:
@@ -303,7 +302,7 @@ class EnvPoolVecEnv(VecEnv):
                 raise ValueError(f"actions must lie in {space}, got {actions}")
         return actions
 
-    def _infos(self, info: dict[str, Any]) -> list[dict[str, Any]]:
+    def _split_infos(self, info: dict[str, Any]) -> list[dict[str, Any]]:
         """
         :param info: arrays by name, (environments, …)
         :return: one dict per environment
@@ -314,8 +313,8 @@ class EnvPoolVecEnv(VecEnv):
 
     def _record_episode(self, index: int, info: dict[str, Any]) -> None:
         """
-        :param index: of an environment whose episode ended
-        :param info: of its last step, to which the statistics are added
+        :param index: index of an environment whose episode ended
+        :param info: information of its last step; the statistics are added to it
         """
         episode = {
             "r": round(float(self._returns[index]), 6),
@@ -333,18 +332,18 @@ class EnvPoolVecEnv(VecEnv):
 
     def render(self, mode: str | None = None) -> np.ndarray | None:
         """
-        :param mode: ``"rgb_array"`` or ``"human"``; ``None``: that of ``render_mode``
-        :return: a picture of all environments, (height, width, 3), uint8; ``None`` if it went to a window
+        :param mode: ``"rgb_array"`` or ``"human"``; ``None``: ``render_mode``
+        :return: one image of all environments, (height, width, 3), uint8; ``None`` if it is shown in a window
         """
-        return super().render(mode or ("human" if self._shows else None))
+        return super().render(mode or ("human" if self._opens_window else None))
 
     def get_images(self) -> Sequence[np.ndarray | None]:
         """
-        :return: a picture of every environment, (height, width, 3), uint8
+        :return: an image of every environment, (height, width, 3), uint8
         """
-        return self._images(None)
+        return self._render_each(None)
 
-    def _images(self, indices: VecEnvIndices) -> list[np.ndarray | None]:
+    def _render_each(self, indices: VecEnvIndices) -> list[np.ndarray | None]:
         chosen = np.asarray(list(self._get_indices(indices)), dtype=np.int32)
         if self.render_mode is None:
             warnings.warn("Nothing is rendered without render_mode='rgb_array'", stacklevel=3)
@@ -356,9 +355,9 @@ class EnvPoolVecEnv(VecEnv):
     def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:
         """
         :param attr_name: ``spec``, ``render_mode``, ``metadata``, ``observation_space`` or ``action_space``
-        :param indices: of environments
-        :return: the attribute for each of them
-        :raises AttributeError: for others
+        :param indices: indices of environments; ``None``: all
+        :return: the attribute, once per environment
+        :raises AttributeError: for any other name
         """
         known: dict[str, Any] = {
             "spec": self.spec,
@@ -369,21 +368,22 @@ class EnvPoolVecEnv(VecEnv):
             known[attr_name] = getattr(self, attr_name)
         if attr_name not in known:
             raise AttributeError(
-                f"EnvPool's environments are no Python objects and have no attribute {attr_name!r}, only "
+                f"EnvPool's environments are not Python objects and have no attribute {attr_name!r}, only "
                 f"{', '.join([*known, 'observation_space', 'action_space'])}"
             )
         return [known[attr_name] for _ in self._get_indices(indices)]
 
     def set_attr(self, attr_name: str, value: Any, indices: VecEnvIndices = None) -> None:
         """
-        :param attr_name: any
-        :param value: any
-        :param indices: any
+        Refuse to set an attribute.
+
+        :param attr_name: name of the attribute
+        :param value: not used
+        :param indices: not used
         :raises AttributeError: always
         """
         raise AttributeError(
-            f"EnvPool's environments are no Python objects: {attr_name!r} cannot be set. "
-            "Options are given to EnvPoolVecEnv"
+            f"EnvPool's environments are not Python objects: {attr_name!r} cannot be set. Pass options to EnvPoolVecEnv"
         )
 
     def env_method(
@@ -391,26 +391,26 @@ class EnvPoolVecEnv(VecEnv):
     ) -> list[Any]:
         """
         :param method_name: ``render`` or ``get_wrapper_attr``
-        :param method_args: its arguments
-        :param indices: of environments
-        :param method_kwargs: its arguments by name
-        :return: what it returns for each of them
-        :raises AttributeError: for others
+        :param method_args: positional arguments of the method
+        :param indices: indices of environments; ``None``: all
+        :param method_kwargs: keyword arguments of the method
+        :return: the method's result for each environment
+        :raises AttributeError: for any other method
         """
         if method_name == "get_wrapper_attr":
             (name,) = (*method_args, *method_kwargs.values())
             return self.get_attr(name, indices)
         if method_name != "render":
             raise AttributeError(
-                f"EnvPool's environments are no Python objects and have no method {method_name!r}, only render"
+                f"EnvPool's environments are not Python objects and have no method {method_name!r}, only render"
             )
-        return self._images(indices)
+        return self._render_each(indices)
 
     def env_is_wrapped(self, wrapper_class: type[gym.Wrapper], indices: VecEnvIndices = None) -> list[bool]:
         """
-        :param wrapper_class: of Gymnasium or SB3
-        :param indices: of environments
-        :return: whether they behave as if wrapped: with ``Monitor``, whose statistics they have
+        :param wrapper_class: wrapper of Gymnasium or SB3
+        :param indices: indices of environments; ``None``: all
+        :return: ``True`` for ``Monitor``, whose statistics this class records itself, once per environment
         """
         return [wrapper_class is Monitor for _ in self._get_indices(indices)]
 
@@ -419,58 +419,58 @@ def check_task(task_id: str, known: Sequence[str]) -> None:
     """
     :param task_id: name of a task
     :param known: names of all tasks
-    :raises ValueError: if it is none of them, with those that are near
+    :raises ValueError: if there is no such task; the message names similar ones
     """
     if task_id not in known:
         by_lower = {name.lower(): name for name in known}
         near = difflib.get_close_matches(str(task_id).lower(), by_lower, n=5, cutoff=0.5)
-        hint = f". Near: {', '.join(by_lower[name] for name in near)}" if near else ""
+        hint = f". Similar: {', '.join(by_lower[name] for name in near)}" if near else ""
         raise ValueError(f"EnvPool has no task {task_id!r}{hint}. envpool.list_all_envs() lists all")
 
 
 def _make_spec(envpool: Any, task_id: str, options: dict[str, Any], num_envs: int) -> Any:
     """
-    :param envpool: the module
-    :param task_id: name of a task
-    :param options: of the task
+    :param envpool: the module ``envpool``
+    :param task_id: name of the task
+    :param options: options of the task
     :param num_envs: number of environments
     :return: EnvPool's specification
-    :raises ValueError: if there is no such option
+    :raises ValueError: if the task has no such option
     """
     for name in options:
-        if name in _OWN_OPTIONS:
-            raise ValueError(f"{name} is no option here, use {_OWN_OPTIONS[name]}")
+        if name in _RESERVED_OPTIONS:
+            raise ValueError(f"{name} is not an option here: {_RESERVED_OPTIONS[name]}")
     known = {*envpool.make_spec(task_id).config._fields, *_RENDER_OPTIONS}
     unknown = [name for name in options if name not in known]
     if unknown:
         near = difflib.get_close_matches(unknown[0], known, n=1)
         hint = f". Did you mean {near[0]!r}?" if near else "."
-        allowed = ", ".join(sorted(known - _OWN_OPTIONS.keys()))
+        allowed = ", ".join(sorted(known - _RESERVED_OPTIONS.keys()))
         raise ValueError(f"{task_id} has no option {unknown[0]!r}{hint} It has {allowed}")
     return envpool.make_spec(task_id, num_envs=num_envs, **options)
 
 
-def _checked_observations(task_id: str, space: Any) -> spaces.Space[Any]:
+def _checked_observation_space(task_id: str, space: Any) -> spaces.Space[Any]:
     """
     :param task_id: name of the task
     :param space: EnvPool's observation space
-    :return: the same
-    :raises ValueError: if SB3 has no such space
+    :return: the space, unchanged
+    :raises ValueError: if SB3 does not support the space
     """
     parts = space.spaces.values() if isinstance(space, spaces.Dict) else [space]
     supported = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
     if not all(isinstance(part, supported) for part in parts):
-        raise ValueError(f"Observations of {task_id} are {space}: SB3 has no tuples and no dicts within dicts")
+        raise ValueError(f"Observations of {task_id} are {space}: SB3 supports no tuples and no dicts within dicts")
     return cast("spaces.Space[Any]", space)
 
 
-def _checked_actions(task_id: str, space: Any) -> spaces.Space[Any]:
+def _gymnasium_action_space(task_id: str, space: Any) -> spaces.Space[Any]:
     """
     :param task_id: name of the task
     :param space: EnvPool's action space
-    :return: the same, boxes in float32 as in Gymnasium, so that models go from one to the other, and vectors of whole
-        numbers, which EnvPool has as boxes too, as what they are
-    :raises ValueError: if SB3 has no such space
+    :return: Gymnasium's space for the same task, so that a model works with both: float32 instead of float64, and
+        ``MultiDiscrete`` instead of an integer ``Box``
+    :raises ValueError: if SB3 does not support the space
     """
     if isinstance(space, spaces.Box) and np.issubdtype(space.dtype, np.floating):
         with np.errstate(over="ignore"):
@@ -478,15 +478,13 @@ def _checked_actions(task_id: str, space: Any) -> spaces.Space[Any]:
     if isinstance(space, spaces.Box) and len(space.shape) == 1 and not space.low.any():
         return spaces.MultiDiscrete(space.high.astype(np.int64) + 1)
     if not isinstance(space, (spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)):
-        raise ValueError(f"Actions of {task_id} are {space}: SB3 has neither dicts nor tuples of actions")
+        raise ValueError(f"Actions of {task_id} are {space}: SB3 supports neither dicts nor tuples of actions")
     return cast("spaces.Space[Any]", space)
 
 
 @contextlib.contextmanager
-def _silent_precision() -> Iterator[None]:
-    """
-    Without Gymnasium's warning that bounds of a space, which EnvPool gives in double precision, become float32.
-    """
+def _without_precision_warnings() -> Iterator[None]:
+    """Suppress Gymnasium's warning that EnvPool's float64 bounds of a space become float32."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*precision lowered by casting.*")
         yield
@@ -495,8 +493,8 @@ def _silent_precision() -> Iterator[None]:
 def _row(observations: Any, index: int) -> Any:
     """
     :param observations: array or dict of arrays, (num_envs, …)
-    :param index: of an environment
-    :return: a copy of its observation
+    :param index: index of an environment
+    :return: a copy of that environment's observation, (…)
     """
     if isinstance(observations, dict):
         return {name: values[index].copy() for name, values in observations.items()}
@@ -505,9 +503,9 @@ def _row(observations: Any, index: int) -> Any:
 
 def _set_rows(observations: Any, indices: np.ndarray, rows: Any) -> None:
     """
-    :param observations: array or dict of arrays, (num_envs, …), changed
-    :param indices: of environments
-    :param rows: their new observations
+    :param observations: array or dict of arrays, (num_envs, …), changed in place
+    :param indices: indices of environments, (n,)
+    :param rows: new observations of these environments, (n, …)
     """
     if isinstance(observations, dict):
         for name, values in observations.items():

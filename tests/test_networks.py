@@ -183,7 +183,7 @@ def test_default_number_of_features():
 
 
 def fill(layer: nn.Module, weight: float, bias: float = 0.0) -> None:
-    """On an image of one pixel only the middle of a padded kernel counts; the rest is made conspicuous."""
+    """Set a kernel's middle, the only entry that a one-pixel image uses, to ``weight``, and the rest to 100."""
     with th.no_grad():
         layer.weight.fill_(100.0)
         layer.weight[..., layer.weight.shape[-2] // 2, layer.weight.shape[-1] // 2] = weight
@@ -454,7 +454,7 @@ def test_double_precision(extractor_class):
 
 @pytest.mark.parametrize("extractor_class", EXTRACTORS)
 def test_mixed_precision(extractor_class):
-    """bfloat16 has 8 significant bits, and gradients are sums over many cells, in which its errors average out."""
+    """bfloat16 has 8 significant bits; in gradients, sums over many cells, its errors average out."""
     exact = extractor_class(grid(10, 10, 4))
     mixed = extractor_class(grid(10, 10, 4), mixed_precision=True)
     mixed.load_state_dict(exact.state_dict())
@@ -528,9 +528,9 @@ def test_state_is_saved_and_loaded(extractor_class, tmp_path):
 
 class RandomImages(gym.Env):
     """
-    Rewards one of two actions; what it shows is noise.
+    Observations are noise; one of two actions is rewarded.
 
-    :param observation_space: of the noise
+    :param observation_space: space to draw the observations from
     """
 
     def __init__(self, observation_space: spaces.Box) -> None:
@@ -590,7 +590,7 @@ def test_trains_in_ppo(policy, extractor_class, make_env, image_shape):
 
 
 def test_channels_of_minatar_are_its_last_axis():
-    """A convolution over 10x10 cells moves with what it sees; one over cells and channels does not."""
+    """The output of a convolution over cells moves with the input; over cells and channels it would not."""
     model = PPO("MlpPolicy", minatar("Seaquest"), policy_kwargs={"features_extractor_class": SmallGridCNN})
     convolution = model.policy.features_extractor.cnn
     observation = th.zeros(2, 10, 10, 10)
