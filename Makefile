@@ -41,7 +41,7 @@ lint: $(VENV)/.installed-dev ## style and formatting, changes nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-format: $(VENV)/.installed-dev ## mend style and formatting
+format: $(VENV)/.installed-dev ## fix style and formatting
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 

@@ -26,6 +26,7 @@ from sb3_ppo_ewma.zoo.search_space import SEARCH_SPACES
 from tests.test_packaging import PACKAGE
 
 ROOT = Path(__file__).parents[1]
+DASH = "[\u2010-\u2014\u2212]"  # hyphens, dashes and the minus sign, but not the ASCII one
 README = (ROOT / "README.md").read_text()
 PPO_EWMA_PAGE, PPG_PAGE, ZOO_PAGE, INDEX = (
     (ROOT / "docs" / name).read_text() for name in ("ppo_ewma.md", "ppg.md", "zoo.md", "index.md")
@@ -51,7 +52,7 @@ def table(page: str, first_header: str) -> list[list[str]]:
     """
     :return: the cells of all rows below headers that begin like this, without backticks around them
     """
-    found = re.findall(rf"^\| {re.escape(first_header)} \|.*\n\|[-|]+\|\n((?:\|.*\n)+)", page, flags=re.MULTILINE)
+    found = re.findall(rf"^\| {re.escape(first_header)} \|.*\n\|[-:| ]+\|\n((?:\|.*\n)+)", page, flags=re.MULTILINE)
     assert found, f"no table with the header {first_header}"
     rows = "".join(found).splitlines()
     return [[cell.strip().strip("`") for cell in row.strip("|").split("|")] for row in rows]
@@ -69,7 +70,7 @@ def code_blocks(page: Path, language: str) -> list[str]:
 def test_python_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for code in code_blocks(page, "python"):
-        short = re.sub(r"total_timesteps=[\d_]+", "total_timesteps=512", code)
+        short = re.sub(r"total_timesteps=[\w.+]+", "total_timesteps=512", code)
         # So that 512 steps in rollouts of 256 end in the middle of a phase, and 512 more reach its end
         short = re.sub(r"n_policy_iterations=\d+", "n_policy_iterations=3", short)
         exec(compile(short, str(page), "exec"), {"__name__": "example"})
@@ -229,7 +230,8 @@ def test_zoo_commands_have_the_options_of_their_scripts(page: Path) -> None:
         if script == "train":
             source += source_of("sb3_ppo_ewma.zoo.options")
         for option in arguments:
-            if option.startswith("-") and not re.fullmatch(r"-\d+", option):
+            assert not re.match(DASH, option), f"{option} begins with a typographic dash"
+            if option.startswith("-") and not re.fullmatch(r"-[\d.]+(e-?\d+)?", option):
                 assert f'"{option}"' in source, f"{script} has no {option}"
 
 
@@ -288,10 +290,73 @@ def test_the_explanation_of_rescaling_is_what_is_printed(capsys: pytest.CaptureF
     assert capsys.readouterr().out == printed[1]
 
 
-def test_results_are_those_of_the_reports() -> None:
-    page = (ROOT / "docs" / "results.md").read_text()
-    reports = "".join(file.read_text() for file in (ROOT / "benchmarks" / "experiments" / "results").glob("*.md"))
-    estimates = re.findall(r"−?[\d.]+ \[[^\]]+\]", page)
-    assert len(estimates) > 10
-    for estimate in estimates:
-        assert estimate.replace("−", "-") in reports, estimate
+# Pages may write any dash as a minus sign, reports write a hyphen. A dash after a digit is a range.
+SIGN = rf"(?<![\w.]){DASH}(?=\d)"
+NUMBER = r"[+-]?\d[\d.]*"
+# Intervals after an estimate: "-0.01 [-0.04, 0.01]", or "[0.74](a link) (95 % interval 0.59 to 0.88)"
+IN_BRACKETS = rf"\[({NUMBER}), ({NUMBER})\]"
+IN_PROSE = rf"\((?:95 % interval )?({NUMBER}) to ({NUMBER})\)"
+LINK = r"(?:\]\([^)\s]+\))?"
+
+
+def negative(number: str) -> str:
+    return number[1:] if number.startswith("-") else f"-{number}"
+
+
+def estimates(text: str, interval: str, negate_losses: bool = False) -> list[tuple[str, str, str]]:
+    """
+    :return: value and interval of every estimate; on request as the change that it is if a sentence calls it a loss
+    """
+    text = re.sub(SIGN, "-", text)
+    found = []
+    for match in re.finditer(rf"(?<![\w.+-])({NUMBER}){LINK}\s+{interval}", text):
+        value, low, high = match.groups()
+        sentence = re.split(r"[.:;]\s", text[: match.start()])[-1]
+        is_loss = re.search(r"\b(lose|loses|lost|loss of)\b", sentence) is not None
+        negate = negate_losses and is_loss
+        found.append((negative(value), negative(high), negative(low)) if negate else (value, low, high))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("by -0.01 [-0.04, 0.01]", ("-0.01", "-0.04", "0.01")),
+        ("by −0.01 [−0.04, 0.01]", ("-0.01", "-0.04", "0.01")),
+        ("by \u20130.01\n[\u20110.04, 0.01]", ("-0.01", "-0.04", "0.01")),
+        ("by 0.01 [-0.04, 0.01]", ("0.01", "-0.04", "0.01")),
+        ("it loses 0.72 [0.67, 0.77]", ("-0.72", "-0.77", "-0.67")),
+        ("it loses much. Or 0.72 [0.67, 0.77]", ("0.72", "0.67", "0.77")),
+    ],
+)
+def test_signs_of_estimates_are_read(text: str, expected: tuple[str, str, str]) -> None:
+    assert estimates(text, IN_BRACKETS, negate_losses=True) == [expected]
+
+
+def test_estimates_in_prose_are_read() -> None:
+    text = "[probability 0.74](results.md#a) (95 % interval 0.59 to 0.88), −1.5 (−2.5 to 0.5)"
+    assert estimates(text, IN_PROSE) == [("0.74", "0.59", "0.88"), ("-1.5", "-2.5", "0.5")]
+
+
+@pytest.mark.parametrize(
+    ("page", "interval", "at_least", "reports", "negate_losses"),
+    [
+        ("docs/results.md", IN_BRACKETS, 50, "experiments", True),
+        ("README.md", IN_PROSE, 3, "experiments", True),
+        ("docs/asynchronous.md", IN_PROSE, 3, "parallel", False),  # that report has tables of losses
+        ("benchmarks/README.md", IN_PROSE, 2, "comparison", True),
+    ],
+    ids=["results", "readme", "asynchronous", "benchmarks"],
+)
+def test_results_are_those_of_the_reports(
+    page: str, interval: str, at_least: int, reports: str, negate_losses: bool
+) -> None:
+    stored: set[tuple[str, str, str]] = set()
+    for file in (ROOT / "benchmarks" / reports / "results").glob("*.md"):
+        stored |= set(estimates(file.read_text(), IN_BRACKETS))
+    text = (ROOT / page).read_text()
+    quoted = estimates(text, interval, negate_losses)
+    assert len(quoted) >= at_least
+    if interval == IN_BRACKETS:
+        assert len(quoted) == len(re.findall(r"\[[^\]]+\](?!\()", text)), "brackets without an estimate in front"
+    assert [estimate for estimate in quoted if estimate not in stored] == []

@@ -14,7 +14,6 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from huggingface_sb3 import EnvironmentName, ModelName
 
 from sb3_ppo_ewma import zoo
-from sb3_ppo_ewma.zoo import hub
 
 TRAIN = ["--algo", "ppo_ewma", "-f", "logs", "-n", "64", "--eval-freq", "-1", "--device", "cpu", "--seed", "0"]
 SMALL = ["n_envs:1", "n_steps:32", "batch_size:16", "n_epochs:1"]
@@ -95,18 +94,8 @@ def test_a_hub_out_of_reach_is_no_missing_file(fake_hub, monkeypatch):
     def unreachable(**kwargs):
         raise LocalEntryNotFoundError("offline")
 
-    hub.mend()
+    zoo.register()
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", unreachable)
     load_from_hub = importlib.import_module("huggingface_sb3").load_from_hub
     with pytest.raises(LocalEntryNotFoundError):
         load_from_hub("me/ppo_ewma-CartPole-v1", "vec_normalize.pkl")
-
-
-def test_a_generate_metadata_of_upstreams_is_left_alone(monkeypatch):
-    module = importlib.import_module("huggingface_sb3.push_to_hub")
-
-    def generate_metadata() -> None: ...
-
-    monkeypatch.setattr(module, "generate_metadata", generate_metadata, raising=False)
-    hub._restore_generate_metadata()
-    assert module.generate_metadata is generate_metadata

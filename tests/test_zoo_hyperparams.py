@@ -1,4 +1,4 @@
-"""Every entry of zoo_hyperparams: it is there, it builds a model as it stands, and a small run of it trains."""
+"""Every entry of zoo_hyperparams: it exists, it builds a model unchanged, and a small run of it trains."""
 
 from argparse import Namespace
 from math import ceil

@@ -240,7 +240,7 @@ def test_search_and_train_the_trial_again(algo, storage, tmp_path):
         (file,) = (tmp_path / f"trial_{trial}").rglob("config.yml")
         config = yaml.unsafe_load(file.read_text())
         assert config["gamma"] == pytest.approx(gamma)
-        assert config["ent_coef"] == 0.25  # the command line goes before the trial
+        assert config["ent_coef"] == 0.25  # the command line overrides the trial
         if algo.endswith("_ewma"):
             assert config["prox_decay"] == pytest.approx(0.75)
         if algo in ("ppo_ewma", "ppo_lstm_ewma"):

@@ -109,7 +109,7 @@ def test_entries_with_one_epoch_by_name(capsys):
     arguments = ["--algo", "ppo_ewma", "--env", "CartPole-v1", "--conf-file", "ppo_ewma_one_epoch.yml"]
     zoo.main(["rescale", *arguments, "--n-envs", "2"])
     assert "8 → 2  " in capsys.readouterr().out
-    Path("ppo_ewma_one_epoch.yml").write_text(yaml.safe_dump({"CartPole-v1": ENTRY}))  # the user's own goes before
+    Path("ppo_ewma_one_epoch.yml").write_text(yaml.safe_dump({"CartPole-v1": ENTRY}))  # the user's file
     zoo.main(["rescale", *arguments, "--n-envs", "2"])
     assert "4 → 2" in capsys.readouterr().out
 

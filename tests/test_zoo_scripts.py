@@ -13,6 +13,7 @@ from rl_zoo3 import ALGOS
 
 from sb3_ppo_ewma import PPG, PPOEWMA, ImpalaCNN, SmallGridCNN, zoo
 from sb3_ppo_ewma.zoo import child_processes
+from sb3_ppo_ewma.zoo.patches import script_patches
 
 # Small, on one environment, with an evaluation and a checkpoint every 64 steps
 SHORT = ["-n", "128", "--eval-freq", "64", "--eval-episodes", "2", "--save-freq", "64", "--seed", "0"]
@@ -210,14 +211,15 @@ def test_record_training_without_ffmpeg_keeps_old_videos(logs, tmp_path, monkeyp
     assert (run / "videos" / "training.mp4").exists()
 
 
-def test_a_failing_ffmpeg_is_said(tmp_path):
-    with child_processes.brought_home(), pytest.raises(OSError, match=r"ffmpeg failed .*missing\.mp4"):
+def test_a_failing_ffmpeg_raises_an_error(tmp_path):
+    with script_patches(), pytest.raises(OSError, match=r"ffmpeg failed .*missing\.mp4"):
         os.system("ffmpeg -loglevel quiet -i missing.mp4 out.mp4")
-    assert os.system("exit 3") != 0  # others are not our business
+    with script_patches():
+        assert os.system("exit 3") != 0  # other commands behave as before
 
 
 def test_other_child_processes_are_left_alone():
-    with child_processes.brought_home():
+    with child_processes.redirect_child_scripts(), script_patches():
         assert subprocess.call(["sh", "-c", "exit 3"]) == 3
 
 

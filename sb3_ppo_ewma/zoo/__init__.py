@@ -1,8 +1,8 @@
 """
-PPO-EWMA and PPG in rl-zoo3: ``python -m sb3_ppo_ewma.zoo SCRIPT ...`` runs the zoo's scripts, :func:`register` makes a
-script of one's own know the algorithms.
+PPO-EWMA and PPG in rl-zoo3: ``python -m sb3_ppo_ewma.zoo SCRIPT ...`` runs the zoo's scripts, :func:`register` adds
+the algorithms to rl-zoo3 in your own script.
 
-Importing this module imports neither rl_zoo3 nor any environment; the two functions do.
+Importing this module imports neither rl_zoo3 nor any environment; calling its two functions does.
 """
 
 from sb3_ppo_ewma.zoo.command_line import main
@@ -12,9 +12,11 @@ __all__ = ["main", "register"]
 
 def register() -> None:
     """
-    Make rl-zoo3 know ``ppo_ewma``, ``ppo_lstm_ewma``, ``ppg`` and ``ppg_ewma``, with their hyper-parameters, Optuna
-    search spaces and converters, and our features extractors by name; and gymnasium the MinAtar games where they are
-    installed. Call it before the zoo builds its argument parser; a second call changes nothing.
+    Add ``ppo_ewma``, ``ppo_lstm_ewma``, ``ppg`` and ``ppg_ewma`` to rl-zoo3, with their hyper-parameters, Optuna search
+    spaces and converters, and our features extractors by name. If MinAtar is installed, register its games with
+    gymnasium. Apply :mod:`sb3_ppo_ewma.zoo.patches`, repairs of rl-zoo3 that all its algorithms profit from.
+
+    Call it before the zoo builds its argument parser. A second call changes nothing.
 
     :raises ImportError: without rl_zoo3, with the command that installs it
     """

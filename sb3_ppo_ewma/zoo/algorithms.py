@@ -1,4 +1,4 @@
-"""The algorithms by the names they have in the zoo, and where their hyper-parameters are."""
+"""Names of our algorithms in the zoo, and their files of hyper-parameters."""
 
 from pathlib import Path
 
@@ -14,15 +14,15 @@ ALGORITHMS: dict[str, type[BaseAlgorithm]] = {
     "ppg_ewma": PPGEWMA,
 }
 
-# Further files of ppo_ewma: with one policy epoch, and what studies found
+# More files for ppo_ewma: settings with one policy epoch, and settings that Optuna found
 ONE_EPOCH, TUNED = "ppo_ewma_one_epoch", "ppo_ewma_tuned"
 
 
 def hyperparameter_file(name: str) -> Path:
     """
-    :param name: one of ``ALGORITHMS``, ``ONE_EPOCH``, ``TUNED``, or of a file in a folder, as ``procgen/ppg_256``
-    :return: its file of hyper-parameters, which need not exist: in the installed package, or in the repository of an
-        editable install
+    :param name: one of ``ALGORITHMS``, ``ONE_EPOCH`` or ``TUNED``, or the path of a file such as ``procgen/ppg_256``
+    :return: path of the file, which may not exist: in the installed package, or in the repository of an editable
+        install
     """
     package = Path(__file__).parents[1]
     installed = package / "zoo_hyperparams" / f"{name}.yml"

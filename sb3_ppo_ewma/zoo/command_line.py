@@ -1,4 +1,4 @@
-"""The zoo's scripts behind one command, with a sentence where they would end in a traceback."""
+"""One command for all scripts of the zoo, which reports the user's mistakes in one sentence each."""
 
 import argparse
 import contextlib
@@ -15,7 +15,7 @@ import gymnasium as gym
 PROG = "sb3-ppo-ewma"
 TRACEBACK_VARIABLE = "SB3_PPO_EWMA_TRACEBACK"
 
-# Name of the script: its module and what it is for. Every one of them runs as `python -m module` does.
+# Module and purpose of each script, by its name. Each runs like `python -m module`.
 SCRIPTS = {
     "train": ("rl_zoo3.train", "train an agent, or search for hyper-parameters (-optimize)"),
     "rescale": ("sb3_ppo_ewma.zoo.rescaling", "print hyper-parameters for another number of environments"),
@@ -30,13 +30,13 @@ SCRIPTS = {
     "load_from_hub": ("rl_zoo3.load_from_hub", "download a trained agent from the Hugging Face Hub"),
 }
 
-# Options these scripts cannot do without but do not declare as required
+# Options that these scripts need but do not declare as required
 _REQUIRED_OPTIONS = {
     "all_plots": [("-a", "--algos"), ("-e", "--env"), ("-f", "--exp-folders")],
     "plot_from_file": [("-i", "--input")],
 }
 
-# The extra of this package that brings a module; other modules go by their own name.
+# The extra of this package that installs a module. Other modules have the name of their package.
 _EXTRAS = {
     **dict.fromkeys(
         (
@@ -56,7 +56,7 @@ _EXTRAS = {
     "tensorboard": "tensorboard",
 }
 
-# Errors of the user's input or machine: a sentence says it all. Anything else is a bug and keeps its traceback.
+# Errors of the user's input or machine get one sentence. Any other error is a bug and keeps its traceback.
 _EXPECTED_ERRORS = (ImportError, ValueError, AssertionError, OSError, gym.error.Error)
 _HTTP_PACKAGES = {"httpx", "httpx2", "requests"}
 _EXPECTED_FROM = {"optuna", "sqlalchemy", "yaml", "huggingface_hub", *_HTTP_PACKAGES}
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     Run one of the zoo's scripts with our algorithms.
 
-    :param argv: name of the script and its arguments; those of the process by default
+    :param argv: name of the script, then its arguments; by default, the arguments of the process
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     script = _parser().parse_args(arguments[:1]).script
@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except Exception as error:
         if os.environ.get(TRACEBACK_VARIABLE) or not _is_expected(error):
             raise
-        # Behind an error in the middle of training there may be more than a slip of the user's.
+        # An error in the middle of training may be more than a mistake of the user.
         in_training = any(frame.name == "learn" for frame in traceback.extract_tb(error.__traceback__))
         hint = f" ({TRACEBACK_VARIABLE}=1 in the environment shows where)" if in_training else ""
         sys.exit(f"{PROG} {script}: {explain(error)}{hint}")
@@ -90,8 +90,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=PROG,
         usage=f"{PROG} SCRIPT [ARGUMENTS ...]",
-        description="Run a script of rl-zoo3, which then knows ppo_ewma, ppo_lstm_ewma, ppg and ppg_ewma beside its "
-        "own algorithms.",
+        description="Run a script of rl-zoo3 with ppo_ewma, ppo_lstm_ewma, ppg and ppg_ewma in addition to its own "
+        "algorithms.",
         epilog=f"scripts:\n{scripts}\n\n"
         f"'{PROG} SCRIPT --help' lists the arguments of a script. {TRACEBACK_VARIABLE}=1 in the\n"
         "environment shows the traceback of every error.",
@@ -102,21 +102,23 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(script: str, arguments: list[str]) -> None:
-    importlib.import_module("rl_zoo3")  # first: where it is missing, so is what else the modules below import
-    # Here, so that the scripts are listed without rl_zoo3.
+    importlib.import_module("rl_zoo3")  # first: without it, name it rather than a package that it would install
+    # Imported here, so that --help works without rl_zoo3.
     from sb3_ppo_ewma.zoo import child_processes, data_parallel, hub, options, registration, vec_envs
+    from sb3_ppo_ewma.zoo.patches import ffmpeg_status, script_patches
 
     registration.register()
-    hub.mend()
+    hub.install_hooks()
     wants_help = bool({"-h", "--help"} & set(arguments))
     if not wants_help:
         _check_required_options(script, arguments)
         if script == "record_training":
-            child_processes.find_ffmpeg()  # before the script deletes the videos of the last time
-    # Some of them are imported by their package or by us already; they still run as new.
+            ffmpeg_status.find_ffmpeg()  # before the script deletes older videos
+    # runpy warns of scripts that were imported before. It runs them anew all the same.
     warnings.filterwarnings("ignore", message=".*found in sys.modules after import of package", module="runpy")
     with contextlib.ExitStack() as stack:
-        stack.enter_context(child_processes.brought_home())
+        stack.enter_context(child_processes.redirect_child_scripts())
+        stack.enter_context(script_patches())
         if script == "train" and not wants_help:
             stack.enter_context(data_parallel.process_group())
         if script in options.SCRIPTS:
@@ -141,8 +143,8 @@ def _is_expected(error: Exception) -> bool:
 
 def explain(error: Exception) -> str:
     """
-    :param error: an error that a user can do something about
-    :return: a sentence for it
+    :param error: error that the user can do something about
+    :return: one sentence that explains it
     """
     message = str(error)
     if isinstance(error, ModuleNotFoundError) and error.name is not None:
@@ -153,9 +155,9 @@ def explain(error: Exception) -> str:
         return f"the request to the Hugging Face Hub failed: {message}"
     if isinstance(error, OSError) and error.filename is not None:
         if os.path.basename(str(error.filename)) == "benchmark.md":
-            return "none of the agents could be evaluated"  # so upstream has no folder to write its table to
+            return "none of the agents could be evaluated"  # the first evaluation would have made the folder
         return f"{error.filename}: {error.strerror}"
-    if message.startswith("min() "):  # of no runs: plot_from_file skips algorithms with a single one
+    if message.startswith("min() "):  # plot_from_file skips algorithms with a single run, and none is left
         return "it takes at least two runs of every algorithm"
     if "not found in gym registry" in message:
         return (

@@ -1,6 +1,6 @@
 """
-``torchrun ... -m sb3_ppo_ewma.zoo train``: one training in several processes. Hyper-parameters are those of all of them
-together, and the first one writes what a training writes.
+``torchrun ... -m sb3_ppo_ewma.zoo train``: train one model in several processes. ``n_envs`` and ``batch_size`` are
+totals over all processes; only the first process writes files.
 """
 
 import contextlib
@@ -19,31 +19,31 @@ from rl_zoo3.exp_manager import ExperimentManager
 from sb3_ppo_ewma._parallel.process_group import Ranks, rank, world_size
 from sb3_ppo_ewma.batch_scaling import per_process, with_defaults
 from sb3_ppo_ewma.zoo.algorithms import ALGORITHMS
-from sb3_ppo_ewma.zoo.mending import Function, replace
+from sb3_ppo_ewma.zoo.patches._replace import AnyFunction, replace_function
 
 
 @functools.cache  # once
-def mend() -> None:
-    """Let an ``ExperimentManager`` know of the other processes. Where there are none, nothing changes."""
-    replace(ExperimentManager, "__init__", _init)
-    replace(ExperimentManager, "read_hyperparameters", _read_hyperparameters)
-    replace(ExperimentManager, "create_log_folder", _create_log_folder)
-    replace(ExperimentManager, "_save_config", _save_config)
-    replace(ExperimentManager, "save_trained_model", _save_trained_model)
-    replace(exp_manager, "make_vec_env", _make_vec_env)
+def install_hooks() -> None:
+    """Divide the work of an ``ExperimentManager`` between processes. With one process, nothing changes."""
+    replace_function(ExperimentManager, "__init__", _init)
+    replace_function(ExperimentManager, "read_hyperparameters", _read_hyperparameters)
+    replace_function(ExperimentManager, "create_log_folder", _create_log_folder)
+    replace_function(ExperimentManager, "_save_config", _save_config)
+    replace_function(ExperimentManager, "save_trained_model", _save_trained_model)
+    replace_function(exp_manager, "make_vec_env", _make_vec_env)
 
 
 @contextlib.contextmanager
 def process_group() -> Iterator[None]:
     """
-    Within the context, the processes that ``torchrun`` started are a process group; only the first one prints.
+    Within the context, the processes that ``torchrun`` started form a process group, and only the first one prints.
     """
     if not dist.is_torchelastic_launched() or int(os.environ["WORLD_SIZE"]) == 1 or dist.is_initialized():
         yield
         return
     if th.cuda.is_available():
         th.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group()  # Gloo for what is on a CPU, NCCL for CUDA
+    dist.init_process_group()  # Gloo for tensors on a CPU, NCCL for CUDA
     try:
         with contextlib.ExitStack() as stack:
             if rank() > 0:
@@ -55,7 +55,7 @@ def process_group() -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def _init(upstream: Function, manager: Any, *args: Any, **kwargs: Any) -> None:
+def _init(upstream: AnyFunction, manager: Any, *args: Any, **kwargs: Any) -> None:
     upstream(manager, *args, **kwargs)
     ranks = Ranks.joined()
     if ranks is None:
@@ -63,22 +63,22 @@ def _init(upstream: Function, manager: Any, *args: Any, **kwargs: Any) -> None:
     if manager.algo not in ALGORITHMS:
         raise ValueError(f"{manager.algo} cannot train in several processes, only {', '.join(ALGORITHMS)} can")
     if manager.optimize_hyperparameters:
-        raise ValueError("-optimize needs no torchrun: processes that have the same --storage share a search")
-    # A number that is free for the first process
+        raise ValueError("-optimize needs no torchrun: processes with the same --storage share a search")
+    # Each process looked for the next free run number: use the one that the first process found.
     manager.save_path, manager.params_path, manager.seed = ranks.from_first(
         (manager.save_path, manager.params_path, manager.seed)
     )
     if ranks.rank > 0:
         manager.tensorboard_log, manager.show_progress, manager.verbose = None, False, 0
         manager.eval_freq = manager.save_freq = -1
-    # Upstream divides by the environments of this process.
+    # Upstream divides by n_envs of this process only.
     manager.eval_freq, manager.save_freq = (
         max(frequency // ranks.size, 1) if frequency > 0 else frequency
         for frequency in (manager.eval_freq, manager.save_freq)
     )
 
 
-def _read_hyperparameters(upstream: Function, manager: Any) -> tuple[dict[str, Any], OrderedDict[str, Any]]:
+def _read_hyperparameters(upstream: AnyFunction, manager: Any) -> tuple[dict[str, Any], OrderedDict[str, Any]]:
     hyperparams, saved = upstream(manager)
     if world_size() == 1:
         return hyperparams, saved
@@ -87,27 +87,27 @@ def _read_hyperparameters(upstream: Function, manager: Any) -> tuple[dict[str, A
     return parts, saved
 
 
-def _create_log_folder(upstream: Function, manager: Any) -> None:
+def _create_log_folder(upstream: AnyFunction, manager: Any) -> None:
     if rank() == 0:
         upstream(manager)
     if world_size() > 1:
-        dist.barrier()  # the others write statistics of their episodes there
+        dist.barrier()  # the other processes write their episode statistics there
 
 
-def _save_config(upstream: Function, manager: Any, saved_hyperparams: dict[str, Any]) -> None:
+def _save_config(upstream: AnyFunction, manager: Any, saved_hyperparams: dict[str, Any]) -> None:
     if rank() == 0:
         upstream(manager, saved_hyperparams)
 
 
-def _save_trained_model(upstream: Function, manager: Any, model: Any) -> None:
+def _save_trained_model(upstream: AnyFunction, manager: Any, model: Any) -> None:
     if rank() == 0:
         upstream(manager, model)
     elif manager.save_replay_buffer and model.replay_buffer is not None:
         model.save_replay_buffer(os.path.join(manager.save_path, "replay_buffer.pkl"))
 
 
-def _make_vec_env(upstream: Function, *args: Any, **kwargs: Any) -> Any:
-    # Those that are evaluated in write no statistics.
+def _make_vec_env(upstream: AnyFunction, *args: Any, **kwargs: Any) -> Any:
+    # Evaluation environments have no monitor_dir.
     if rank() > 0 and kwargs.get("monitor_dir") is not None:
         kwargs["start_index"] = rank() * kwargs["n_envs"]
     return upstream(*args, **kwargs)

@@ -1,4 +1,9 @@
-"""Mends of what the zoo's scripts need of the Hugging Face Hub and its libraries."""
+"""
+Our algorithms on the Hugging Face Hub: commands on model cards, names in the list of agents, and an error of ``enjoy``
+that helps.
+
+What is repaired in the libraries is in :mod:`sb3_ppo_ewma.zoo.patches`.
+"""
 
 import functools
 import importlib
@@ -7,41 +12,26 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub.repocard
-import huggingface_sb3
 import rl_zoo3.utils
-from huggingface_hub.errors import EntryNotFoundError
 from huggingface_sb3 import EnvironmentName, ModelName
 
 from sb3_ppo_ewma.zoo.algorithms import ALGORITHMS
-from sb3_ppo_ewma.zoo.mending import Function, replace
+from sb3_ppo_ewma.zoo.patches._replace import AnyFunction, replace_function
 
 
 @functools.cache  # once
-def mend() -> None:
-    """Apply the mends, before the scripts import what they change."""
-    _restore_generate_metadata()
-    replace(huggingface_hub.repocard, "metadata_save", _metadata_save)
-    replace(rl_zoo3.utils, "get_hf_trained_models", _get_hf_trained_models)
-    replace(huggingface_sb3, "load_from_hub", _load_from_hub)
-    # Imports requests, which not every script needs: after load_from_hub, which it imports too.
+def install_hooks() -> None:
+    """Replace functions of the zoo and of huggingface_hub, before the scripts import them."""
+    replace_function(huggingface_hub.repocard, "metadata_save", _metadata_save)
+    replace_function(rl_zoo3.utils, "get_hf_trained_models", _get_hf_trained_models)
+    # That module imports requests, which not every script needs, and load_from_hub, which must be patched already.
     if importlib.util.find_spec("requests") is not None:
-        replace(importlib.import_module("rl_zoo3.load_from_hub"), "download_from_hub", _download_from_hub)
+        module = importlib.import_module("rl_zoo3.load_from_hub")
+        replace_function(module, "download_from_hub", _download_from_hub)
 
 
-def _restore_generate_metadata() -> None:
-    # push_to_hub imports it; sb3-team-hf-integration 3.2 has it under another name, with another type of result.
-    module: Any = importlib.import_module("huggingface_sb3.push_to_hub")
-    if hasattr(module, "generate_metadata") or not hasattr(module, "_generate_metadata"):
-        return
-
-    def generate_metadata(model_name: str, env_id: str, mean_reward: float, std_reward: float) -> dict[str, Any]:
-        return dict(module._generate_metadata(model_name, env_id, mean_reward, std_reward).to_dict())
-
-    module.generate_metadata = generate_metadata
-
-
-def _metadata_save(upstream: Function, local_path: Any, data: dict[str, Any]) -> None:
-    # The last step of writing a model card, whose commands do not know our algorithms.
+def _metadata_save(upstream: AnyFunction, local_path: Any, data: dict[str, Any]) -> None:
+    # The last step of writing a model card. Upstream's commands on it would not find our algorithms.
     card = Path(local_path)
     if card.is_file():
         text = card.read_text(encoding="utf-8")
@@ -50,27 +40,15 @@ def _metadata_save(upstream: Function, local_path: Any, data: dict[str, Any]) ->
     upstream(local_path, data)
 
 
-def _get_hf_trained_models(upstream: Function, *args: Any, **kwargs: Any) -> dict[str, tuple[str, str]]:
-    # Upstream takes the class name in lower case for the name of the algorithm.
+def _get_hf_trained_models(upstream: AnyFunction, *args: Any, **kwargs: Any) -> dict[str, tuple[str, str]]:
+    # Upstream uses the lower-case name of the class as the name of the algorithm.
     names = {algorithm.__name__.lower(): name for name, algorithm in ALGORITHMS.items()}
     models = [(names.get(algo, algo), env_id) for algo, env_id in upstream(*args, **kwargs).values()]
     return {ModelName(algo, EnvironmentName(env_id)): (algo, env_id) for algo, env_id in models}
 
 
-def _load_from_hub(upstream: Function, repo_id: str, filename: str) -> str:
-    try:
-        return str(upstream(repo_id, filename))
-    except EntryNotFoundError as error:
-        if isinstance(error, FileNotFoundError):  # not reached, rather than not there
-            raise
-        # Upstream expects the error of requests, which huggingface_hub used before 1.0, for a file that may be missing.
-        from requests.exceptions import HTTPError
-
-        raise HTTPError(str(error)) from error
-
-
-def _download_from_hub(upstream: Function, algo: str, env_name: EnvironmentName, *args: Any, **kwargs: Any) -> None:
-    # enjoy calls it for every agent that is not in its default folder, which is not the one that train writes to.
+def _download_from_hub(upstream: AnyFunction, algo: str, env_name: EnvironmentName, *args: Any, **kwargs: Any) -> None:
+    # enjoy calls it for every agent that is not in its default folder, and train writes to another one.
     try:
         upstream(algo, env_name, *args, **kwargs)
     except Exception as error:

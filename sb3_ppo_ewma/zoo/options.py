@@ -1,4 +1,4 @@
-"""Options that the command line adds to the zoo's scripts."""
+"""Options that this package adds to the zoo's scripts."""
 
 import argparse
 import contextlib
@@ -17,10 +17,10 @@ SCRIPTS = ("train", "enjoy", "record_video")
 @dataclass
 class Options:
     """
-    :param rescale_to_n_envs: number of environments for which hyper-parameters are rescaled; ``None``: as they are
-    :param advice: whether training is watched by an ``AdviceCallback``
-    :param fixed: parameters of the search that are not drawn, by the names that they have there
-    :param vec_env: kind of vectorised environment; ``None``: the script's own choice
+    :param rescale_to_n_envs: number of environments to rescale hyper-parameters to; ``None`` leaves them unchanged
+    :param advice: whether to add an ``AdviceCallback`` to training
+    :param fixed: values of search parameters that Optuna does not sample, by the parameter's name in a trial
+    :param vec_env: kind of vectorised environment; ``None`` leaves the choice to the script
     """
 
     rescale_to_n_envs: int | None = None
@@ -29,7 +29,7 @@ class Options:
     vec_env: str | None = None
 
 
-# Of the script that runs: upstream makes its parser and its ExperimentManager where nothing can be passed to them.
+# Options of the running script. A global, because upstream's scripts cannot pass them to its ExperimentManager.
 current = Options()
 
 
@@ -37,7 +37,7 @@ def parser(script: str, prog: str) -> argparse.ArgumentParser:
     """
     :param script: name of the script
     :param prog: name of the program
-    :return: parser of these options alone
+    :return: parser of our options only
     """
     result = argparse.ArgumentParser(prog=prog, add_help=False, allow_abbrev=False)
     result.set_defaults(**vars(Options()))
@@ -46,7 +46,7 @@ def parser(script: str, prog: str) -> argparse.ArgumentParser:
         "--vec-env",
         choices=_VEC_ENVS,
         help="VecEnv type; envpool: tasks of EnvPool, stepped in C++ threads"
-        + ("" if script == "train" else " (default: the one of the training)"),
+        + ("" if script == "train" else " (default: the one used in training)"),
     )
     if script != "train":
         return result
@@ -54,11 +54,9 @@ def parser(script: str, prog: str) -> argparse.ArgumentParser:
         "--rescale-to-n-envs",
         type=int,
         metavar="N",
-        help="train with N environments, and hyper-parameters rescaled from those for their own number",
+        help="train with N environments, with hyper-parameters rescaled to behave the same",
     )
-    group.add_argument(
-        "--advice", action="store_true", help="say in a line what is wrong with a training, and what to do"
-    )
+    group.add_argument("--advice", action="store_true", help="print a line when training goes wrong, with a remedy")
     group.add_argument(
         "--fix",
         nargs="+",
@@ -66,7 +64,7 @@ def parser(script: str, prog: str) -> argparse.ArgumentParser:
         dest="fixed",
         default={},
         metavar="NAME:VALUE",
-        help="parameters of an Optuna trial that are not searched (e.g. n_epochs:1)",
+        help="parameters of an Optuna trial to keep at a value (e.g. n_epochs:1)",
     )
     return result
 
@@ -75,7 +73,7 @@ def help_text(script: str, prog: str) -> str:
     """
     :param script: name of the script
     :param prog: name of the program
-    :return: help on these options, without a usage line
+    :return: help for our options, without a usage line
     """
     return parser(script, prog).format_help().partition("\n\n")[2]
 
@@ -83,10 +81,12 @@ def help_text(script: str, prog: str) -> str:
 @contextlib.contextmanager
 def taken_from(arguments: Sequence[str], script: str, prog: str) -> Iterator[list[str]]:
     """
-    :param arguments: of the script and these
-    :param script: its name
+    Within the context, our options have the values given on the command line.
+
+    :param arguments: arguments of the script, with our options among them
+    :param script: name of the script
     :param prog: name of the program
-    :return: those of the script; within the context, the others are in effect
+    :return: the arguments without our options
     """
     global current
     given, others = parser(script, prog).parse_known_args(arguments)

@@ -1,4 +1,4 @@
-"""What rl-zoo3 and gymnasium are told."""
+"""Register our algorithms, features extractors and environments with rl-zoo3 and gymnasium."""
 
 import importlib.util
 
@@ -11,6 +11,7 @@ from rl_zoo3.utils import ALGOS
 from sb3_ppo_ewma.networks import FEATURES_EXTRACTORS
 from sb3_ppo_ewma.zoo import data_parallel, experiment, vec_envs
 from sb3_ppo_ewma.zoo.algorithms import ALGORITHMS
+from sb3_ppo_ewma.zoo.patches import apply_patches
 from sb3_ppo_ewma.zoo.search_space import SEARCH_SPACES
 
 _MINATAR_GAMES = ("asterix", "breakout", "freeway", "seaquest", "space_invaders")
@@ -18,21 +19,22 @@ _MINATAR_GAMES = ("asterix", "breakout", "freeway", "seaquest", "space_invaders"
 
 def register() -> None:
     """See :func:`sb3_ppo_ewma.zoo.register`."""
-    # All three are dictionaries that the zoo's modules share: change them, do not replace them.
+    # The zoo's modules share these three dictionaries: change them in place.
     for name, algorithm in ALGORITHMS.items():
         sampler, converter = SEARCH_SPACES[name]
         ALGOS.setdefault(name, algorithm)
         HYPERPARAMS_SAMPLER.setdefault(name, sampler)
         HYPERPARAMS_CONVERTER.setdefault(name, converter)
-    experiment.mend()
-    vec_envs.mend()
-    data_parallel.mend()  # last: it divides what the others find
+    apply_patches()
+    experiment.install_hooks()
+    vec_envs.install_hooks()
+    data_parallel.install_hooks()  # last: it divides the hyper-parameters that the others return
     _name_features_extractors()
     _register_minatar()
 
 
 def _name_features_extractors() -> None:
-    # The namespaces in which policy_kwargs of a file, and -params of the command line, are evaluated
+    # The zoo evaluates policy_kwargs of a file and -params of the command line in these namespaces.
     for name, extractor in FEATURES_EXTRACTORS.items():
         for module in (exp_manager, rl_zoo3.utils):
             vars(module).setdefault(name, extractor)
@@ -41,7 +43,7 @@ def _name_features_extractors() -> None:
 def _register_minatar() -> None:
     if importlib.util.find_spec("minatar") is None:
         return
-    # By name, not through minatar.gym.register_envs(): that imports seaborn, a second at every start.
+    # minatar.gym.register_envs() would import seaborn, which takes a second at every start.
     for game in _MINATAR_GAMES:
         for version, minimal_actions in ((0, False), (1, True)):
             env_id = f"MinAtar/{game.title().replace('_', '')}-v{version}"

@@ -1,4 +1,4 @@
-"""Entries of the zoo's files for another number of environments, and the script that prints them."""
+"""Rescale an entry of the zoo's files to another number of environments; the script ``rescale`` prints it."""
 
 import argparse
 import contextlib
@@ -25,11 +25,11 @@ from sb3_ppo_ewma.zoo.algorithms import ALGORITHMS, ONE_EPOCH
 def rescaled(algo: str, entry: Mapping[str, Any], n_envs: int, *, adam_betas: bool = False) -> Rescaled:
     """
     :param algo: name of one of our algorithms
-    :param entry: its hyper-parameters as in the zoo's files
+    :param entry: hyper-parameters as in the zoo's files
     :param n_envs: new number of environments
-    :param adam_betas: see :func:`~sb3_ppo_ewma.batch_scaling.rescale`
-    :return: the entry with what changes, and why
-    :raises ValueError: if it cannot be rescaled
+    :param adam_betas: whether to rescale Adam's betas too, see :func:`~sb3_ppo_ewma.batch_scaling.rescale`
+    :return: the rescaled entry, with an explanation of every change
+    :raises ValueError: if the algorithm or the entry cannot be rescaled
     """
     if algo not in ALGORITHMS:
         raise ValueError(f"hyper-parameters of {algo} cannot be rescaled, only those of {', '.join(ALGORITHMS)}")
@@ -79,27 +79,27 @@ def main() -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description="Print hyper-parameters for another number of environments, with which training behaves the same: "
-        "how they change and why, and an entry for a file of hyper-parameters."
+        description="Print hyper-parameters with which training behaves the same on another number of environments: "
+        "how and why they change, then an entry for a file of hyper-parameters."
     )
     parser.add_argument("--algo", required=True, choices=list(ALGORITHMS))
-    parser.add_argument("--env", required=True, help="environment")
+    parser.add_argument("--env", required=True, help="name of the environment")
     parser.add_argument("--n-envs", required=True, type=int, metavar="N", help="new number of environments")
     parser.add_argument("--adam-betas", action="store_true", help="change Adam's betas as well")
     parser.add_argument("-conf", "--conf-file", help="file of hyper-parameters instead of ours")
     parser.add_argument("-params", "--hyperparams", nargs="+", action=StoreDict, metavar="NAME:VALUE")
-    parser.add_argument("--storage", help="of an Optuna study")
+    parser.add_argument("--storage", help="journal file (.log) or database URL of an Optuna study")
     parser.add_argument("--study-name", help="name of an Optuna study")
-    parser.add_argument("--trial-id", type=int, help="trial of the study whose hyper-parameters are taken")
+    parser.add_argument("--trial-id", type=int, help="number of the trial to take hyper-parameters from")
     parser.add_argument("--gym-packages", nargs="+", default=[], help="packages that register environments")
     return parser
 
 
 def as_yaml(env_id: str, entry: Mapping[str, Any]) -> str:
     """
-    :param env_id: environment
+    :param env_id: name of the environment
     :param entry: its hyper-parameters
-    :return: an entry of the zoo's files
+    :return: YAML for the zoo's files
     """
     plain = {name: value if _is_plain(value) else source(value) for name, value in entry.items()}
     return str(yaml.safe_dump({env_id: plain}, sort_keys=False, width=math.inf))
@@ -111,8 +111,8 @@ def _is_plain(value: Any) -> bool:
 
 def source(value: Any) -> str:
     """
-    :param value: of ``policy_kwargs``, which the zoo evaluates as Python
-    :return: an expression for it
+    :param value: ``policy_kwargs`` or a value in them
+    :return: Python expression that the zoo evaluates to it
     """
     if isinstance(value, Mapping):
         return f"dict({', '.join(f'{name}={source(each)}' for name, each in value.items())})"

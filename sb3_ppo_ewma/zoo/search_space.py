@@ -1,8 +1,8 @@
 """
-Optuna search spaces: the zoo's own for PPO, so that all can be compared, plus what each algorithm has beyond PPO.
+Optuna search spaces: the zoo's space for PPO, for comparison with it, plus the parameters that PPO does not have.
 
-Every parameter is drawn in every trial, also one that another drawn parameter makes void: TPE models them jointly only
-if the space is the same in all trials. A converter sees nothing but the parameters of a trial.
+Every trial samples every parameter, even one without effect under the others: TPE models parameters jointly only if all
+trials have the same space. A converter sees only the parameters of a trial.
 """
 
 from typing import Any
@@ -11,15 +11,15 @@ import optuna
 from rl_zoo3.hyperparams_opt import convert_onpolicy_params, sample_ppo_params
 
 from sb3_ppo_ewma.ewma import decay_from_center_of_mass
-from sb3_ppo_ewma.zoo.mending import Function
+from sb3_ppo_ewma.zoo.patches._replace import AnyFunction
 
-# User attribute of a trial: steps of its training. The zoo does not tell its samplers.
+# User attribute of a trial: steps of its training, which the zoo does not pass to its samplers
 BUDGET = "n_timesteps"
 # User attribute of a trial: number of its environments
 N_ENVS = "n_envs"
-# A usual one of the zoo's short tasks, for samplers that are called from elsewhere
+# Without that attribute: a common budget of the zoo's short tasks
 _DEFAULT_BUDGET = 100_000
-_PHASES = 4  # that fit into the budget at least, unless one rollout is longer than this part of it
+_PHASES = 4  # the budget is long enough for this number of phases, unless a rollout is longer than a phase may be
 
 _PPO_EWMA = ("prox_center_of_mass", "objective", "kl_coef")
 _PPG = (
@@ -47,9 +47,9 @@ def sample_ppo_ewma_params(
     :return: keyword arguments of the algorithm
     """
     sample_ppo_params(trial, n_actions, n_envs, additional_args)
-    _draw_center_of_mass(trial)
+    _suggest_center_of_mass(trial)
     trial.suggest_categorical("objective", ["clip", "kl"])
-    # The paper's KL objective has 1.
+    # The paper uses 1.
     trial.suggest_float("kl_coef", 0.1, 10.0, log=True)
     hyperparams = convert_ppo_ewma_params(trial.params)
     trial.set_user_attr("prox_decay", hyperparams["prox_decay"])
@@ -58,8 +58,8 @@ def sample_ppo_ewma_params(
 
 def convert_ppo_ewma_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
     """
-    :param sampled_params: what a trial drew
-    :return: keyword arguments of the algorithm, as the sampler returned them
+    :param sampled_params: parameters of a trial
+    :return: keyword arguments of the algorithm, equal to those that the sampler returned
     """
     hyperparams = _convert_ppo_params(sampled_params, without=_PPO_EWMA)
     hyperparams["prox_decay"] = decay_from_center_of_mass(sampled_params["prox_center_of_mass"])
@@ -73,7 +73,7 @@ def sample_ppg_params(
     trial: optuna.Trial, n_actions: int, n_envs: int, additional_args: dict[str, Any]
 ) -> dict[str, Any]:
     """
-    Sampler of ``ppg``. Phases are kept short enough for four of them in the budget of a trial.
+    Sampler of ``ppg``. It limits phases so that four of them fit into the budget of a trial.
 
     :param trial: Optuna's trial, whose user attribute ``n_timesteps`` is the budget
     :param n_actions: not used, part of the zoo's interface
@@ -81,14 +81,14 @@ def sample_ppg_params(
     :param additional_args: not used, part of the zoo's interface
     :return: keyword arguments of the algorithm
     """
-    _draw_ppg_params(trial, n_actions, n_envs, additional_args)
-    return _shown(trial, convert_ppg_params(trial.params))
+    _suggest_ppg_params(trial, n_actions, n_envs, additional_args)
+    return _with_user_attrs(trial, convert_ppg_params(trial.params))
 
 
 def convert_ppg_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
     """
-    :param sampled_params: what a trial drew
-    :return: keyword arguments of the algorithm, as the sampler returned them
+    :param sampled_params: parameters of a trial
+    :return: keyword arguments of the algorithm, equal to those that the sampler returned
     """
     hyperparams = _convert_ppo_params(sampled_params, without=_PPG)
     longest = sampled_params["longest_phase"] // hyperparams["n_steps"]
@@ -113,54 +113,54 @@ def sample_ppg_ewma_params(
     trial: optuna.Trial, n_actions: int, n_envs: int, additional_args: dict[str, Any]
 ) -> dict[str, Any]:
     """
-    Sampler of ``ppg_ewma``: that of ``ppg`` and the centre of mass of the EWMA.
+    Sampler of ``ppg_ewma``: the parameters of ``ppg`` and the centre of mass of the EWMA.
 
-    :param trial: as for :func:`sample_ppg_params`
+    :param trial: Optuna's trial, whose user attribute ``n_timesteps`` is the budget
     :param n_actions: not used, part of the zoo's interface
     :param n_envs: number of environments
     :param additional_args: not used, part of the zoo's interface
     :return: keyword arguments of the algorithm
     """
-    _draw_ppg_params(trial, n_actions, n_envs, additional_args)
-    _draw_center_of_mass(trial)
-    hyperparams = _shown(trial, convert_ppg_ewma_params(trial.params))
+    _suggest_ppg_params(trial, n_actions, n_envs, additional_args)
+    _suggest_center_of_mass(trial)
+    hyperparams = _with_user_attrs(trial, convert_ppg_ewma_params(trial.params))
     trial.set_user_attr("prox_decay", hyperparams["prox_decay"])
     return hyperparams
 
 
 def convert_ppg_ewma_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
     """
-    :param sampled_params: what a trial drew
-    :return: keyword arguments of the algorithm, as the sampler returned them
+    :param sampled_params: parameters of a trial
+    :return: keyword arguments of the algorithm, equal to those that the sampler returned
     """
     ppg_params = {name: value for name, value in sampled_params.items() if name != "prox_center_of_mass"}
     prox_decay = decay_from_center_of_mass(sampled_params["prox_center_of_mass"])
     return {**convert_ppg_params(ppg_params), "prox_decay": prox_decay}
 
 
-def _draw_ppg_params(trial: optuna.Trial, n_actions: int, n_envs: int, additional_args: dict[str, Any]) -> None:
+def _suggest_ppg_params(trial: optuna.Trial, n_actions: int, n_envs: int, additional_args: dict[str, Any]) -> None:
     sample_ppo_params(trial, n_actions, n_envs, additional_args)
-    # From 2 to 32, the paper's
+    # From 2 to the paper's 32
     trial.suggest_int("n_policy_iterations_pow", 1, 5)
-    # In steps of one environment. It is no choice, but so it is among the parameters that the converter sees.
+    # In steps of one environment. A range of one value, so that the converter sees it among the parameters.
     longest_phase = trial.user_attrs.get(BUDGET, _DEFAULT_BUDGET) // n_envs // _PHASES
     trial.suggest_int("longest_phase", longest_phase, longest_phase)
-    # The range of the paper's ablation, which has 6 elsewhere
+    # The range of the paper's ablation; its default is 6.
     trial.suggest_int("n_aux_epochs", 1, 9)
-    # From 32 to 4096, the paper's
+    # From 32 to the paper's 4096
     trial.suggest_int("aux_batch_size_pow", 5, 12)
-    # As PPO's learning rate above: the paper has one for both.
+    # Like PPO's learning rate above: the paper uses one for both.
     trial.suggest_float("aux_learning_rate", 1e-5, 0.002, log=True)
-    # The paper's is 1.
+    # The paper uses 1.
     trial.suggest_float("beta_clone", 0.1, 10.0, log=True)
     trial.suggest_categorical("critic_arch", ["dual", "shared", "detach"])
-    # How many of the layers of net_arch belong to the trunk. With vector observations and none, the three architectures
-    # are the same.
+    # Number of layers of net_arch in the trunk. With vector observations and without a trunk, the three
+    # architectures are the same.
     trial.suggest_int("trunk_layers", 0, 1)
 
 
-def _draw_center_of_mass(trial: optuna.Trial) -> None:
-    # In gradient steps: from a proximal policy of one minibatch ago to one of several iterations ago
+def _suggest_center_of_mass(trial: optuna.Trial) -> None:
+    # In gradient steps: the proximal policy is between one minibatch and several iterations old.
     trial.suggest_float("prox_center_of_mass", 1.0, 1000.0, log=True)
 
 
@@ -170,14 +170,14 @@ def _convert_ppo_params(sampled_params: dict[str, Any], without: tuple[str, ...]
     return hyperparams
 
 
-def _shown(trial: optuna.Trial, hyperparams: dict[str, Any]) -> dict[str, Any]:
+def _with_user_attrs(trial: optuna.Trial, hyperparams: dict[str, Any]) -> dict[str, Any]:
     for name in ("n_policy_iterations", "aux_batch_size"):
         trial.set_user_attr(name, hyperparams[name])
     return hyperparams
 
 
 # Sampler and converter by the name of the algorithm
-SEARCH_SPACES: dict[str, tuple[Function, Function]] = {
+SEARCH_SPACES: dict[str, tuple[AnyFunction, AnyFunction]] = {
     "ppo_ewma": (sample_ppo_ewma_params, convert_ppo_ewma_params),
     "ppo_lstm_ewma": (sample_ppo_ewma_params, convert_ppo_ewma_params),
     "ppg": (sample_ppg_params, convert_ppg_params),

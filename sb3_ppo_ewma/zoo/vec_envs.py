@@ -1,6 +1,6 @@
 """
-``--vec-env envpool``: the zoo's scripts with environments of EnvPool. The zoo makes environments of Gymnasium by
-``make_vec_env`` and wraps what comes from there; here something else comes from there.
+``--vec-env envpool``: run the zoo's scripts with environments of EnvPool. The zoo makes Gymnasium's environments with
+``make_vec_env`` and wraps the result; with this option, ``make_vec_env`` returns EnvPool's environments.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from rl_zoo3.exp_manager import ExperimentManager
 from sb3_ppo_ewma.envs import envpool_env
 from sb3_ppo_ewma.envs.envpool_vec_env import EnvPoolVecEnv, check_task, import_envpool
 from sb3_ppo_ewma.zoo import options
-from sb3_ppo_ewma.zoo.mending import Function, replace
+from sb3_ppo_ewma.zoo.patches._replace import AnyFunction, replace_function
 
 _ATARI = "envpool.atari"
 _NO_FRAMESKIP = re.compile(r"(\w+)NoFrameskip-v4")
@@ -33,32 +33,32 @@ _ATARI_OPTIONS = {
     "clip_reward": ("reward_clip",),
     "action_repeat_probability": ("repeat_action_probability",),
 }
-# What that wrapper does and EnvPool by default does not
+# Options that AtariWrapper switches on by default and EnvPool does not
 _ATARI_DEFAULTS = {"episodic_life": True, "reward_clip": True}
 
-# EnvPool's name of a task, and its options
+# Name of a task in EnvPool, and its options
 Task = tuple[str, dict[str, Any]]
-# Of a thread: searches with --n-jobs have several.
+# One per thread: a search with --n-jobs makes environments in several.
 _task: contextvars.ContextVar[Task | None] = contextvars.ContextVar("task", default=None)
 
 
 @functools.cache  # once
-def mend() -> None:
-    """Put EnvPool's environments where the zoo makes its own, wherever the option asks for it."""
-    replace(ExperimentManager, "__init__", _init)
-    replace(ExperimentManager, "_preprocess_hyperparams", _preprocess_hyperparams)
-    replace(ExperimentManager, "create_envs", _create_envs)
-    replace(exp_manager, "make_vec_env", _make_vec_env)
-    replace(rl_zoo3.utils, "make_vec_env", _make_vec_env)
-    replace(rl_zoo3.utils, "create_test_env", _create_test_env)
-    replace(rl_zoo3.utils, "get_model_path", _get_model_path)
-    rl_zoo3.create_test_env = rl_zoo3.utils.create_test_env  # where the scripts import it from
+def install_hooks() -> None:
+    """Make EnvPool's environments in place of the zoo's if the option asks for them."""
+    replace_function(ExperimentManager, "__init__", _init)
+    replace_function(ExperimentManager, "_preprocess_hyperparams", _preprocess_hyperparams)
+    replace_function(ExperimentManager, "create_envs", _create_envs)
+    replace_function(exp_manager, "make_vec_env", _make_vec_env)
+    replace_function(rl_zoo3.utils, "make_vec_env", _make_vec_env)
+    replace_function(rl_zoo3.utils, "create_test_env", _create_test_env)
+    replace_function(rl_zoo3.utils, "get_model_path", _get_model_path)
+    rl_zoo3.create_test_env = rl_zoo3.utils.create_test_env  # the scripts import it from there
 
 
 @functools.cache  # once
 def register_tasks() -> None:
     """
-    Make Gymnasium know all tasks of EnvPool, since the zoo looks names up there.
+    Register all tasks of EnvPool with Gymnasium, because the zoo looks their names up there.
 
     :raises ImportError: if EnvPool is not installed
     """
@@ -72,17 +72,17 @@ def _is_atari(task_id: str) -> bool:
     return bool(import_envpool().registration.registry.specs[task_id][0] == _ATARI)
 
 
-def _init(upstream: Function, manager: Any, *args: Any, **kwargs: Any) -> None:
+def _init(upstream: AnyFunction, manager: Any, *args: Any, **kwargs: Any) -> None:
     upstream(manager, *args, **kwargs)
     manager.envpool_task = None
     if options.current.vec_env == options.ENVPOOL:
-        _task_of(manager.env_name.gym_id)  # refused now rather than after a folder was made
+        _task_of(manager.env_name.gym_id)  # refuse an unknown task before the zoo creates a folder
         if manager.args is not None:
-            manager.args.vec_env = options.ENVPOOL  # goes to args.yml, where enjoy finds it
+            manager.args.vec_env = options.ENVPOOL  # saved in args.yml, where enjoy finds it
 
 
-def _preprocess_hyperparams(upstream: Function, manager: Any, hyperparams: dict[str, Any]) -> Any:
-    wrapper = hyperparams.get("env_wrapper")  # upstream makes a function of it
+def _preprocess_hyperparams(upstream: AnyFunction, manager: Any, hyperparams: dict[str, Any]) -> Any:
+    wrapper = hyperparams.get("env_wrapper")  # upstream replaces it by a function
     result = upstream(manager, hyperparams)
     if options.current.vec_env == options.ENVPOOL:
         manager.envpool_task = _task_with_options(manager.env_name.gym_id, wrapper, manager.frame_stack)
@@ -91,23 +91,23 @@ def _preprocess_hyperparams(upstream: Function, manager: Any, hyperparams: dict[
     return result
 
 
-def _create_envs(upstream: Function, manager: Any, *args: Any, **kwargs: Any) -> Any:
-    with _made_of(manager.envpool_task):
+def _create_envs(upstream: AnyFunction, manager: Any, *args: Any, **kwargs: Any) -> Any:
+    with _making(manager.envpool_task):
         return upstream(manager, *args, **kwargs)
 
 
-def _create_test_env(upstream: Function, env_id: str, *args: Any, **kwargs: Any) -> Any:
+def _create_test_env(upstream: AnyFunction, env_id: str, *args: Any, **kwargs: Any) -> Any:
     task = None
     if options.current.vec_env == options.ENVPOOL:
         hyperparams = kwargs["hyperparams"]
         task = _task_with_options(env_id, hyperparams.get("env_wrapper"), hyperparams.get("frame_stack") or None)
         if "stack_num" in task[1]:
             hyperparams["frame_stack"] = 0
-    with _made_of(task):
+    with _making(task):
         return upstream(env_id, *args, **kwargs)
 
 
-def _get_model_path(upstream: Function, exp_id: int, folder: str, algo: str, env_name: Any, *args: Any) -> Any:
+def _get_model_path(upstream: AnyFunction, exp_id: int, folder: str, algo: str, env_name: Any, *args: Any) -> Any:
     result = upstream(exp_id, folder, algo, env_name, *args)
     arguments = Path(result[2], env_name, "args.yml")
     if (
@@ -115,16 +115,16 @@ def _get_model_path(upstream: Function, exp_id: int, folder: str, algo: str, env
         and yaml.load(arguments.read_text(), Loader=yaml.UnsafeLoader).get("vec_env") == options.ENVPOOL
     ):
         register_tasks()
-        # An agent is watched in the environments that it was trained in, unless the option says otherwise.
+        # Without the option, use the kind of environment that the agent was trained in.
         if options.current.vec_env is None:
             options.current.vec_env = options.ENVPOOL
     return result
 
 
 @contextlib.contextmanager
-def _made_of(task: Task | None) -> Iterator[None]:
+def _making(task: Task | None) -> Iterator[None]:
     """
-    :param task: of which the zoo makes environments within the context; ``None``: Gymnasium's
+    :param task: EnvPool's task that ``make_vec_env`` makes within the context; ``None`` for Gymnasium's environments
     """
     token = _task.set(task)
     try:
@@ -133,7 +133,7 @@ def _made_of(task: Task | None) -> Iterator[None]:
         _task.reset(token)
 
 
-def _make_vec_env(upstream: Function, *args: Any, **kwargs: Any) -> Any:
+def _make_vec_env(upstream: AnyFunction, *args: Any, **kwargs: Any) -> Any:
     task = _task.get()
     if task is None:
         return upstream(*args, **kwargs)
@@ -142,16 +142,16 @@ def _make_vec_env(upstream: Function, *args: Any, **kwargs: Any) -> Any:
     if unknown:
         raise ValueError(f"monitor_kwargs: EnvPool's statistics know info_keywords, not {unknown.pop()}")
     task_id, task_options = task
-    of_zoo = {name: kwargs[name] for name in ("monitor_dir", "start_index") if name in kwargs}
-    given = {**of_zoo, **monitor_kwargs, **task_options, **kwargs["env_kwargs"]}
+    from_zoo = {name: kwargs[name] for name in ("monitor_dir", "start_index") if name in kwargs}
+    given = {**from_zoo, **monitor_kwargs, **task_options, **kwargs["env_kwargs"]}
     return EnvPoolVecEnv(task_id, kwargs["n_envs"], kwargs["seed"], **given)
 
 
 def _task_of(gym_id: str) -> str:
     """
     :param gym_id: name of an environment in Gymnasium
-    :return: EnvPool's name of the same
-    :raises ValueError: if EnvPool has none
+    :return: name of the same task in EnvPool
+    :raises ValueError: if EnvPool does not have it
     """
     known = import_envpool().list_all_envs()
     match = _NO_FRAMESKIP.fullmatch(gym_id)
@@ -163,10 +163,10 @@ def _task_of(gym_id: str) -> str:
 def _task_with_options(gym_id: str, env_wrapper: Any, frame_stack: int | None) -> Task:
     """
     :param gym_id: name of an environment in Gymnasium
-    :param env_wrapper: of the hyper-parameters: names of classes, or dicts of a name and arguments
-    :param frame_stack: of the hyper-parameters
-    :return: EnvPool's name of the task, and options that do what wrapper and stack do
-    :raises ValueError: if it has no such task, or nothing in the place of a wrapper
+    :param env_wrapper: value of this hyper-parameter: names of classes, or dicts of a name and arguments
+    :param frame_stack: value of this hyper-parameter
+    :return: name of the task in EnvPool, and options equivalent to the wrappers and the frame stack
+    :raises ValueError: if EnvPool does not have the task, or no option equivalent to a wrapper
     """
     task_id = _task_of(gym_id)
     is_atari = _is_atari(task_id)
@@ -176,9 +176,9 @@ def _task_with_options(gym_id: str, env_wrapper: Any, frame_stack: int | None) -
         name, arguments = next(iter(wrapper.items())) if isinstance(wrapper, dict) else (wrapper, {})
         if not is_atari or name != _ATARI_WRAPPER:
             raise ValueError(
-                f"env_wrapper {name} cannot wrap EnvPool's environments, which are no Python objects"
-                f"{f': only {_ATARI_WRAPPER} has options in its place' if is_atari else ''}. "
-                "Take --vec-env dummy, or hyper-parameters without it (env_wrapper:None)"
+                f"env_wrapper {name} cannot wrap EnvPool's environments, which are not Python objects"
+                f"{f': only {_ATARI_WRAPPER} has equivalent options' if is_atari else ''}. "
+                "Use --vec-env dummy, or hyper-parameters without the wrapper (env_wrapper:None)"
             )
         unknown = arguments.keys() - _ATARI_OPTIONS.keys()
         if unknown:
@@ -186,6 +186,6 @@ def _task_with_options(gym_id: str, env_wrapper: Any, frame_stack: int | None) -
         found |= _ATARI_DEFAULTS
         found |= {ours: value for key, value in arguments.items() for ours in _ATARI_OPTIONS[key]}
     if is_atari:
-        # EnvPool stacks frames itself; the zoo shall not stack them once more.
+        # EnvPool stacks frames itself. The callers then switch the zoo's own stacking off.
         found["stack_num"] = frame_stack or 1
     return task_id, found

@@ -128,7 +128,7 @@ def test_network_in_auxiliary_phase(phasic_algo: Algorithm, quantity: int, name:
     assert len(model.policy.good) == call
     assert_same(copy_parameters(model), model.policy.good[-1])
     assert_finite(model)
-    # Nothing is broken: training goes on when the network is mended.
+    # The model is intact: training continues once the parameters are finite again.
     model.policy.call = 1000
     assert model.learn(48).num_timesteps == 48
 

@@ -1,0 +1,66 @@
+"""
+Repairs of rl_zoo3 and of the Hugging Face libraries that it uses, one module per upstream defect.
+
+Each module names its defect, the version it was seen in and the upstream source or issue. It has two functions:
+``is_needed()`` checks whether the installed version has the defect, ``apply()`` repairs it. When upstream fixes a
+defect, the test of that name in ``tests/test_zoo_patches.py`` fails: delete the module and the test.
+
+Features of this package that hook into the zoo are not here but in the modules beside this folder.
+"""
+
+import contextlib
+import functools
+from collections.abc import Iterator
+
+from sb3_ppo_ewma.zoo.patches import (
+    bare_words,
+    child_commands,
+    constructor_errors,
+    failed_run_folder,
+    ffmpeg_status,
+    generate_metadata,
+    hub_missing_file,
+    missing_trial,
+    no_completed_trial,
+    policy_kwargs,
+    schedule_none,
+    search_unknown_hyperparams,
+    trial_zero,
+    unregistered_env,
+)
+
+# Where several replace the same function, a later one calls the earlier ones.
+PATCHES = (
+    unregistered_env,
+    bare_words,
+    schedule_none,
+    missing_trial,
+    trial_zero,
+    policy_kwargs,  # after trial_zero: it prepares what that one merges
+    search_unknown_hyperparams,
+    failed_run_folder,  # after search_unknown_hyperparams: it also removes the folder of a run refused there
+    constructor_errors,
+    no_completed_trial,
+    generate_metadata,
+    hub_missing_file,
+)
+# These replace functions of the standard library, so they apply only while a script of the zoo runs.
+SCRIPT_PATCHES = (child_commands, ffmpeg_status)
+
+
+@functools.cache  # once
+def apply_patches() -> None:
+    """Apply the patches that the installed versions need. A second call changes nothing."""
+    for patch in PATCHES:
+        if patch.is_needed():
+            patch.apply()
+
+
+@contextlib.contextmanager
+def script_patches() -> Iterator[None]:
+    """Within the context, apply the patches of functions that the zoo's scripts call in the standard library."""
+    with contextlib.ExitStack() as stack:
+        for patch in SCRIPT_PATCHES:
+            if patch.is_needed():
+                stack.enter_context(patch.apply())
+        yield

@@ -1,0 +1,336 @@
+"""
+Every module of ``sb3_ppo_ewma.zoo.patches`` repairs a defect of the installed libraries. When a ``test_defect_NAME``
+fails, upstream works: remove the patch of that name and the test.
+"""
+
+import argparse
+import contextlib
+import importlib
+import inspect
+import os
+import pkgutil
+import runpy
+import subprocess
+import sys
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import huggingface_hub
+import huggingface_sb3
+import optuna
+import pytest
+import rl_zoo3.utils
+import yaml
+from huggingface_hub.errors import EntryNotFoundError
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from rl_zoo3 import ALGOS, exp_manager
+from rl_zoo3.exp_manager import ExperimentManager
+from rl_zoo3.hyperparams_opt import HYPERPARAMS_SAMPLER
+from rl_zoo3.utils import StoreDict
+from stable_baselines3.common.torch_layers import FlattenExtractor
+
+from sb3_ppo_ewma import zoo
+from sb3_ppo_ewma.zoo import patches
+from sb3_ppo_ewma.zoo.patches import _replace, child_commands
+
+zoo.register()
+push_to_hub: Any = importlib.import_module("huggingface_sb3.push_to_hub")
+# A trial of the zoo's search space for PPO
+TRIAL = {
+    "batch_size_pow": 4,
+    "n_steps_pow": 5,
+    "one_minus_gamma": 0.02,
+    "one_minus_gae_lambda": 0.05,
+    "learning_rate": 3e-4,
+    "ent_coef": 0.01,
+    "clip_range": 0.1,
+    "n_epochs": 1,
+    "max_grad_norm": 0.5,
+    "net_arch": "tiny",
+    "activation_fn": "relu",
+}
+
+
+def works(patch: str) -> str:
+    return f"upstream works now: remove patches/{patch}.py"
+
+
+def raised_by(function: Callable[[], Any]) -> type[BaseException]:
+    """:return: class of the exception, ``type(None)`` if there was none"""
+    try:
+        function()
+    except Exception as error:
+        return type(error)
+    return type(None)  # type: ignore[return-value]
+
+
+def original(function: Any) -> Any:
+    """:return: the function without our replacements"""
+    while inspect.isfunction(function) and function.__code__.co_filename == _replace.__file__:
+        function = function.__wrapped__
+    return function
+
+
+@pytest.fixture
+def upstream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The libraries as installed, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    for owner in (ExperimentManager, StoreDict, exp_manager, rl_zoo3.utils, huggingface_sb3):
+        for name, value in list(vars(owner).items()):
+            is_static = isinstance(value, staticmethod)
+            function = value.__func__ if is_static else value
+            if original(function) is not function:
+                unpatched = original(function)
+                monkeypatch.setattr(owner, name, staticmethod(unpatched) if is_static else unpatched)
+    if push_to_hub.generate_metadata.__module__ != push_to_hub.__name__:
+        monkeypatch.delattr(push_to_hub, "generate_metadata")
+
+
+def new_manager(folder: Path, **arguments: Any) -> ExperimentManager:
+    """Of ppo, on a small task, in one environment unless ``hyperparams`` are given."""
+    Path("my.yml").write_text("CartPole-v1: {policy: MlpPolicy, n_timesteps: 64}")
+    given = {"hyperparams": {"n_envs": 1}, "config": "my.yml", "eval_freq": -1, "verbose": 0, "device": "cpu"}
+    return ExperimentManager(Namespace(), "ppo", "CartPole-v1", str(folder), **(given | arguments))
+
+
+def new_study(storage: Any = None, n_trials: int = 1) -> optuna.Study:
+    study = optuna.create_study(storage=storage, study_name="study")
+    for _ in range(n_trials):
+        study.add_trial(
+            optuna.trial.create_trial(
+                params=TRIAL,
+                distributions={name: optuna.distributions.CategoricalDistribution([v]) for name, v in TRIAL.items()},
+                value=0.0,
+            )
+        )
+    return study
+
+
+def run_script(name: str, *arguments: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
+    runpy.run_module(f"rl_zoo3.{name}", run_name="__main__")
+
+
+def test_defect_unregistered_env(upstream):
+    assert raised_by(lambda: ExperimentManager.entry_point("Gone-v1")) is KeyError, works("unregistered_env")
+
+
+def test_defect_bare_words(upstream):
+    parser = argparse.ArgumentParser()
+    parser.add_argument("-params", nargs="+", action=StoreDict)
+    assert raised_by(lambda: parser.parse_args(["-params", "prox_decay:auto"])) is NameError, works("bare_words")
+
+
+def test_defect_schedule_none(upstream):
+    refused = raised_by(lambda: ExperimentManager._preprocess_schedules({"clip_range_vf": None}))
+    assert refused is ValueError, works("schedule_none")
+
+
+def test_defect_missing_trial(upstream, tmp_path):
+    manager = new_manager(tmp_path)
+    errors = [raised_by(lambda: manager.load_trial("gone.log", "study", 0))]
+    assert Path("gone.log").exists(), works("missing_trial")
+    new_study(JournalStorage(JournalFileBackend("study.log")))
+    errors.append(raised_by(lambda: manager.load_trial("study.log", "study", 1)))
+    assert errors == [KeyError, IndexError], works("missing_trial")
+
+
+def test_defect_trial_zero(upstream, tmp_path):
+    new_study(JournalStorage(JournalFileBackend("study.log")), n_trials=2)
+    read = [
+        new_manager(tmp_path, storage="study.log", study_name="study", trial_id=i).read_hyperparameters()[0]
+        for i in (0, 1)
+    ]
+    assert read[1]["n_steps"] == 32
+    assert "n_steps" not in read[0], works("trial_zero")
+
+
+def test_defect_policy_kwargs(upstream, tmp_path, monkeypatch):
+    built: list[dict[str, Any]] = []
+
+    def model(**kwargs):
+        built.append(kwargs["policy_kwargs"])
+        raise KeyError("built")
+
+    monkeypatch.setitem(ALGOS, "ppo", model)
+    of_task = {"n_envs": 1, "policy_kwargs": {"features_extractor_class": FlattenExtractor}}
+    manager = new_manager(tmp_path, hyperparams=of_task, optimize_hyperparameters=True)
+    manager.setup_experiment()
+    assert raised_by(lambda: manager.objective(optuna.create_study().ask())) is KeyError
+    assert "features_extractor_class" not in built[0], works("policy_kwargs")
+
+
+def test_defect_search_unknown_hyperparams(upstream, tmp_path):
+    manager = new_manager(tmp_path, hyperparams={"gama": 0.9}, optimize_hyperparameters=True)
+    assert raised_by(manager.setup_experiment) is type(None), works("search_unknown_hyperparams")
+
+
+def test_defect_failed_run_folder(upstream, tmp_path):
+    manager = new_manager(tmp_path / "logs", hyperparams={"gama": 0.9})
+    assert raised_by(manager.setup_experiment) is not type(None)
+    assert Path(manager.save_path).is_dir(), works("failed_run_folder")
+
+
+def test_defect_constructor_errors(upstream, tmp_path, monkeypatch):
+    sampler = HYPERPARAMS_SAMPLER["ppo"]
+    monkeypatch.setitem(HYPERPARAMS_SAMPLER, "ppo", lambda *args: {**sampler(*args), "n_steps": 1, "batch_size": 1})
+    manager = new_manager(tmp_path, optimize_hyperparameters=True)
+    manager.setup_experiment()
+    refused = raised_by(lambda: manager.objective(optuna.create_study().ask()))
+    assert refused is AssertionError, works("constructor_errors")  # not TrialPruned
+
+
+def test_defect_no_completed_trial(upstream, tmp_path, monkeypatch):
+    manager = new_manager(tmp_path, optimize_hyperparameters=True, n_trials=0, no_optim_plots=True)
+    with pytest.raises(ValueError, match=r".") as error:
+        manager.hyperparameters_optimization()
+    assert str(error.value) == "No trials are completed yet.", works("no_completed_trial")
+
+
+def test_defect_generate_metadata(upstream):
+    error = raised_by(lambda: runpy.run_module("rl_zoo3.push_to_hub", run_name="imported"))
+    assert error is ImportError, works("generate_metadata")
+
+
+def test_defect_hub_missing_file(upstream, monkeypatch, tmp_path):
+    def hf_hub_download(filename: str, **kwargs: Any) -> str:
+        if filename == "vec_normalize.pkl":
+            raise EntryNotFoundError("missing")
+        return filename
+
+    monkeypatch.setenv("TRUST_REMOTE_CODE", "True")
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", hf_hub_download)
+    download = runpy.run_module("rl_zoo3.load_from_hub", run_name="imported")["download_from_hub"]
+    error = raised_by(lambda: download("ppo", huggingface_sb3.EnvironmentName("CartPole-v1"), 0, "logs", "me"))
+    assert error is EntryNotFoundError, works("hub_missing_file")
+
+
+def commands_of_scripts(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """:return: what benchmark and record_training start first, for an agent that need not exist"""
+    commands: list[list[str]] = []
+
+    def call(command: list[str], *args: Any, **kwargs: Any) -> int:
+        commands.append(command)
+        return 1
+
+    monkeypatch.setattr(subprocess, "call", call)
+    run = Path("logs/ppo/CartPole-v1_1")
+    (run / "CartPole-v1").mkdir(parents=True)
+    (run / "CartPole-v1.zip").touch()
+    (run / "CartPole-v1" / "args.yml").write_text(yaml.safe_dump({"env": "CartPole-v1"}))
+    Path("benchmark").mkdir()
+    run_script("benchmark", "--log-dir", "logs", "--benchmark-dir", "benchmark", "--no-hub", monkeypatch=monkeypatch)
+    with pytest.raises(AssertionError, match="Failed to record"):
+        run_script("record_training", "-f", "logs", monkeypatch=monkeypatch)
+    return commands
+
+
+def test_defect_child_commands(upstream, monkeypatch):
+    benchmark, record_training = commands_of_scripts(monkeypatch)
+    assert benchmark[:2] == ["python", "enjoy.py"], works("child_commands")
+    assert record_training[:3] == ["python", "-m", "rl_zoo3.record_video"], works("child_commands")
+
+
+def test_defect_ffmpeg_status(upstream, monkeypatch, capsys):
+    Path("logs/ppo/CartPole-v1_1").mkdir(parents=True)
+    monkeypatch.setattr(os, "system", lambda command: 1)
+    run_script("record_training", "-f", "logs", monkeypatch=monkeypatch)
+    assert "Saving video to" in capsys.readouterr().out, works("ffmpeg_status")
+
+
+ALL = [module.name for module in pkgutil.iter_modules(patches.__path__) if not module.name.startswith("_")]
+
+
+def patch_module(name: str) -> ModuleType:
+    return importlib.import_module(f"{patches.__name__}.{name}")
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_patch_is_applied_where_upstream_needs_it(name, upstream):
+    patch = patch_module(name)
+    assert patch in (*patches.PATCHES, *patches.SCRIPT_PATCHES)
+    assert f"test_defect_{name}" in globals()
+    assert patch.is_needed(), works(name)
+
+
+@pytest.mark.parametrize("name", ["unregistered_env", "bare_words", "schedule_none", "generate_metadata"])
+def test_a_function_that_works_is_not_patched(name):
+    # The patched one works.
+    assert not patch_module(name).is_needed()
+
+
+# What upstream's source would no longer contain
+@pytest.mark.parametrize(
+    ("name", "defect", "repaired"),
+    [
+        ("missing_trial", "        if trial_id is not None:", "        try: ...\n        except KeyError: ..."),
+        ("trial_zero", "and self.trial_id:", "and self.trial_id is not None:"),
+        ("policy_kwargs", "kwargs.update(sampled_hyperparams)", "merge(kwargs, sampled_hyperparams)"),
+        ("search_unknown_hyperparams", "            return None", "            self.check()\n            return None"),
+        ("failed_run_folder", "        self.create_log_folder()", "        pass"),
+        ("constructor_errors", "        model = ALGOS", "        try: ...\n        model = ALGOS"),
+        ("no_completed_trial", "        trial = study", "        self.check()\n        trial = study"),
+        ("hub_missing_file", "requests.exceptions", "huggingface_hub.errors"),
+        ("child_commands", '"python"', "sys.executable"),
+        ("ffmpeg_status", "os.system(", "self.run("),
+    ],
+)
+def test_a_version_without_the_defect_is_not_patched(name, defect, repaired, monkeypatch):
+    patch = patch_module(name)
+    assert patch.is_needed()
+    for reader in ("upstream_source", "script_source"):
+        read = getattr(_replace, reader)
+
+        def repaired_source(code: Any, read: Any = read) -> str:
+            return read(code).replace(defect, repaired)
+
+        monkeypatch.setattr(patch, reader, repaired_source, raising=False)
+    assert not patch.is_needed()
+
+
+def test_child_commands_run_our_interpreter(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    commands: list[list[str]] = []
+    monkeypatch.setattr(subprocess, "call", lambda command: commands.append(command))
+    before = subprocess.call
+    with child_commands.apply():
+        subprocess.call(["python", "enjoy.py", "-n", "1"])
+        subprocess.call(["python", "-m", "rl_zoo3.record_video"])
+        subprocess.call(["python", "my.py"])
+    assert subprocess.call is before
+    assert commands == [
+        [sys.executable, "-m", "rl_zoo3.enjoy", "-n", "1"],
+        [sys.executable, "-m", "rl_zoo3.record_video"],
+        ["python", "my.py"],
+    ]
+
+
+def test_script_patches_are_undone_after_an_error():
+    before = subprocess.call, os.system
+    with contextlib.suppress(ZeroDivisionError), patches.script_patches():
+        assert subprocess.call is not before[0]
+        assert os.system is not before[1]
+        _ = 1 / 0
+    assert (subprocess.call, os.system) == before
+
+
+def test_replacements_nest_and_keep_static_methods():
+    class Owner:
+        @staticmethod
+        def double(number: int) -> int:
+            """Documented."""
+            return 2 * number
+
+        def name(self) -> str:
+            return type(self).__name__
+
+    _replace.replace_function(Owner, "double", lambda upstream, number: upstream(number) + 1)
+    _replace.replace_function(Owner, "double", lambda upstream, number: 10 * upstream(number))
+    _replace.replace_function(Owner, "name", lambda upstream, owner: upstream(owner).lower())
+    assert Owner.double(3) == Owner().double(3) == 70
+    assert Owner.double.__doc__ == "Documented."
+    assert Owner().name() == "owner"
