@@ -42,9 +42,10 @@ from sb3_ppo_ewma._engine.flat_mlp import ROWS, FlatMlp, Samples, can_be_flat
 from sb3_ppo_ewma._engine.gradient_steps import GradientSteps, TrainStatistics
 from sb3_ppo_ewma._engine.mlp import MlpPolicy, is_mlp_policy
 from sb3_ppo_ewma._engine.parts import accumulated, can_be_parted, part_size, split
-from sb3_ppo_ewma._parallel.data_parallel import DataParallelMixin
+from sb3_ppo_ewma._parallel.collector import Collector
+from sb3_ppo_ewma._parallel.data_parallel import DataParallel
 from sb3_ppo_ewma.checkpointing.generators import preserved_generators
-from sb3_ppo_ewma.checkpointing.saving import uncompiled
+from sb3_ppo_ewma.checkpointing.saving import SavedStateMixin, uncompiled
 from sb3_ppo_ewma.distributions import standard_deviation, torch_distributions
 from sb3_ppo_ewma.ewma import (
     MomentsEwma,
@@ -83,7 +84,8 @@ _LOSSES = ("_loss_terms", "_loss_terms_of_part", "_policy_loss_terms", "_policy_
            "_log_prob_behav", "_normalized_advantages")  # fmt: skip
 
 # What belongs to this process
-_PROCESS = ("_compiled_steps", "_gave_up_compiling", "_shortcuts", "_flat", "_is_parted", "_part_size", "_steps")
+_PROCESS = ("_compiled_steps", "_gave_up_compiling", "_shortcuts", "_flat", "_is_parted", "_part_size", "_steps",
+            "_collector", "_data_parallel")  # fmt: skip
 
 # What is to blame for a step that was not made, by what shows it
 _BLAME = {
@@ -107,7 +109,7 @@ class Epoch(NamedTuple):
     value: bool
 
 
-class EwmaMixin(DataParallelMixin):
+class EwmaMixin(SavedStateMixin):
     """
     Decouples the proximal from the behaviour policy in a PPO-like SB3 algorithm. Place it first:
     ``class PPOEWMA(EwmaMixin, PPO)``. Collection, ``learn`` and ``predict`` stay the algorithm's; families differ in
@@ -162,8 +164,12 @@ class EwmaMixin(DataParallelMixin):
     normalize_advantage: bool
     target_kl: float | None
 
+    # Processes beside this one, set when learn() begins
+    _collector: Collector | None = None
+    _data_parallel: DataParallel | None = None
+
     _own_states: ClassVar[tuple[str, ...]] = (
-        *DataParallelMixin._own_states,
+        *SavedStateMixin._own_states,
         "policy_ewma",
         "advantage_moments",
         "value_optimizer",
@@ -442,21 +448,25 @@ class EwmaMixin(DataParallelMixin):
 
     def collect_rollouts(self, *args: Any, **kwargs: Any) -> bool:
         """
-        As in the algorithm this is mixed into; an error that comes from a NaN or Inf says so.
+        Collect a rollout as the algorithm this is mixed into does, in this process or, with ``async_rollouts``, in
+        another one.
 
-        :param args: see there
-        :param kwargs: see there
-        :return: False when a callback ended the collection
+        :param args: positional arguments of the algorithm's method
+        :param kwargs: keyword arguments of the algorithm's method
+        :return: False when a callback ended the collection, in a data-parallel training a callback of any process
         :raises ValueError: if the environment or the network returned NaN or Inf
         """
+        collector = self._collector
+        collect = super().collect_rollouts if collector is None else functools.partial(collector.collect_rollouts, self)
         try:
             with self._fast_forward():
-                return super().collect_rollouts(*args, **kwargs)
+                continues = collect(*args, **kwargs)
         except Exception as error:
             if self._last_obs is not None and not is_finite(self._last_obs):
                 raise ValueError("NaN or Inf in the observations that the environment returned") from error
             self._check_parameters(error)
             raise
+        return continues if self._data_parallel is None else self._data_parallel.pool_rollouts(continues)
 
     def _check_parameters(self, error: Exception) -> None:
         for name, parameter in self.policy.named_parameters():
@@ -513,7 +523,8 @@ class EwmaMixin(DataParallelMixin):
         statistics.check_finite(_BLAME, f"after {self._n_updates} epochs and {self.num_timesteps} steps")
         self._log_training(rollout, advantage_std, statistics)
         self._end_iteration(rollout)
-        self._pool_log()
+        if self._data_parallel is not None:
+            self._data_parallel.pool_log()
 
     def _train_epochs(self, rollout: Rollout, statistics: TrainStatistics) -> None:
         data = self._training_data(rollout)
@@ -652,7 +663,7 @@ class EwmaMixin(DataParallelMixin):
                 may_fuse=self._is_fast,
                 compiled=compiled,
                 flat=self._flat,
-                ranks=self._ranks,
+                ranks=None if self._data_parallel is None else self._data_parallel.group,
             )
             with self._steps.training():
                 yield
@@ -692,7 +703,7 @@ class EwmaMixin(DataParallelMixin):
     def _compiler(self) -> CompiledSteps | None:
         if not self.torch_compile or self._gave_up_compiling:
             return None
-        if self._ranks is not None:
+        if self._data_parallel is not None:
             self._give_up_compiling(CompilationError("data-parallel training averages gradients outside of graphs"))
             return None
         if self._compiled_steps is None:
@@ -871,10 +882,10 @@ class EwmaMixin(DataParallelMixin):
 
     def _include_advantages(self, advantages: np.ndarray) -> None:
         moments = cast(MomentsEwma, self.advantage_moments)
-        if self._ranks is None:
+        if self._data_parallel is None:
             moments.update(th.as_tensor(advantages))
             return
-        mean, squares, count = self._ranks.moments(th.as_tensor(advantages, dtype=th.float64).flatten())
+        mean, squares, count = self._data_parallel.group.moments(th.as_tensor(advantages, dtype=th.float64).flatten())
         moments.update_from_moments(mean.item(), squares.item() / count, count)
 
     def _normalized_advantages(
@@ -884,9 +895,9 @@ class EwmaMixin(DataParallelMixin):
             return advantages
         if coefficients.advantage_scale is not None:
             return standardize(advantages, *coefficients.advantage_scale)
-        if self._ranks is None:
+        if self._data_parallel is None:
             return losses.normalize_advantages(advantages, mask)
-        mean, squares, count = self._ranks.moments(losses.valid(advantages, mask))
+        mean, squares, count = self._data_parallel.group.moments(losses.valid(advantages, mask))
         return advantages if count == 1 else standardize(advantages, mean, (squares / (count - 1)).sqrt() + 1e-8)
 
     @th.no_grad()
@@ -971,7 +982,12 @@ class EwmaMixin(DataParallelMixin):
         # load() and attributes set by hand bypass the constructor.
         self._check_own_parameters()
         self._check_built_parameters()
-        result = super()._setup_learn(*args, **kwargs)
+        self._data_parallel = DataParallel.start(self)
+        self._collector = Collector.prepare(self)
+        setup_learn = super()._setup_learn
+        if self._data_parallel is not None:
+            setup_learn = functools.partial(self._data_parallel.setup_learn, setup_learn)
+        result = setup_learn(*args, **kwargs)
         queue = self.stale_rollouts
         if queue is not None and len(queue) < min(self.staleness, self._n_rollouts):
             warn_caller(
@@ -980,6 +996,15 @@ class EwmaMixin(DataParallelMixin):
                 "beside the model and read it with load_replay_buffer()."
             )
         return result
+
+    def dump_logs(self, iteration: int = 0) -> None:
+        """
+        Write the log, in a data-parallel training with the episodes of all processes.
+
+        :param iteration: number of rollouts so far
+        """
+        with contextlib.nullcontext() if self._data_parallel is None else self._data_parallel.pooled_episodes():
+            super().dump_logs(iteration)
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "_recent_policy", "_moments_before", *_PROCESS]

@@ -13,7 +13,7 @@ from torch import nn
 from sb3_ppo_ewma._engine.compilation import CompiledSteps
 from sb3_ppo_ewma._engine.flat_mlp import FlatMlp
 from sb3_ppo_ewma._engine.optimizers import ClippedSteps, can_be_fused
-from sb3_ppo_ewma._parallel.process_group import Ranks
+from sb3_ppo_ewma._parallel.process_group import ProcessGroup
 from sb3_ppo_ewma.ewma import ParameterEwma
 from sb3_ppo_ewma.losses import LossTerms
 
@@ -125,7 +125,7 @@ class GradientSteps:
         may_fuse: bool,
         compiled: CompiledSteps | None,
         flat: FlatMlp | None = None,
-        ranks: Ranks | None = None,
+        ranks: ProcessGroup | None = None,
     ) -> None:
         self._policy, self._average = policy, average
         self._max_grad_norm, self._max_kl = max_grad_norm, math.inf if max_kl is None else max_kl

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch as th
 
-from sb3_ppo_ewma._parallel.process_group import Ranks
+from sb3_ppo_ewma._parallel.process_group import ProcessGroup
 
 # Counted by the optimiser itself, so that a training that was saved and loaded does the same
 _FLUSH_EVERY = 128
@@ -34,7 +34,7 @@ class ClippedSteps:
         parameters: Sequence[th.Tensor],
         max_grad_norm: float,
         fused: bool,
-        ranks: Ranks | None = None,
+        ranks: ProcessGroup | None = None,
     ) -> None:
         self._optimizer = optimizer
         self._parameters = parameters
