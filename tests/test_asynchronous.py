@@ -152,8 +152,8 @@ def test_a_rollout_lacks_no_more_trainings_than_allowed(case: str) -> None:
         def _on_rollout_end(self) -> None:
             log = self.logger.name_to_value
             lags.append(log["time/policy_lag"])
-            assert log["time/collector_wait"] >= 0
-            assert log["time/learner_wait"] >= 0
+            assert log["time/collector_idle_s"] >= 0
+            assert log["time/learner_idle_s"] >= 0
 
         def _on_step(self) -> bool:
             return True
