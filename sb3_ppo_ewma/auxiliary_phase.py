@@ -8,13 +8,10 @@ import torch as th
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ProgressBarCallback
 
 from sb3_ppo_ewma._engine.iteration import AuxiliaryCoefficients, AuxiliaryMinibatch, Engine, Iteration
-from sb3_ppo_ewma.memory import MemoryReturn
 from sb3_ppo_ewma.rollouts import PhaseBuffer
 
 # Smallest batch for evaluating all samples without gradients
 _EVALUATION_BATCH_SIZE = 256
-# Bytes from which on a phase has freed memory given back to the system
-_LARGE_PHASE = 2**27
 # How often a long phase shows how far it is
 _REPORTS_PER_EPOCH = 20
 
@@ -72,8 +69,6 @@ class AuxiliaryPhase:
     ) -> None:
         self._engine, self._policy, self._device = engine, iteration.policy, iteration.policy.device
         self._optimizer, self._coefficients, self._batch_size = optimizer, coefficients, batch_size
-        self._memory_return = MemoryReturn(every=2)
-        self._returns_memory = False
 
     def train(self, buffer: PhaseBuffer, n_epochs: int, progress: PhaseProgress) -> None:
         """
@@ -83,7 +78,6 @@ class AuxiliaryPhase:
         :param n_epochs: passes over them
         :param progress: where to show how far it is
         """
-        self._returns_memory = buffer.nbytes >= _LARGE_PHASE and self._device.type == "cpu"
         old_parameters = self._old_parameters(buffer)
         n_minibatches = math.ceil(buffer.n_samples / self._batch_size)
         for epoch in range(n_epochs):
@@ -93,7 +87,6 @@ class AuxiliaryPhase:
                     minibatch = self._minibatch(buffer, indices, old_parameters)
                     if not self._engine.auxiliary_step(minibatch, self._optimizer, self._coefficients):
                         return
-                    self._return_memory()
             finally:
                 self._engine.end_epoch()
 
@@ -123,14 +116,8 @@ class AuxiliaryPhase:
             blocks = blocks or [each.new_empty((buffer.n_samples, *each.shape[1:])) for each in parameters]
             for block, parameter in zip(blocks, parameters, strict=True):
                 block[chosen] = parameter
-            self._return_memory()
         self._policy.set_training_mode(True)
         return blocks
-
-    def _return_memory(self) -> None:
-        # Next to a small phase, what minibatches leave behind does not matter.
-        if self._returns_memory:
-            self._memory_return()
 
 
 def _progress_bars(callback: BaseCallback) -> Iterator[ProgressBarCallback]:

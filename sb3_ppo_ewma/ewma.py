@@ -168,6 +168,10 @@ class ParameterEwma:
                 return
         th._foreach_copy_(self._known, self.parameters)
 
+    def parameters_loaded(self) -> None:
+        """Called when parameters were loaded into the module, which is no change from outside."""
+        self.remember()
+
     def update(self, decay: float) -> None:
         """
         Include the present parameters.

@@ -3,6 +3,8 @@
 import math
 import multiprocessing
 from collections.abc import Mapping
+from contextlib import nullcontext
+from functools import partial
 from typing import Any, ClassVar, Literal, TypeVar, cast, get_args
 
 import torch as th
@@ -33,10 +35,11 @@ from sb3_ppo_ewma._arguments import (
 from sb3_ppo_ewma._engine.iteration import Coefficients, Engine, Iteration, Minibatch, Objective
 from sb3_ppo_ewma._engine.recognition import replaced_method
 from sb3_ppo_ewma._engine.selection import EngineSelector
-from sb3_ppo_ewma._parallel.data_parallel import DataParallelMixin
+from sb3_ppo_ewma._parallel.collector import Collector
+from sb3_ppo_ewma._parallel.data_parallel import DataParallel
 from sb3_ppo_ewma.advantages import AdvantageNormalizer, MomentsEwma
 from sb3_ppo_ewma.checkpointing.generators import preserved_generators
-from sb3_ppo_ewma.checkpointing.saving import uncompiled
+from sb3_ppo_ewma.checkpointing.saving import SavedStateMixin, uncompiled
 from sb3_ppo_ewma.evaluation import Evaluation, PolicyEvaluation
 from sb3_ppo_ewma.ewma import ParameterEwma, decay_from_center_of_mass, default_center_of_mass
 from sb3_ppo_ewma.networks import with_features_extractor
@@ -61,7 +64,7 @@ SelfPPOEWMA = TypeVar("SelfPPOEWMA", bound="PPOEWMA")
 EVALUATION_BATCH_SIZE = 256
 
 
-class EwmaMixin(DataParallelMixin):
+class EwmaMixin(SavedStateMixin):
     """
     Decouples the proximal from the behaviour policy in a PPO-like SB3 algorithm. Place it first:
     ``class PPOEWMA(EwmaMixin, PPO)``. Collection, ``learn`` and ``predict`` stay the algorithm's; families differ in how
@@ -119,13 +122,16 @@ class EwmaMixin(DataParallelMixin):
     normalize_advantage: bool
     target_kl: float | None
 
+    # Processes beside this one, set when learn() begins
+    _collector: Collector | None = None
+    _data_parallel: DataParallel | None = None
+
     _own_states: ClassVar[tuple[str, ...]] = (
-        *DataParallelMixin._own_states,
+        *SavedStateMixin._own_states,
         "policy_ewma",
         "advantage_moments",
         "value_optimizer",
     )
-    _policy_states: ClassVar[frozenset[str]] = frozenset({"policy_ewma"})
     _own_buffers: ClassVar[tuple[str, ...]] = ("stale_rollouts",)
     # Optimisers beside the policy's own, of the same parameters, with the schedules of their learning rates
     _further_optimizers: ClassVar[Mapping[str, str]] = {"value_optimizer": "lr_schedule"}
@@ -354,14 +360,17 @@ class EwmaMixin(DataParallelMixin):
         :return: False when a callback ended the collection
         :raises ValueError: if the environment or the network returned NaN or Inf
         """
+        collector = self._collector
+        collect = super().collect_rollouts if collector is None else partial(collector.collect_rollouts, self)
         try:
             with self._engines.collecting(self):
-                return super().collect_rollouts(*args, **kwargs)
+                continues = collect(*args, **kwargs)
         except Exception as error:
             if self._last_obs is not None and not is_finite(self._last_obs):
                 raise ValueError("NaN or Inf in the observations that the environment returned") from error
             self._check_parameters(error)
             raise
+        return continues if self._data_parallel is None else self._data_parallel.pool_rollouts(continues)
 
     def _check_parameters(self, error: Exception) -> None:
         for name, parameter in self.policy.named_parameters():
@@ -408,7 +417,8 @@ class EwmaMixin(DataParallelMixin):
         iteration.statistics.check_finite(BLAME, self._when(rollout))
         log_training(self, iteration, rollout, advantage_std)
         self._end_iteration(rollout)
-        self._pool_log()
+        if self._data_parallel is not None:
+            self._data_parallel.pool_log()
 
     def _train_epoch(self, engine: Engine, iteration: Iteration, objective: Objective) -> bool:
         """
@@ -446,6 +456,7 @@ class EwmaMixin(DataParallelMixin):
         is_recent_prox = is_recent_prox and self.policy_ewma is None
         # Policy at the start of the iteration
         recent = ParameterEwma(uncompiled(self.policy)) if is_recent_prox or is_recent_behav else None
+        process_group = None if self._data_parallel is None else self._data_parallel.group
         return Iteration(
             policy=self.policy,
             evaluation=self._evaluation,
@@ -453,7 +464,7 @@ class EwmaMixin(DataParallelMixin):
             source=None if rollout is None else self._minibatch_source(rollout),
             batch_size=self.batch_size,
             coefficients=self._current_coefficients(),
-            normalizer=AdvantageNormalizer(self.normalize_advantage, self.advantage_moments, self._ranks),
+            normalizer=AdvantageNormalizer(self.normalize_advantage, self.advantage_moments, process_group),
             optimizer=self.policy.optimizer,
             max_grad_norm=self.max_grad_norm,
             value_optimizer=self.value_optimizer,
@@ -464,7 +475,7 @@ class EwmaMixin(DataParallelMixin):
             analytic_kl=is_analytic,
             max_kl=None if self.target_kl is None else 1.5 * self.target_kl,
             extra_loss=None if type(self).extra_loss is EwmaMixin.extra_loss else self.extra_loss,
-            process_group=self._ranks,
+            process_group=process_group,
         )
 
     def _minibatch_source(self, rollout: Rollout) -> MinibatchSource:
@@ -560,7 +571,12 @@ class EwmaMixin(DataParallelMixin):
         # load() and attributes set by hand bypass the constructor.
         self._check_own_parameters()
         self._check_built_parameters()
-        result = super()._setup_learn(*args, **kwargs)
+        self._data_parallel = DataParallel.start(self)
+        self._collector = Collector.prepare(self)
+        setup_learn = super()._setup_learn
+        if self._data_parallel is not None:
+            setup_learn = partial(self._data_parallel.setup_learn, setup_learn)
+        result = setup_learn(*args, **kwargs)
         queue = self.stale_rollouts
         if queue is not None and len(queue) < min(self.staleness, self._n_rollouts):
             warn_caller(
@@ -570,21 +586,18 @@ class EwmaMixin(DataParallelMixin):
             )
         return result
 
-    def set_parameters(self, *args: Any, **kwargs: Any) -> None:
-        super().set_parameters(*args, **kwargs)
-        self._remember_policy()
+    def dump_logs(self, iteration: int = 0) -> None:
+        """
+        Write the log, in a data-parallel training with the episodes of all processes.
+
+        :param iteration: number of rollouts so far
+        """
+        with nullcontext() if self._data_parallel is None else self._data_parallel.pooled_episodes():
+            super().dump_logs(iteration)
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_engines", "_has_warned_of_restart"]
-
-    def _start_afresh(self, name: str) -> None:
-        if name == "policy_ewma" and self.policy_ewma is not None:
-            self.policy_ewma.reset()
-        elif name == "advantage_moments" and self.advantage_moments is not None:
-            self.advantage_moments.reset()
-        elif name == "value_optimizer":
-            self.value_optimizer = self._make_optimizer(self.lr_schedule)
-        super()._start_afresh(name)
+        own = ["_engines", "_has_warned_of_restart", "_collector", "_data_parallel"]
+        return [*super()._excluded_save_params(), *own]
 
 
 class PPOEWMA(EwmaMixin, PPO):

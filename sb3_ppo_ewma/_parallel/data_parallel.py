@@ -1,12 +1,13 @@
 """
-Data-parallel training. Each process collects with environments of its own and trains on its own samples; gradients,
-statistics, logs and the wish to stop are those of all.
+Data-parallel training. Each process collects with its own environments and trains on its own samples; the processes
+share gradients, statistics, logs and the decision to stop.
 """
 
+import contextlib
 import inspect
-import pathlib
 from collections import deque
-from typing import Any, ClassVar, cast
+from collections.abc import Callable, Iterator
+from typing import Any, cast
 
 import numpy as np
 from stable_baselines3.common.callbacks import (
@@ -18,209 +19,177 @@ from stable_baselines3.common.callbacks import (
     ProgressBarCallback,
 )
 from stable_baselines3.common.logger import Logger
-from stable_baselines3.common.type_aliases import MaybeCallback, TensorDict
+from stable_baselines3.common.type_aliases import MaybeCallback
 
-from sb3_ppo_ewma._parallel.asynchronous import AsyncMixin
 from sb3_ppo_ewma._parallel.normalization import Statistics, pooled, set_statistics, statistics_of
-from sb3_ppo_ewma._parallel.process_group import Ranks, rank
-from sb3_ppo_ewma.checkpointing.rollout_files import RolloutPath
+from sb3_ppo_ewma._parallel.process_group import ProcessGroup
 
-# Arguments of a constructor that may differ from process to process
-_OF_EACH_RANK = {"env", "policy", "seed", "verbose", "device", "tensorboard_log", "_init_setup_model"}
-# What the log says of a training, and where it is not the mean of what all processes found
-_TRAINING = ("train/", "aux/")
-_LARGEST = {"train/importance_ratio_max"}
-# Of these, the first process has all that is needed.
-_OF_FIRST_RANK = (EvalCallback, CheckpointCallback, ProgressBarCallback)
+# Constructor arguments that may differ between processes
+_LOCAL_ARGUMENTS = {"env", "policy", "seed", "verbose", "device", "tensorboard_log", "_init_setup_model"}
+# Log keys that training writes, and those pooled by their maximum instead of their mean
+_TRAINING_KEYS = ("train/", "aux/")
+_MAXIMA = {"train/importance_ratio_max"}
+# Callbacks that only rank 0 runs
+_RANK_0_CALLBACKS = (EvalCallback, CheckpointCallback, ProgressBarCallback)
 
 
-class DataParallelMixin(AsyncMixin):
+class DataParallel:
     """
-    Trains together with the other processes when the default process group of ``torch.distributed`` is initialised
-    and has several. All of them must be built alike, and the same ``learn`` must be called in each.
+    This process's part in a data-parallel training. All processes must build the same model and make the same call of
+    ``learn``.
+
+    :param model: the model of this process
+    :param group: all processes
+    :raises ValueError: if the model collects asynchronously
     """
 
-    # While this process is one of several
-    _ranks: Ranks | None = None
-    # Of the environments when all processes had the same
-    _statistics: Statistics | None = None
-    _rank_callbacks: "RankCallbacks | None" = None
-    # Information on episodes and successes of all processes
-    _episodes: tuple[list[dict[str, Any]], list[float]] = ([], [])
+    def __init__(self, model: Any, group: ProcessGroup) -> None:
+        if model.async_rollouts is not None:
+            raise ValueError(
+                f"async_rollouts={model.async_rollouts} cannot be combined with data-parallel training: use "
+                "async_rollouts=None in several processes"
+            )
+        self.group = group
+        self._model = model
+        self._callbacks: RankCallbacks | None = None
+        # Running statistics when they were last equal in all processes
+        self._statistics: Statistics | None = None
+        self._episodes: list[dict[str, Any]] = []
+        self._successes: list[float] = []
 
-    _of_process: ClassVar[tuple[str, ...]] = ("_ranks", "_statistics", "_rank_callbacks", "_episodes")
-
-    def set_random_seed(self, seed: int | None = None) -> None:
+    @classmethod
+    def start(cls, model: Any) -> "DataParallel | None":
         """
-        Seed the generators and environments. Those of several processes get the seeds that the environments of a
-        single one would have.
-
-        :param seed: of the first process; ``None`` does nothing
+        :param model: the model of this process
+        :return: its part in the training, ``None`` where it trains alone
+        :raises ValueError: if the model collects asynchronously
         """
-        super().set_random_seed(seed if seed is None else seed + rank() * self.n_envs)
+        group = ProcessGroup.default()
+        return None if group is None else cls(model, group)
 
-    def _setup_learn(
+    def setup_learn(
         self,
+        setup_learn: Callable[..., tuple[int, BaseCallback]],
         total_timesteps: int,
         callback: MaybeCallback = None,
         reset_num_timesteps: bool = True,
         tb_log_name: str = "run",
         progress_bar: bool = False,
     ) -> tuple[int, BaseCallback]:
-        self._ranks = self._statistics = self._rank_callbacks = None
-        ranks = Ranks.joined()
-        is_custom = self._custom_logger
-        if ranks is not None:
-            if self.async_rollouts is not None:
-                raise ValueError(
-                    f"async_rollouts={self.async_rollouts} cannot be combined with data-parallel training: use "
-                    "async_rollouts=None in several processes"
-                )
-            same = {"total_timesteps": total_timesteps, "reset_num_timesteps": reset_num_timesteps}
-            ranks.check_same({**self._settings(), **same})
-            self._take_state_of_first(ranks)
-            self._ranks = ranks
-            if ranks.rank > 0:
-                self.set_logger(Logger(folder=None, output_formats=[]))
+        """
+        Give all processes the state of rank 0, and let only rank 0 write, evaluate and save.
+
+        :param setup_learn: the algorithm's ``_setup_learn``, called with the other arguments
+        :param total_timesteps: number of environment steps, counted over all processes
+        :param callback: called at every step of this process
+        :param reset_num_timesteps: whether to count steps from 0
+        :param tb_log_name: name of the run for tensorboard
+        :param progress_bar: show a progress bar, in rank 0
+        :return: number of environment steps at which training ends; the callbacks of this process
+        :raises ValueError: in every process, if settings or arguments differ
+        """
+        model = self._model
+        arguments = {"total_timesteps": total_timesteps, "reset_num_timesteps": reset_num_timesteps}
+        self.group.check_same({**_shared_settings(model), **arguments})
+        self._load_state_of_first()
+        has_custom_logger = model._custom_logger
+        if self.group.rank > 0:
+            callback, progress_bar = callback_of_rank(callback), False
+            model.set_logger(Logger(folder=None, output_formats=[]))
         try:
-            result: tuple[int, BaseCallback] = super()._setup_learn(
-                total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
-            )
+            end, initialized = setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
         finally:
-            self._custom_logger = is_custom
-        return result
+            model._custom_logger = has_custom_logger
+        self._callbacks = RankCallbacks(initialized, self.group)
+        self._callbacks.init_callback(model)
+        return end, self._callbacks
 
-    def _settings(self) -> dict[str, Any]:
-        """
-        :return: by name, what must be the same in all processes, or they would wait for each other
-        """
-        names = inspect.signature(type(self)).parameters.keys() - _OF_EACH_RANK
-        arguments = {name: getattr(self, name, None) for name in names}
-        simple = {name: each for name, each in arguments.items() if isinstance(each, int | float | str | None)}
-        return {
-            "algorithm": type(self).__name__,
-            "n_envs": self.n_envs,
-            "num_timesteps": self.num_timesteps,
-            "policy": {name: tuple(each.shape) for name, each in self.policy.named_parameters()},
-            "VecNormalize": None if self._vec_normalize_env is None else sorted(statistics_of(self._vec_normalize_env)),
-            **simple,
-        }
-
-    def _take_state_of_first(self, ranks: Ranks) -> None:
-        self.generators.apply_pending()
-        parameters = self.get_parameters()
-        for name in self._silent_states:  # a process's own
+    def _load_state_of_first(self) -> None:
+        model, group = self._model, self.group
+        model.generators.apply_pending()
+        parameters = model.get_parameters()
+        for name in model._silent_states:  # each process keeps its own
             parameters.pop(name, None)
-        parameters = ranks.from_first(parameters)
-        if ranks.rank > 0:
-            self.set_parameters(cast(TensorDict, parameters), device=self.device)
-        kept = [len(buffer) for buffer in (self.replay_buffer or {}).values()]
-        if any(others != kept for others in ranks.gather(kept)):
-            # Those of some process are missing, and all are to have the same.
-            for name in self.replay_buffer or {}:
-                getattr(self, name).clear()
-        if self._vec_normalize_env is not None:
-            self._statistics = ranks.from_first(statistics_of(self._vec_normalize_env))
-            set_statistics(self._vec_normalize_env, self._statistics)
-        ranks.part_generators()
+        parameters = group.from_first(parameters)
+        if group.rank > 0:
+            model.set_parameters(parameters, device=model.device)
+        kept_rollouts = model.replay_buffer or {}
+        n_kept = [len(buffer) for buffer in kept_rollouts.values()]
+        if any(others != n_kept for others in group.gather(n_kept)):
+            # A process lost its rollouts, and all must train on the same number.
+            for buffer in kept_rollouts.values():
+                buffer.clear()
+        venv = model.get_vec_normalize_env()
+        if venv is not None:
+            self._statistics = group.from_first(statistics_of(venv))
+            set_statistics(venv, self._statistics)
+        group.seed_generators_apart()
 
-    def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
-        if self._ranks is None:
-            return super()._init_callback(callback, progress_bar)
-        if self._ranks.rank > 0:
-            callback = callback_of_rank(callback)
-            progress_bar = False
-        self._rank_callbacks = RankCallbacks(super()._init_callback(callback, progress_bar), self._ranks)
-        self._rank_callbacks.init_callback(self)
-        return self._rank_callbacks
-
-    def collect_rollouts(self, *args: Any, **kwargs: Any) -> bool:
+    def pool_rollouts(self, continues: bool) -> bool:
         """
-        As in the algorithm this is mixed into. Several processes then agree on statistics, and on whether to go on.
+        Pool running statistics and the logged episodes, and stop all processes if one has to stop. To be called when
+        this process has collected a rollout.
 
-        :param args: see there
-        :param kwargs: see there
-        :return: False when a callback ended the collection, in several processes one of any of them
+        :param continues: False if a callback of this process ended the collection
+        :return: False if a callback of any process did
         """
-        continues = super().collect_rollouts(*args, **kwargs)
-        return continues if self._ranks is None else self._agree(self._ranks, continues)
-
-    def _agree(self, ranks: Ranks, continues: bool) -> bool:
-        callbacks, venv = cast(RankCallbacks, self._rank_callbacks), self._vec_normalize_env
+        model, venv = self._model, self._model.get_vec_normalize_env()
         report: dict[str, Any] = {
-            "continues": continues and not callbacks.wants_to_stop,
-            "episodes": list(self.ep_info_buffer or []),
-            "successes": list(self.ep_success_buffer or []),
+            "continues": continues and not cast(RankCallbacks, self._callbacks).wants_to_stop,
+            "episodes": list(model.ep_info_buffer),
+            "successes": list(model.ep_success_buffer),
             "statistics": None if venv is None else statistics_of(venv),
         }
-        reports = ranks.gather(report)
-        episodes = [each for one in reports for each in one["episodes"]]
-        self._episodes = episodes, [each for one in reports for each in one["successes"]]
+        reports = self.group.gather(report)
+        self._episodes = [episode for each in reports for episode in each["episodes"]]
+        self._successes = [success for each in reports for success in each["successes"]]
         if venv is not None and self._statistics is not None:
-            self._statistics = pooled(self._statistics, [one["statistics"] for one in reports])
+            self._statistics = pooled(self._statistics, [each["statistics"] for each in reports])
             set_statistics(venv, self._statistics)
-        return all(one["continues"] for one in reports)
+        return all(each["continues"] for each in reports)
 
-    def _pool_log(self) -> None:
-        """
-        To be called when training has logged its own: the log is that of all processes then.
-        """
-        if self._ranks is None:
-            return
-        record = self.logger.name_to_value
-        own = {
+    def pool_log(self) -> None:
+        """Replace what training has logged by its mean over all processes, or its maximum."""
+        record = self._model.logger.name_to_value
+        logged = {
             name: value
             for name, value in record.items()
-            if name.startswith(_TRAINING) and isinstance(value, float | np.floating)
+            if name.startswith(_TRAINING_KEYS) and isinstance(value, float | np.floating)
         }
-        by_rank = self._ranks.gather(own)
-        for name in own:
-            values = [logged[name] for logged in by_rank if name in logged]
-            record[name] = float(max(values) if name in _LARGEST else np.mean(values))
+        by_rank = self.group.gather(logged)
+        for name in logged:
+            values = [float(each[name]) for each in by_rank if name in each]
+            record[name] = max(values) if name in _MAXIMA else float(np.mean(values))
 
-    def dump_logs(self, iteration: int = 0) -> None:
-        """
-        Write the log; its episodes are those of all processes.
-
-        :param iteration: number of rollouts so far
-        """
-        own = self.ep_info_buffer, self.ep_success_buffer
-        if self._ranks is not None:
-            episodes, successes = self._episodes
-            self.ep_info_buffer, self.ep_success_buffer = deque(episodes), deque(successes)
+    @contextlib.contextmanager
+    def pooled_episodes(self) -> Iterator[None]:
+        """Within this context, the model's buffers of episodes have those of all processes."""
+        model = self._model
+        buffers = model.ep_info_buffer, model.ep_success_buffer
+        model.ep_info_buffer, model.ep_success_buffer = deque(self._episodes), deque(self._successes)
         try:
-            super().dump_logs(iteration)
+            yield
         finally:
-            self.ep_info_buffer, self.ep_success_buffer = own
-
-    def save_replay_buffer(self, path: RolloutPath) -> None:
-        """
-        Save the rollouts that are kept from one iteration to the next, with the step they belong to.
-
-        :param path: file name (``.pkl`` is added where there is no suffix) or open binary file; another process than
-            the first adds its rank to a name
-        """
-        super().save_replay_buffer(_path_of_rank(path))
-
-    def load_replay_buffer(self, path: RolloutPath, truncate_last_traj: bool = True) -> None:
-        """
-        Load the rollouts that are kept from one iteration to the next. The file is a pickle: load only what you trust.
-
-        :param path: as for :meth:`save_replay_buffer`, at the same step as the model
-        :param truncate_last_traj: has no meaning here; part of SB3's interface
-        :raises ValueError: if the file belongs to another step or does not fit the model
-        """
-        super().load_replay_buffer(_path_of_rank(path), truncate_last_traj)
-
-    def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), *self._of_process]
+            model.ep_info_buffer, model.ep_success_buffer = buffers
 
 
-def _path_of_rank(path: RolloutPath) -> RolloutPath:
-    if rank() == 0 or not isinstance(path, str | pathlib.Path):
-        return path
-    path = pathlib.Path(path)
-    return path.with_name(f"{path.stem}.rank{rank()}{path.suffix or '.pkl'}")
+def _shared_settings(model: Any) -> dict[str, Any]:
+    """
+    :param model: the model of this process
+    :return: by name, the settings that must be equal in all processes, or they would wait for each other for ever
+    """
+    names = inspect.signature(type(model)).parameters.keys() - _LOCAL_ARGUMENTS
+    arguments = {name: getattr(model, name, None) for name in names}
+    simple = {name: each for name, each in arguments.items() if isinstance(each, int | float | str | None)}
+    venv = model.get_vec_normalize_env()
+    return {
+        "algorithm": type(model).__name__,
+        "n_envs": model.n_envs,
+        "num_timesteps": model.num_timesteps,
+        "policy": {name: tuple(each.shape) for name, each in model.policy.named_parameters()},
+        "VecNormalize": None if venv is None else sorted(statistics_of(venv)),
+        **simple,
+    }
 
 
 # === Callbacks ===
@@ -228,20 +197,20 @@ def _path_of_rank(path: RolloutPath) -> RolloutPath:
 
 class RankCallbacks(CallbackList):
     """
-    The callbacks of one process. Counts the steps of all processes, and keeps a callback's wish to stop until the
-    rollout is complete, when all learn of it.
+    The callbacks of one process. Adds the steps of the other processes to ``num_timesteps``. When a callback wants to
+    stop, collects the rollout to its end, where all processes stop.
 
-    :param callback: of this process
-    :param ranks: all processes
+    :param callback: the callbacks of this process, initialised
+    :param group: all processes
     """
 
-    def __init__(self, callback: BaseCallback, ranks: Ranks) -> None:
+    def __init__(self, callback: BaseCallback, group: ProcessGroup) -> None:
         super().__init__([callback])
-        self._n_others = ranks.size - 1
+        self._n_others = group.size - 1
         self.wants_to_stop = False
 
     def _init_callback(self) -> None:
-        pass  # what is in it has been initialised
+        pass  # CallbackList would initialise the callbacks again
 
     def _on_step(self) -> bool:
         self.model.num_timesteps += self._n_others * self.training_env.num_envs
@@ -256,7 +225,7 @@ class RankCallbacks(CallbackList):
 
 
 class _KeptRolloutsCheckpoint(CheckpointCallback):
-    """What another process than the first adds to a checkpoint: the rollouts that it keeps."""
+    """Saves the kept rollouts of a rank above 0, beside the checkpoints that rank 0 writes."""
 
     def _init_callback(self) -> None:
         pass
@@ -272,7 +241,7 @@ class _KeptRolloutsCheckpoint(CheckpointCallback):
 def callback_of_rank(callback: MaybeCallback) -> MaybeCallback:
     """
     :param callback: as for ``learn``
-    :return: what of it runs in other processes than the first
+    :return: the callbacks among them that a rank above 0 runs
     """
     if isinstance(callback, list):
         return [cast(BaseCallback, each) for each in map(callback_of_rank, callback) if each is not None]
@@ -280,7 +249,7 @@ def callback_of_rank(callback: MaybeCallback) -> MaybeCallback:
         return CallbackList(cast(list[BaseCallback], callback_of_rank(callback.callbacks)))
     if isinstance(callback, CheckpointCallback) and callback.save_replay_buffer:
         return _KeptRolloutsCheckpoint(callback.save_freq, callback.save_path, callback.name_prefix)
-    if isinstance(callback, _OF_FIRST_RANK) or getattr(callback, "rank_0_only", False):
+    if isinstance(callback, _RANK_0_CALLBACKS) or getattr(callback, "rank_0_only", False):
         return None
     if isinstance(callback, EventCallback) and callback.callback is not None:
         callback.callback = cast(BaseCallback | None, callback_of_rank(callback.callback))

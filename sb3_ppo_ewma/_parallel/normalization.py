@@ -13,16 +13,16 @@ Statistics = Mapping[str, tuple[np.ndarray, np.ndarray, float]]
 
 def statistics_of(venv: VecNormalize) -> Statistics:
     """
-    :param venv: wrapper of environments
-    :return: its statistics: those of returns, and those of observations where it has them
+    :param venv: environments with normalised observations or rewards
+    :return: running statistics of the returns and, if ``norm_obs``, of the observations
     """
     return {name: (each.mean, each.var, each.count) for name, each in _running(venv).items()}
 
 
 def set_statistics(venv: VecNormalize, statistics: Statistics) -> None:
     """
-    :param venv: wrapper of environments
-    :param statistics: of another one that wraps the same
+    :param venv: environments with normalised observations or rewards
+    :param statistics: running statistics for it, from environments with the same spaces
     """
     for name, each in _running(venv).items():
         each.mean, each.var, each.count = statistics[name]
@@ -38,9 +38,9 @@ def _running(venv: VecNormalize) -> dict[str, RunningMeanStd]:
 
 def pooled(before: Statistics, by_process: Sequence[Statistics]) -> Statistics:
     """
-    :param before: with which all processes began
-    :param by_process: what they have now
-    :return: what all have seen since, together with what they had seen before
+    :param before: the statistics from which every process started
+    :param by_process: the statistics of each process now
+    :return: the statistics that one process would have after the data of all of them
     """
     return {name: _pooled(before[name], [each[name] for each in by_process]) for name in before}
 

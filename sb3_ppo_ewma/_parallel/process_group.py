@@ -1,4 +1,4 @@
-"""What the processes of a data-parallel training tell each other, through ``torch.distributed``."""
+"""Exchanges between the processes of a data-parallel training, through ``torch.distributed``."""
 
 import atexit
 import contextlib
@@ -15,21 +15,21 @@ import torch.distributed as dist
 
 Anything = TypeVar("Anything")
 
-# Tensors that were exchanged and that threads of the process group may still hold
+# Tensors of past exchanges, which threads of the process group may still hold
 _exchanged: list[th.Tensor] = []
 _SECONDS_AT_EXIT = 5
 
 
 def rank() -> int:
     """
-    :return: number of this process among those of a data-parallel training, 0 where there is only one
+    :return: this process's number in the default process group, 0 without one
     """
     return dist.get_rank() if _is_initialized() else 0
 
 
 def world_size() -> int:
     """
-    :return: number of processes of a data-parallel training, 1 without a process group
+    :return: number of processes in the default process group, 1 without one
     """
     return dist.get_world_size() if _is_initialized() else 1
 
@@ -38,16 +38,16 @@ def _is_initialized() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
-class Ranks:
-    """All processes of a data-parallel training, of which there are at least two."""
+class ProcessGroup:
+    """The default process group of ``torch.distributed``, with at least two processes."""
 
     def __init__(self) -> None:
         self.rank, self.size = rank(), world_size()
 
     @classmethod
-    def joined(cls) -> "Ranks | None":
+    def default(cls) -> "ProcessGroup | None":
         """
-        :return: those of the default process group, ``None`` where this process trains alone
+        :return: the group, ``None`` where this process trains alone
         """
         return cls() if world_size() > 1 else None
 
@@ -55,7 +55,7 @@ class Ranks:
         """
         Replace tensors by their means over all processes, with one reduction.
 
-        :param tensors: on one device, of the same shapes in all processes
+        :param tensors: tensors on one device, with the same shapes in all processes
         """
         flat = th.cat([tensor.reshape(-1) for tensor in tensors])
         with _exchange(flat):
@@ -67,9 +67,9 @@ class Ranks:
 
     def moments(self, rows: th.Tensor) -> tuple[th.Tensor, th.Tensor, int]:
         """
-        :param rows: (..., samples) of this process; numbers of samples may differ
-        :return: mean and sum of squared deviations from it, (..., 1) each, of the samples of all processes; their
-            number
+        :param rows: (..., samples) this process's samples; their number may differ between processes
+        :return: mean over the samples of all processes, (..., 1); sum of their squared deviations from it, (..., 1);
+            their number
         """
         mean = rows.mean(-1, keepdim=True)
         local = th.stack([th.full_like(mean, rows.shape[-1]), mean, ((rows - mean) ** 2).sum(-1, keepdim=True)])
@@ -80,8 +80,8 @@ class Ranks:
 
     def gather(self, value: Anything) -> list[Anything]:
         """
-        :param value: of this process, anything that can be pickled
-        :return: those of all, by rank
+        :param value: this process's value, anything that can be pickled
+        :return: the values of all processes, by rank
         """
         data = self._pickled(value)
         sizes = self._gather_tensors(th.tensor([len(data)], device=data.device))
@@ -92,8 +92,8 @@ class Ranks:
 
     def from_first(self, value: Anything) -> Anything:
         """
-        :param value: anything that can be pickled, of the first process; that of others is not used
-        :return: the first process's
+        :param value: anything that can be pickled; only rank 0's is used
+        :return: rank 0's value, in every process
         """
         data = self._pickled(value if self.rank == 0 else None)
         size = th.tensor([len(data)], device=data.device)
@@ -115,12 +115,12 @@ class Ranks:
         device = "cuda" if dist.get_backend() == dist.Backend.NCCL else "cpu"
         return th.frombuffer(bytearray(pickle.dumps(value)), dtype=th.uint8).to(device)
 
-    def check_same(self, what: Mapping[str, Any]) -> None:
+    def check_same(self, values: Mapping[str, Any]) -> None:
         """
-        :param what: values by name, which must be the same in all processes
-        :raises ValueError: in all of them, if one is not
+        :param values: by name, values that must be equal in all processes
+        :raises ValueError: in every process, if a value differs
         """
-        by_rank = self.gather(dict(what))
+        by_rank = self.gather(dict(values))
         for number, others in enumerate(by_rank[1:], 1):
             for name in by_rank[0].keys() | others.keys():
                 first, other = by_rank[0].get(name), others.get(name)
@@ -130,10 +130,10 @@ class Ranks:
                         f"rank {number} has {other!r}"
                     )
 
-    def part_generators(self) -> None:
+    def seed_generators_apart(self) -> None:
         """
-        Where generators of random numbers are in the same state as those of an earlier process, because of the same
-        seed or the same checkpoint, seed them from that state and the rank.
+        Give every process random numbers of its own. A process whose generators are in the state of a lower rank's,
+        because both were seeded alike or loaded the same checkpoint, seeds them from that state and its rank.
         """
         states = self.gather(_generator_state())
         if states[self.rank] in states[: self.rank]:
@@ -157,7 +157,9 @@ def _unpickled(data: th.Tensor) -> Any:
 @contextlib.contextmanager
 def _exchange(*tensors: th.Tensor) -> Iterator[None]:
     """
-    :param tensors: that are exchanged within the context
+    Keep tensors until no thread of the process group holds them, and name the likely cause of a failed exchange.
+
+    :param tensors: tensors exchanged within the context
     """
     _exchanged[:] = [*filter(_is_held, _exchanged), *tensors]
     try:

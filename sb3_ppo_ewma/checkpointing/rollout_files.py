@@ -4,15 +4,17 @@ Files of the rollouts that an algorithm keeps from one iteration to the next, wi
 One file has several parts, each a sequence of pickles, so that a large part is never in memory twice.
 """
 
+import contextlib
 import os
 import pathlib
 import pickle
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from io import BufferedIOBase
 from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar
 
 from stable_baselines3.common.buffers import RolloutBuffer
+
+from sb3_ppo_ewma._parallel.process_group import rank
 
 RolloutPath: TypeAlias = str | pathlib.Path | BufferedIOBase
 SelfKept = TypeVar("SelfKept", bound="KeptRollouts")
@@ -60,14 +62,15 @@ def write_rollouts(path: RolloutPath, step: Step, parts: Mapping[str, KeptRollou
     """
     Atomic when ``path`` is a file name: a run that is killed leaves the old file whole.
 
-    :param path: file name (``.pkl`` is added where there is no suffix) or open binary file
+    :param path: file name (``.pkl`` is added where there is no suffix) or open binary file; in a data-parallel
+        training, ranks above 0 add theirs to the name
     :param step: the model's, checked by :func:`read_rollouts`
     :param parts: what to write, by name
     """
+    path = _file_of_rank(path)
     if isinstance(path, BufferedIOBase):
         _write(path, step, parts)
         return
-    path = _with_suffix(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
@@ -101,7 +104,8 @@ def read_rollouts(
     :return: by name, parts with the rollouts of the file
     :raises ValueError: if the file is of another kind, another step or another model
     """
-    with _opened(path) as file:
+    path = _file_of_rank(path)
+    with contextlib.nullcontext(path) if isinstance(path, BufferedIOBase) else path.open("rb") as file:
         try:
             header = pickle.load(file)
             _check_header(header, step, parts)
@@ -132,15 +136,9 @@ def _check_header(header: Any, step: Step, parts: Mapping[str, KeptRollouts]) ->
         )
 
 
-@contextmanager
-def _opened(path: RolloutPath) -> Iterator[Any]:
+def _file_of_rank(path: RolloutPath) -> pathlib.Path | BufferedIOBase:
     if isinstance(path, BufferedIOBase):
-        yield path
-    else:
-        with _with_suffix(path).open("rb") as file:
-            yield file
-
-
-def _with_suffix(path: str | pathlib.Path) -> pathlib.Path:
+        return path
     path = pathlib.Path(path)
-    return path if path.suffix else path.with_suffix(".pkl")
+    infix = f".rank{rank()}" if rank() > 0 else ""
+    return path.with_name(f"{path.stem}{infix}{path.suffix or '.pkl'}")

@@ -14,6 +14,7 @@ from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.type_aliases import GymEnv, TensorDict
 
 from sb3_ppo_ewma._arguments import is_clip_off
+from sb3_ppo_ewma._parallel.process_group import rank
 from sb3_ppo_ewma.checkpointing.generators import GeneratorStates, preserved_generators
 from sb3_ppo_ewma.checkpointing.rollout_files import KeptRollouts, RolloutPath, Step, read_rollouts, write_rollouts
 from sb3_ppo_ewma.networks import with_features_extractor
@@ -66,11 +67,12 @@ class SavedStateMixin(OnPolicyAlgorithm):
 
     def set_random_seed(self, seed: int | None = None) -> None:
         """
-        Seed the generators; what :meth:`load` kept of their state is dropped.
+        Seed the generators and the environments, and drop a generator state kept by :meth:`load`. In a data-parallel
+        training the environments get the seeds that they would have in a single process.
 
-        :param seed: ``None`` does nothing
+        :param seed: seed of rank 0; ``None`` does nothing
         """
-        super().set_random_seed(seed)
+        super().set_random_seed(None if seed is None else seed + rank() * self.n_envs)
         if seed is not None and "generators" in vars(self):
             self.generators.pending = None
 
@@ -203,7 +205,8 @@ class SavedStateMixin(OnPolicyAlgorithm):
         """
         Save the rollouts that are kept from one iteration to the next, with the step they belong to.
 
-        :param path: file name (``.pkl`` is added where there is no suffix) or open binary file
+        :param path: file name (``.pkl`` is added where there is no suffix) or open binary file; in a data-parallel
+            training, ranks above 0 add theirs to the name
         """
         if self.replay_buffer is None:
             warnings.warn(f"{_NOTHING_KEPT}: nothing was saved", stacklevel=2)

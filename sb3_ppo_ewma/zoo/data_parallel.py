@@ -16,7 +16,7 @@ import torch.distributed as dist
 from rl_zoo3 import exp_manager
 from rl_zoo3.exp_manager import ExperimentManager
 
-from sb3_ppo_ewma._parallel.process_group import Ranks, rank, world_size
+from sb3_ppo_ewma._parallel.process_group import ProcessGroup, rank, world_size
 from sb3_ppo_ewma.batch_scaling import per_process, with_defaults
 from sb3_ppo_ewma.zoo.algorithms import ALGORITHMS
 from sb3_ppo_ewma.zoo.patches._replace import AnyFunction, replace_function
@@ -57,23 +57,23 @@ def process_group() -> Iterator[None]:
 
 def _init(upstream: AnyFunction, manager: Any, *args: Any, **kwargs: Any) -> None:
     upstream(manager, *args, **kwargs)
-    ranks = Ranks.joined()
-    if ranks is None:
+    group = ProcessGroup.default()
+    if group is None:
         return
     if manager.algo not in ALGORITHMS:
         raise ValueError(f"{manager.algo} cannot train in several processes, only {', '.join(ALGORITHMS)} can")
     if manager.optimize_hyperparameters:
-        raise ValueError("-optimize needs no torchrun: processes with the same --storage share a search")
+        raise ValueError("-optimize needs no torchrun: processes that have the same --storage share a search")
     # Each process looked for the next free run number: use the one that the first process found.
-    manager.save_path, manager.params_path, manager.seed = ranks.from_first(
+    manager.save_path, manager.params_path, manager.seed = group.from_first(
         (manager.save_path, manager.params_path, manager.seed)
     )
-    if ranks.rank > 0:
+    if group.rank > 0:
         manager.tensorboard_log, manager.show_progress, manager.verbose = None, False, 0
         manager.eval_freq = manager.save_freq = -1
     # Upstream divides by n_envs of this process only.
     manager.eval_freq, manager.save_freq = (
-        max(frequency // ranks.size, 1) if frequency > 0 else frequency
+        max(frequency // group.size, 1) if frequency > 0 else frequency
         for frequency in (manager.eval_freq, manager.save_freq)
     )
 
