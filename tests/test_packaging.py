@@ -32,7 +32,7 @@ HYPERPARAMETER_FILES = sorted((ROOT / "zoo_hyperparams").rglob("*.yml"))
 
 # Modules from the bottom up, each with the packages beside the standard library that its layer adds to those below.
 LAYERS: list[tuple[set[str], set[str]]] = [
-    ({"losses", "ewma"}, {"torch"}),
+    ({"checkpointing.atomic", "losses", "ewma"}, {"torch"}),
     ({"checkpointing.generators", "memory", "_parallel.process_group"}, {"numpy"}),
     ({"_engine.optimizers"}, set()),
     ({"_engine.compilation"}, set()),

@@ -2,7 +2,6 @@
 
 import copy
 import io
-import os
 import pathlib
 import warnings
 from collections.abc import Iterable
@@ -14,6 +13,7 @@ from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.type_aliases import GymEnv, TensorDict
 
 from sb3_ppo_ewma._arguments import is_clip_off
+from sb3_ppo_ewma.checkpointing.atomic import replace_atomically, with_default_suffix
 from sb3_ppo_ewma.checkpointing.generators import GeneratorStates, preserved_generators
 from sb3_ppo_ewma.checkpointing.rollout_files import KeptRollouts, RolloutPath, Step, read_rollouts, write_rollouts
 from sb3_ppo_ewma.networks import with_features_extractor
@@ -187,14 +187,8 @@ class SavedStateMixin(OnPolicyAlgorithm):
         if not isinstance(path, str | pathlib.Path):
             super().save(path, exclude, include)
             return
-        target = pathlib.Path(path).resolve()
-        target = target if target.suffix else target.with_suffix(".zip")
-        temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-        try:
+        with replace_atomically(with_default_suffix(path, ".zip")) as temporary:
             super().save(temporary, exclude, include)
-            temporary.replace(target)
-        finally:
-            temporary.unlink(missing_ok=True)
 
     def _step(self) -> Step:
         return Step(self.num_timesteps, self._n_rollouts)
