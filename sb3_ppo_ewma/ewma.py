@@ -121,12 +121,14 @@ class ParameterEwma(nn.Module):
     Source: Hilton et al. 2022.
 
     :param module: holds the average: a copy of its own of the averaged module; it is frozen and put in evaluation mode
+    :param source: the averaged module, which :meth:`reset` starts from if it is not given another one
     """
 
     total_weight: th.Tensor
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, source: nn.Module | None = None) -> None:
         super().__init__()
+        self._source = (source,)  # not a submodule
         self.module = module.requires_grad_(False).eval()
         self.register_buffer("total_weight", th.ones((), dtype=th.float64))
         self._pairs: Pairs | None = None
@@ -178,17 +180,24 @@ class ParameterEwma(nn.Module):
             self._pairs = None
 
     @th.no_grad()
-    def reset(self, source: nn.Module) -> None:
+    def reset(self, source: nn.Module | None = None) -> None:
         """
         Start again from the present parameters of ``source``: θ̄ = θ, w = 1. A copy, which also clears NaN and Inf.
 
-        :param source: the averaged module
+        :param source: the averaged module; ``None``: the one given to the constructor
+        :raises ValueError: if there is none
         """
+        source = self._source[0] if source is None else source
+        if source is None:
+            raise ValueError("reset() needs the averaged module if the constructor was not given one")
         pairs = self.pairs(source)
         for tensor, original in zip(pairs.averages, pairs.parameters, strict=True):
             tensor.copy_(original)
         pairs.copy_buffers()
         self.total_weight.fill_(1.0)
+
+    def parameters_loaded(self) -> None:
+        """Called when the averaged module has loaded other parameters. Nothing to do: the average has its own."""
 
 
 class Pairs:

@@ -364,11 +364,6 @@ class AuxiliaryPhaseMixin(EwmaMixin):
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "aux_lr_schedule", "_progress_bars", "_memory_return"]
 
-    def _start_afresh(self, name: str) -> None:
-        if name == "aux_optimizer":
-            self.aux_optimizer = self._make_optimizer(self.aux_lr_schedule)
-        super()._start_afresh(name)
-
 
 class PPG(AuxiliaryPhaseMixin, PPO):
     """

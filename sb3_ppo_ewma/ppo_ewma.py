@@ -169,8 +169,6 @@ class EwmaMixin(DataParallelMixin):
         "value_optimizer",
     )
 
-    _policy_states: ClassVar[frozenset[str]] = frozenset({"policy_ewma"})
-
     _own_buffers: ClassVar[tuple[str, ...]] = ("stale_rollouts",)
 
     # Rollout buffers whose minibatches are gathered on the device, with the minibatches' class
@@ -303,7 +301,7 @@ class EwmaMixin(DataParallelMixin):
         if self.clip_range is None:  # load(..., clip_range=None) bypasses the constructor
             self.clip_range = CLIP_OFF
         super()._setup_model()
-        self.policy_ewma = None if self.prox_decay is None else ParameterEwma(self._copy_policy())
+        self.policy_ewma = None if self.prox_decay is None else ParameterEwma(self._copy_policy(), self.policy)
         self.advantage_moments = None if self.advantage_decay is None else MomentsEwma(self.advantage_decay)
         self.value_optimizer = self._make_optimizer(self.lr_schedule) if self._has_value_epochs() else None
         self.stale_rollouts = StaleRollouts(self.staleness) if self.staleness > 0 else None
@@ -983,15 +981,6 @@ class EwmaMixin(DataParallelMixin):
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "_recent_policy", "_moments_before", *_PROCESS]
-
-    def _start_afresh(self, name: str) -> None:
-        if name == "policy_ewma" and self.policy_ewma is not None:
-            self.policy_ewma.reset(self.policy)
-        elif name == "advantage_moments" and self.advantage_moments is not None:
-            self.advantage_moments.reset()
-        elif name == "value_optimizer":
-            self.value_optimizer = self._make_optimizer(self.lr_schedule)
-        super()._start_afresh(name)
 
 
 class PPOEWMA(EwmaMixin, PPO):

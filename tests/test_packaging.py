@@ -36,7 +36,17 @@ LAYERS: list[tuple[set[str], set[str]]] = [
     ({"checkpointing.generators", "memory", "_parallel.process_group"}, {"numpy"}),
     ({"_engine.optimizers"}, set()),
     ({"_engine.compilation"}, set()),
-    ({"_arguments", "distributions", "checkpointing.rollout_files", "_parallel.normalization"}, {"stable_baselines3"}),
+    (
+        {
+            "_arguments",
+            "distributions",
+            "checkpointing.own_states",
+            "checkpointing.rollout_files",
+            "_parallel.normalization",
+        },
+        {"stable_baselines3"},
+    ),
+    ({"checkpointing.conversion"}, set()),
     ({"networks", "rollouts", "_engine.forward", "callbacks.advice", "envs.envpool_vec_env"}, {"gymnasium"}),
     ({"checkpointing.saving", "policies", "envs.envpool_env"}, set()),
     ({"_engine.mlp", "_engine.parts", "_parallel.asynchronous"}, set()),
