@@ -6,7 +6,7 @@ standard deviation.
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar, TypeAlias, TypeVar
+from typing import Any, ClassVar, TypeAlias, TypeVar, cast
 
 import torch as th
 from gymnasium import spaces
@@ -108,7 +108,7 @@ class ClosedForm(ABC):
 
 
 class CategoricalForm(ClosedForm):
-    """Of SB3's ``CategoricalDistribution``. Its one parameter is log p, (batch, n_actions)."""
+    """SB3's ``CategoricalDistribution``. Its one parameter is log p, (batch, n_actions)."""
 
     def parameters(self, outputs: th.Tensor, log_std: th.Tensor | None) -> Parameters:
         return [F.log_softmax(outputs, dim=-1)]
@@ -153,7 +153,7 @@ class CategoricalForm(ClosedForm):
 
 class MultiCategoricalForm(ClosedForm):
     """
-    Of SB3's ``MultiCategoricalDistribution``: independent categorical variables, a parameter each.
+    SB3's ``MultiCategoricalDistribution``: independent categorical variables, a parameter each.
 
     :param sizes: number of actions of each variable
     """
@@ -191,7 +191,7 @@ class MultiCategoricalForm(ClosedForm):
 
 
 class BernoulliForm(ClosedForm):
-    """Of SB3's ``BernoulliDistribution``. Its one parameter is the logits, (batch, n_actions)."""
+    """SB3's ``BernoulliDistribution``. Its one parameter is the logits, (batch, n_actions)."""
 
     def parameters(self, outputs: th.Tensor, log_std: th.Tensor | None) -> Parameters:
         return [outputs]
@@ -229,7 +229,7 @@ class BernoulliForm(ClosedForm):
 
 
 class GaussianForm(ClosedForm):
-    """Of SB3's ``DiagGaussianDistribution``. Its parameters are the means, (batch, n), and standard deviations, (n,)."""
+    """SB3's ``DiagGaussianDistribution``. Its parameters are the means, (batch, n), and standard deviations, (n,)."""
 
     def std(self, log_std: th.Tensor) -> th.Tensor:
         """
@@ -283,7 +283,7 @@ class GaussianForm(ClosedForm):
 
 
 class SoftplusGaussianForm(GaussianForm):
-    """Of :class:`SoftplusDiagGaussianDistribution`."""
+    """:class:`SoftplusDiagGaussianDistribution`."""
 
     def std(self, log_std: th.Tensor) -> th.Tensor:
         return F.softplus(log_std)
@@ -344,7 +344,7 @@ def closed_form(action_dist: Any) -> ClosedForm | None:
         form: ClosedForm = make(action_dist)
         return form
     # Not inherited: a subclass computes something else.
-    return vars(type(action_dist)).get("closed_form")
+    return cast(ClosedForm | None, vars(type(action_dist)).get("closed_form"))
 
 
 def standard_deviation(policy: Any) -> th.Tensor:

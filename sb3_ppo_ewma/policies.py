@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch as th
 from gymnasium import spaces
@@ -268,6 +268,7 @@ def copy_policy(
     :return: an independent copy in evaluation mode, without gradients
     :raises ValueError: if it cannot be copied
     """
+    policy = uncompiled(policy)
     for module in policy.modules():
         if "forward" in vars(module):
             raise ValueError(f"the policy cannot be copied: forward of a {type(module).__name__} was replaced")
@@ -290,3 +291,13 @@ def copy_policy(
 
 def _merged(inherited: Any, policy_kwargs: dict[str, Any]) -> dict[str, Any]:
     return {**policy_kwargs, **inherited()}
+
+
+def uncompiled(module: th.nn.Module) -> th.nn.Module:
+    """
+    Undo ``torch.compile``, which gives parameters other names.
+
+    :param module: a module, compiled or not
+    :return: the module that was compiled
+    """
+    return cast(th.nn.Module, getattr(module, "_orig_mod", module))

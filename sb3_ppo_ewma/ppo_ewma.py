@@ -39,11 +39,11 @@ from sb3_ppo_ewma._parallel.collector import Collector
 from sb3_ppo_ewma._parallel.data_parallel import DataParallel
 from sb3_ppo_ewma.advantages import AdvantageNormalizer, MomentsEwma
 from sb3_ppo_ewma.checkpointing.generators import preserved_generators
-from sb3_ppo_ewma.checkpointing.saving import SavedStateMixin, uncompiled
+from sb3_ppo_ewma.checkpointing.saving import SavedStateMixin
 from sb3_ppo_ewma.evaluation import Evaluation, PolicyEvaluation
 from sb3_ppo_ewma.ewma import ParameterEwma, decay_from_center_of_mass, default_center_of_mass
 from sb3_ppo_ewma.networks import with_features_extractor
-from sb3_ppo_ewma.policies import ImpalaPolicy, copy_policy
+from sb3_ppo_ewma.policies import ImpalaPolicy, copy_policy, uncompiled
 from sb3_ppo_ewma.rollouts import (
     BufferMinibatches,
     MinibatchSource,
@@ -67,8 +67,8 @@ EVALUATION_BATCH_SIZE = 256
 class EwmaMixin(SavedStateMixin):
     """
     Decouples the proximal from the behaviour policy in a PPO-like SB3 algorithm. Place it first:
-    ``class PPOEWMA(EwmaMixin, PPO)``. Collection, ``learn`` and ``predict`` stay the algorithm's; families differ in how
-    they evaluate their policies, :class:`~sb3_ppo_ewma.evaluation.PolicyEvaluation`.
+    ``class PPOEWMA(EwmaMixin, PPO)``. Collection, ``learn`` and ``predict`` stay the algorithm's. Families differ in
+    how they evaluate their policies, see :class:`~sb3_ppo_ewma.evaluation.PolicyEvaluation`.
 
     Source: Hilton, Cobbe, Schulman 2022, https://arxiv.org/abs/2110.00641
 
@@ -92,9 +92,9 @@ class EwmaMixin(SavedStateMixin):
         iteration, π_behav the one that collected; ``"behavior"``: the collecting policy is both; ``"proximal"``: the
         policy at the start of the iteration is both. With ``prox_decay`` not ``None``, the EWMA is π_prox in every
         mode, which then only decides what π_behav is
-    :param engine: ``"auto"``: gradient steps and forward passes of collection are made in the fastest way that gives the
-        numbers of the definition up to rounding; ``"reference"``: by the definition, with ``prox_decay=None`` equal to
-        SB3 to the bit. :meth:`explain_engine` says which way it is, and why
+    :param engine: ``"auto"``: make gradient steps and the forward passes of collection in the fastest way that equals
+        the definition up to rounding; ``"reference"``: by the definition, with ``prox_decay=None`` equal to SB3 to the
+        bit. :meth:`explain_engine` shows which way it is, and why
     :param torch_compile: make each gradient step as one compiled graph, with the same results up to rounding; a string
         is a mode of ``torch.compile``. Compiling takes some seconds to a minute once. What cannot be compiled is
         trained without it, with a warning
@@ -308,7 +308,7 @@ class EwmaMixin(SavedStateMixin):
             return None
         with preserved_generators(self.device):
             self._follow_policy()
-            policy = copy_policy(uncompiled(self.policy), self.policy_ewma, self.policy_kwargs)
+            policy: ActorCriticPolicy = copy_policy(self.policy, self.policy_ewma, self.policy_kwargs)
             if self.use_sde:
                 policy.reset_noise()  # follows the averaged standard deviation
         return policy

@@ -249,7 +249,7 @@ def device_minibatches(buffer: RolloutBuffer, samples_class: type[Any]) -> Minib
     """
     :param buffer: filled rollout buffer
     :param samples_class: named tuple of a minibatch, as its ``get()`` returns it
-    :return: its minibatches gathered on the device, or by its own ``get()`` where the device has no memory for all of it
+    :return: its minibatches gathered on the device, or by its own ``get()`` if it does not fit there
     """
     try:
         return DeviceMinibatches(buffer, samples_class)

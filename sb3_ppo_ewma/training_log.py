@@ -115,8 +115,8 @@ class TrainingStatistics:
                 if key in block and not bool(th.isfinite(block[key].reshape(-1)[index]))
             )
             raise ValueError(
-                f"NaN or Inf in {next(found, 'gradients')} {when}: the update was not made, the parameters are the last "
-                "good ones. A smaller learning rate or max_grad_norm may help."
+                f"NaN or Inf in {next(found, 'gradients')} {when}: the update was not made, the parameters are the "
+                "last good ones. A smaller learning rate or max_grad_norm may help."
             )
 
 

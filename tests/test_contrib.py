@@ -162,6 +162,23 @@ def test_back_to_the_plain_algorithm(make, plain, tmp_path):
     assert all_equal(parameters(again.proximal_policy), parameters(model.policy))
 
 
+@pytest.mark.parametrize(("make", "plain"), [(make_recurrent, RecurrentPPO), (make_maskable, MaskablePPO)])
+def test_the_plain_algorithm_loads_the_file(make, plain, tmp_path):
+    model = make().learn(64)
+    model.save(tmp_path / "model")
+    loaded = plain.load(tmp_path / "model", env=model.get_env())
+    assert type(loaded) is plain
+    assert all_equal(parameters(loaded.policy), parameters(model.policy))
+    observations = np.stack([model.observation_space.sample() for _ in range(20)])
+    assert np.array_equal(*(each.predict(observations, deterministic=True)[0] for each in (loaded, model)))
+    before = parameters(loaded.policy)
+    assert loaded.learn(64, reset_num_timesteps=False).num_timesteps == 128
+    assert not all_equal(parameters(loaded.policy), before)
+    make(clip_range=None).save(tmp_path / "model")
+    with pytest.raises(AssertionError, match=r"to_ppo\(\)"):
+        plain.load(tmp_path / "model")
+
+
 @pytest.mark.parametrize(("cls", "plain"), [(RecurrentPPOEWMA, RecurrentPPO), (MaskablePPOEWMA, MaskablePPO)])
 def test_signature(cls, plain):
     assert issubclass(cls, (EwmaMixin, plain))

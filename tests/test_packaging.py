@@ -32,11 +32,21 @@ HYPERPARAMETER_FILES = sorted((ROOT / "zoo_hyperparams").rglob("*.yml"))
 
 # Modules from the bottom up, each with the packages beside the standard library that its layer adds to those below.
 LAYERS: list[tuple[set[str], set[str]]] = [
-    ({"losses", "ewma"}, {"torch"}),
+    ({"checkpointing.atomic", "losses", "ewma"}, {"torch"}),
     ({"checkpointing.generators", "memory", "_parallel.process_group"}, {"numpy"}),
     ({"_engine.optimizers"}, set()),
     ({"_engine.compilation"}, set()),
-    ({"_arguments", "distributions", "checkpointing.rollout_files", "_parallel.normalization"}, {"stable_baselines3"}),
+    (
+        {
+            "_arguments",
+            "distributions",
+            "checkpointing.own_states",
+            "checkpointing.rollout_files",
+            "_parallel.normalization",
+        },
+        {"stable_baselines3"},
+    ),
+    ({"checkpointing.conversion"}, set()),
     ({"networks", "rollouts", "_engine.forward", "callbacks.advice", "envs.envpool_vec_env"}, {"gymnasium"}),
     ({"checkpointing.saving", "policies", "envs.envpool_env"}, set()),
     ({"_engine.mlp", "_engine.parts", "_parallel.shared_memory", "_parallel.data_parallel"}, set()),

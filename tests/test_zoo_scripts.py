@@ -77,6 +77,14 @@ def test_train_ppg(algo, prox_decay, logs):
     assert steps == {12.0}
 
 
+def test_continue_as_ppo(logs, tmp_path):
+    agent = str(logs / "ppo_ewma" / "CartPole-v1_1" / "CartPole-v1.zip")
+    before = ALGOS["ppo"].load(agent)
+    after = ALGOS["ppo"].load(train(tmp_path, algo="ppo", options=("-i", agent)) / "CartPole-v1.zip")
+    # Four rollouts of one epoch, then four more
+    assert (before._n_updates, after._n_updates) == (4, 8)
+
+
 @pytest.mark.parametrize("clip_range", ["None", "-1"])
 def test_train_without_a_clip(clip_range, tmp_path):
     run = train(tmp_path, f"clip_range:{clip_range}", "kl_coef:1.0", "prox_decay:auto")

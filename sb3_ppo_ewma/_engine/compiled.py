@@ -30,6 +30,8 @@ from sb3_ppo_ewma.training_log import STEP
 _UNROLLED = 4
 # For how many steps the numbers are prepared at once
 _PREPARED = 64
+# The one objective of dense engines
+_JOINT = Objective(policy=True, value=True)
 
 # From the arguments of a minibatch to the loss, or a number that is as finite; statistics; derivatives
 GradientFunction = Callable[..., tuple[th.Tensor, dict[str, th.Tensor], Sequence[th.Tensor | None]]]
@@ -436,17 +438,17 @@ class CompiledDenseEngine(CompiledEngine, DenseEngine):
         self._queue.append(minibatch)
         n_unrolled = 1 if self.iteration.max_kl is not None else _UNROLLED
         if len({len(each.features) for each in self._queue}) > 1 or len(self._queue) == n_unrolled:
-            self._flush(objective)
+            self._flush()
         return self._goes_on
 
-    def _flush(self, objective: Objective = Objective(policy=True, value=True)) -> None:
+    def _flush(self) -> None:
         queue, self._queue = self._queue, []
         is_group = len(queue) == _UNROLLED and len({len(each.features) for each in queue}) == 1
         for minibatches in [queue] if is_group else [[each] for each in queue]:
             arguments = [(each, self._coefficients) for each in minibatches]
             results = self.run(self._dense_gradient, arguments, self.dense_optimizer, True)
             if results is None:
-                self._goes_on = self._goes_on and all(DenseEngine.step(self, each, objective) for each in minibatches)
+                self._goes_on = self._goes_on and all(DenseEngine.step(self, each, _JOINT) for each in minibatches)
                 continue
             for values in results:
                 self._values.append(values)

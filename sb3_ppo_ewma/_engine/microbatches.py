@@ -5,6 +5,7 @@ system for every operation.
 """
 
 import math
+import operator
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
@@ -75,7 +76,7 @@ class MicrobatchEngine(StandardEngine):
         size = math.ceil(n_samples / math.ceil(n_samples / self._size))
         for start in range(0, n_samples, size):
             part = slice(start, min(start + size, n_samples))
-            yield (part.stop - part.start) / n_samples, map_tensors(minibatch, lambda tensor, part=part: tensor[part])
+            yield (part.stop - part.start) / n_samples, map_tensors(minibatch, operator.itemgetter(part))
 
     @th.no_grad()
     def _measured_size(self, observations: Any) -> int:

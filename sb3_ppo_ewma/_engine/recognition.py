@@ -4,7 +4,6 @@ returns ``None``. What is not known is not recognised: methods overridden in a c
 of other types, hooks.
 """
 
-import functools
 from collections.abc import Iterable
 from typing import Any
 
@@ -68,13 +67,18 @@ _ORIGINALS = [
 ]
 
 
-@functools.cache
-def methods(cls: type) -> frozenset[str]:
+_METHODS: dict[Any, frozenset[str]] = {}
+
+
+def methods(cls: Any) -> frozenset[str]:
     """
     :param cls: any class
     :return: names of its methods
     """
-    return frozenset(name for name in dir(cls) if callable(getattr(cls, name, None)) and name != "_compiled_call_impl")
+    if cls not in _METHODS:
+        names = (name for name in dir(cls) if callable(getattr(cls, name, None)))
+        _METHODS[cls] = frozenset(names) - {"_compiled_call_impl"}
+    return _METHODS[cls]
 
 
 def replaced_method(instance: Any) -> str | None:

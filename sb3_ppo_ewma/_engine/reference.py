@@ -65,7 +65,7 @@ class ReferenceEngine:
         """
         evaluation = self.evaluate(minibatch, objective)
         loss, statistics = self.loss(evaluation, minibatch, objective, self.iteration.coefficients)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]  # torch has no annotation here
         return loss.detach(), statistics
 
     def evaluate(self, minibatch: Minibatch, objective: Objective) -> Evaluation:
@@ -229,7 +229,7 @@ class ReferenceEngine:
         """
         evaluation = self.evaluate_auxiliary(minibatch)
         loss, statistics = self.auxiliary_loss(evaluation, minibatch, coefficients)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]  # torch has no annotation here
         return loss.detach(), statistics
 
     def evaluate_auxiliary(self, minibatch: AuxiliaryMinibatch) -> AuxiliaryEvaluation:

@@ -170,7 +170,7 @@ class Choice(NamedTuple):
         """
         :return: the choice in words, a line for each engine that was considered
         """
-        lines = [f"engine {self.engine.name!r}: the fastest one that gives exactly this model's numbers"]
+        lines = [f"engine {self.engine.name!r}: the fastest one that computes what this model defines"]
         for name, (reason, remedy) in self.declined.items():
             lines.append(f"- not {name!r}: {reason}" + (f"; it needs {remedy}" if remedy else ""))
         return "\n".join(lines)

@@ -32,6 +32,7 @@ from sb3_ppo_ewma._parallel.worker import (
     set_collection_state,
 )
 from sb3_ppo_ewma.checkpointing.generators import GeneratorStates
+from sb3_ppo_ewma.policies import copy_policy
 
 # Methods of the environments that act in the worker while it runs
 _ENV_METHODS = ("reset", "step", "step_async", "step_wait", "env_method", "get_attr", "set_attr", "seed",
@@ -260,7 +261,7 @@ def _policy_on_cpu(model: Any) -> th.nn.Module:
     :return: the policy that the worker gets with the fork; a copy if the model is on an accelerator, which it must not
         touch
     """
-    policy: th.nn.Module = model.policy if model.device.type == "cpu" else model._copy_policy().to("cpu")
+    policy: th.nn.Module = model.policy if model.device.type == "cpu" else copy_policy(model.policy).to("cpu")
     return policy
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch as th
 from stable_baselines3.common.buffers import RolloutBuffer
 
-from sb3_ppo_ewma.checkpointing.saving import uncompiled
+from sb3_ppo_ewma.policies import uncompiled
 
 _ALIGNMENT = 64
 

@@ -212,8 +212,8 @@ def _normalizer_of(buffer: RolloutBuffer, model: EwmaMixin) -> AdvantageNormaliz
     """
     :param buffer: a rollout that does not count yet in the advantages' moments
     :param model: the algorithm, whose moments stay as they are
-    :return: normaliser with moments that include the rollout. One location and scale for all batches: normalised each by
-        itself, small ones would have another expected gradient than large ones
+    :return: normaliser with moments that include the rollout. All batches have one location and scale: normalised each
+        by itself, small ones would have another expected gradient than large ones
     """
     moments = MomentsEwma(decay=0) if model.advantage_moments is None else copy.deepcopy(model.advantage_moments)
     moments.update(th.as_tensor(buffer.advantages))

@@ -1,4 +1,4 @@
-"""State of the global random number generators, saved and restored like a module."""
+"""Save and restore the states of the global random number generators."""
 
 import random
 import warnings
@@ -13,14 +13,13 @@ StateDict = dict[str, th.Tensor]
 
 class GeneratorStates:
     """
-    State of the generators of torch (CPU and CUDA), numpy and Python, with the interface of a module's state: SB3
-    writes ``state_dict()`` into the zip and hands it back to ``load_state_dict()``.
+    The states of the global generators of torch (CPU and CUDA), numpy and Python, with the methods of a module that
+    saving needs.
 
-    Loading does not touch the generators at once: a model that is loaded only to predict or to compare must not rewind
-    the random numbers of a training that runs in the same process. :meth:`apply_pending` restores them when training
-    goes on.
+    Loading does not change the generators at once: a model that you load only to predict must not rewind the random
+    numbers of a training in the same process. :meth:`apply_pending` restores them when training resumes.
 
-    :param device: device of the model; its generator is kept too when it is a CUDA device
+    :param device: device of the model; if it is a CUDA device, its generator is saved too
     """
 
     def __init__(self, device: th.device) -> None:
@@ -29,8 +28,10 @@ class GeneratorStates:
 
     def state_dict(self) -> StateDict:
         """
-        :return: one float64 tensor for each generator, as SB3 and its users expect of parameters: 32-bit words, which
-            float64 holds exactly, and a kept normal variable where there is one
+        Read the current states, or those that were loaded and not restored yet.
+
+        :return: one float64 tensor for each generator, by name: its 32-bit words, which float64 represents exactly,
+            and for numpy and Python the second normal variable of a pair
         """
         if self.pending is not None:
             return dict(self.pending)
@@ -46,8 +47,10 @@ class GeneratorStates:
 
     def load_state_dict(self, state_dict: StateDict, strict: bool = True) -> None:
         """
-        :param state_dict: from :meth:`state_dict`
-        :param strict: whether a state of every generator must be there; those of CUDA may always be missing
+        Keep states until :meth:`apply_pending` restores them.
+
+        :param state_dict: result of :meth:`state_dict`
+        :param strict: whether the state of every generator must be there, except CUDA's
         :raises RuntimeError: if one is missing
         """
         current = self.state_dict()
@@ -56,8 +59,14 @@ class GeneratorStates:
             raise RuntimeError(f"Missing key(s) in the state of the random number generators: {sorted(missing)}")
         self.pending = {**current, **state_dict}
 
+    def drop_pending(self) -> None:
+        """Forget the states that were loaded last: the generators continue as they are."""
+        self.pending = None
+
     def apply_pending(self) -> None:
-        """Restore the generators to the state loaded last, if there is one. A state that is none is left out."""
+        """
+        Restore the states that were loaded last, if any. A state that is not valid is skipped, with a warning.
+        """
         state, self.pending = self.pending, None
         for name, tensor in (state or {}).items():
             try:
@@ -96,10 +105,10 @@ def _integers(values: np.ndarray) -> np.ndarray:
 @contextmanager
 def preserved_generators(device: th.device) -> Iterator[None]:
     """
-    Random numbers drawn inside the context leave no trace: building a second policy must not shift the draws of the
-    first one's training.
+    Restore the generators at the end of this context, so that building a second policy does not change the random
+    numbers that the training of the first one draws.
 
-    :param device: of the model
+    :param device: device of the model
     """
     states = GeneratorStates(device)
     saved = states.state_dict()

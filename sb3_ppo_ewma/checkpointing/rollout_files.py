@@ -1,11 +1,11 @@
 """
-Files of the rollouts that an algorithm keeps from one iteration to the next, with the step they belong to.
+Write and read the rollouts that an algorithm keeps from one iteration to the next, with the step they belong to.
 
-One file has several parts, each a sequence of pickles, so that a large part is never in memory twice.
+A file has one part for each attribute of the model. A part is a sequence of pickles, one for each rollout, so that a
+large part is never in memory twice.
 """
 
 import contextlib
-import os
 import pathlib
 import pickle
 from collections.abc import Iterator, Mapping
@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar
 from stable_baselines3.common.buffers import RolloutBuffer
 
 from sb3_ppo_ewma._parallel.process_group import rank
+from sb3_ppo_ewma.checkpointing.atomic import replace_atomically, with_default_suffix
 
 RolloutPath: TypeAlias = str | pathlib.Path | BufferedIOBase
 SelfKept = TypeVar("SelfKept", bound="KeptRollouts")
@@ -24,11 +25,11 @@ _FORMAT_VERSION = 1
 
 class Step(NamedTuple):
     """
-    Where training stands. The same number of environment steps has two such states, before and after the training on
-    the rollout that ended there, and a checkpoint can be of either.
+    Point of a training run. The number of environment steps alone is ambiguous: a checkpoint can be written before or
+    after the training on the rollout that ended there.
 
-    :param num_timesteps: environment steps
-    :param n_rollouts: rollouts that were handed to training
+    :param num_timesteps: number of environment steps
+    :param n_rollouts: number of rollouts that ``train()`` was called for
     """
 
     num_timesteps: int
@@ -36,7 +37,7 @@ class Step(NamedTuple):
 
 
 class KeptRollouts(Protocol):
-    """Rollouts kept from one iteration to the next."""
+    """A collection of rollouts that is kept from one iteration to the next."""
 
     def __len__(self) -> int:
         """
@@ -45,40 +46,37 @@ class KeptRollouts(Protocol):
 
     def pieces(self) -> Iterator[Any]:
         """
-        :return: what is written of each rollout
+        :return: for each rollout, an object to write
         """
 
     def restored(self: SelfKept, pieces: Iterator[Any], count: int, model_buffer: RolloutBuffer) -> SelfKept:
         """
-        :param pieces: as from :meth:`pieces`
-        :param count: their number
-        :param model_buffer: the model's rollout buffer, which they must fit
-        :return: the same kind of collection with these rollouts
+        Build a collection from a file.
+
+        :param pieces: objects that :meth:`pieces` returned
+        :param count: number of objects
+        :param model_buffer: the model's rollout buffer, which the rollouts must fit
+        :return: a collection with the settings of this one and these rollouts
         :raises ValueError: if they do not fit
         """
 
 
 def write_rollouts(path: RolloutPath, step: Step, parts: Mapping[str, KeptRollouts]) -> None:
     """
-    Atomic when ``path`` is a file name: a run that is killed leaves the old file whole.
+    Write kept rollouts. A file name is written atomically: if the process is killed, the old file stays as it was.
 
-    :param path: file name (``.pkl`` is added where there is no suffix) or open binary file; in a data-parallel
-        training, ranks above 0 add theirs to the name
-    :param step: the model's, checked by :func:`read_rollouts`
-    :param parts: what to write, by name
+    :param path: file name (``.pkl`` is added if it has no suffix) or open binary file; in a data-parallel training,
+        ranks above 0 add theirs to the name
+    :param step: step of the model, which :func:`read_rollouts` compares with the model's
+    :param parts: kept rollouts by name
     """
     path = _file_of_rank(path)
     if isinstance(path, BufferedIOBase):
         _write(path, step, parts)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            _write(file, step, parts)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replace_atomically(path) as temporary, temporary.open("wb") as file:
+        _write(file, step, parts)
 
 
 def _write(file: Any, step: Step, parts: Mapping[str, KeptRollouts]) -> None:
@@ -97,12 +95,14 @@ def read_rollouts(
     path: RolloutPath, step: Step, parts: Mapping[str, KeptRollouts], model_buffer: RolloutBuffer
 ) -> dict[str, KeptRollouts]:
     """
-    :param path: as for :func:`write_rollouts`
-    :param step: the model's
-    :param parts: the model's parts, which stay as they are
+    Read the file that :func:`write_rollouts` wrote.
+
+    :param path: file name (``.pkl`` is added if it has no suffix) or open binary file
+    :param step: step of the model, which must be the one in the file
+    :param parts: the model's kept rollouts by name; they are not changed
     :param model_buffer: the model's rollout buffer, which the rollouts must fit
-    :return: by name, parts with the rollouts of the file
-    :raises ValueError: if the file is of another kind, another step or another model
+    :return: collections like ``parts`` with the rollouts from the file, by name
+    :raises ValueError: if the file is of another kind, belongs to another step or does not fit the model
     """
     path = _file_of_rank(path)
     with contextlib.nullcontext(path) if isinstance(path, BufferedIOBase) else path.open("rb") as file:
@@ -115,7 +115,7 @@ def read_rollouts(
             }
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
-        except Exception as error:  # almost any, when a pickle is damaged, foreign, or of classes that have changed
+        except Exception as error:  # unpickling damaged data raises almost any error
             reason = f"{type(error).__name__}: {error}"
             raise ValueError(f"{path} is damaged or not a file of save_replay_buffer() ({reason})") from error
 
@@ -139,6 +139,6 @@ def _check_header(header: Any, step: Step, parts: Mapping[str, KeptRollouts]) ->
 def _file_of_rank(path: RolloutPath) -> pathlib.Path | BufferedIOBase:
     if isinstance(path, BufferedIOBase):
         return path
-    path = pathlib.Path(path)
+    path = with_default_suffix(path, ".pkl")
     infix = f".rank{rank()}" if rank() > 0 else ""
-    return path.with_name(f"{path.stem}{infix}{path.suffix or '.pkl'}")
+    return path.with_name(f"{path.stem}{infix}{path.suffix}")

@@ -1,21 +1,29 @@
-"""Saving and loading of what an algorithm has beyond the SB3 algorithm it extends."""
+"""``save()``, ``load()`` and their relatives for the algorithms of this package, as methods of SB3's interface."""
 
-import copy
 import io
-import os
 import pathlib
-import warnings
 from collections.abc import Iterable
 from typing import Any, ClassVar, TypeVar, cast
 
 import torch as th
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
-from stable_baselines3.common.save_util import load_from_zip_file
+from stable_baselines3.common.save_util import open_path
 from stable_baselines3.common.type_aliases import GymEnv, TensorDict
 
-from sb3_ppo_ewma._arguments import is_clip_off
+from sb3_ppo_ewma._arguments import CLIP_OFF, warn_caller
 from sb3_ppo_ewma._parallel.process_group import rank
-from sb3_ppo_ewma.checkpointing.generators import GeneratorStates, preserved_generators
+from sb3_ppo_ewma.checkpointing.atomic import replace_atomically, with_default_suffix
+from sb3_ppo_ewma.checkpointing.conversion import CLIP_OFF_IN_FILE, convert_to_sb3, copy_to_save
+from sb3_ppo_ewma.checkpointing.generators import GeneratorStates
+from sb3_ppo_ewma.checkpointing.own_states import (
+    StateDict,
+    append_own_states,
+    load_own_states,
+    own_state_dicts,
+    present_attributes,
+    read_own_states,
+    split_parameters,
+)
 from sb3_ppo_ewma.checkpointing.rollout_files import KeptRollouts, RolloutPath, Step, read_rollouts, write_rollouts
 from sb3_ppo_ewma.networks import with_features_extractor
 
@@ -26,28 +34,23 @@ _NOTHING_KEPT = "The model keeps no rollouts between iterations (staleness=0 and
 
 class SavedStateMixin(OnPolicyAlgorithm):
     """
-    Names its own parts of the state in ``_own_states``; they go into SB3's file beside SB3's, and files without them
-    (those of the plain algorithm) load too. The state of the random number generators is one of them.
+    Saves the states that an algorithm has beside those of the SB3 algorithm it extends. Files of that algorithm load
+    too, and that algorithm loads the files of this one. A family extends the class attributes.
     """
 
     generators: GeneratorStates
-    # Number of times that train() was called, saved with the other attributes
+    # Number of rollouts that train() was called for, saved with the other attributes
     _n_rollouts = 0
 
-    # By attribute and, at the same time, by name in the saved file. An attribute that is None is not saved.
+    # Names of the attributes with own states, in the model and in the saved file. An attribute may be None.
     _own_states: ClassVar[tuple[str, ...]] = ("generators",)
-    # Those whose absence from a file changes nothing a user would want to know about
+    # Names of the own states that start without a warning when a file lacks them, and that each process has for itself
     _silent_states: ClassVar[frozenset[str]] = frozenset({"generators"})
-    # Those that are derived from the policy and have to start afresh whenever another policy is put in without them
-    _policy_states: ClassVar[frozenset[str]] = frozenset()
-    # Own states of all classes: a file may come from one that has more of them.
-    _known_states: ClassVar[set[str]] = set()
-    # By attribute, the rollouts that are kept from one iteration to the next. An attribute that is None keeps none.
+    # Names of the attributes with rollouts that are kept between iterations. An attribute may be None.
     _own_buffers: ClassVar[tuple[str, ...]] = ()
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        SavedStateMixin._known_states.update(cls._own_states)
+    # Own states of the file that load() reads, which SB3 does not hand to set_parameters()
+    _states_in_file: dict[str, StateDict] | None = None
 
     @classmethod
     def _sb3_class(cls) -> type[OnPolicyAlgorithm]:
@@ -58,6 +61,8 @@ class SavedStateMixin(OnPolicyAlgorithm):
         return next(base for base in bases if not issubclass(base, SavedStateMixin))
 
     def _setup_model(self) -> None:
+        if vars(self).get("clip_range") == CLIP_OFF_IN_FILE:
+            vars(self)["clip_range"] = CLIP_OFF
         super()._setup_model()
         self.generators = GeneratorStates(self.device)
 
@@ -67,21 +72,25 @@ class SavedStateMixin(OnPolicyAlgorithm):
 
     def set_random_seed(self, seed: int | None = None) -> None:
         """
-        Seed the generators and the environments, and drop a generator state kept by :meth:`load`. In a data-parallel
-        training the environments get the seeds that they would have in a single process.
+        Seed the random number generators and the environments, instead of the states that :meth:`load` read. In a
+        data-parallel training the environments get the seeds that they would have in a single process.
 
         :param seed: seed of rank 0; ``None`` does nothing
         """
         super().set_random_seed(None if seed is None else seed + rank() * self.n_envs)
         if seed is not None and "generators" in vars(self):
-            self.generators.pending = None
+            self.generators.drop_pending()
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), *self._own_states, *self._own_buffers]
 
-    def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
-        names, variables = super()._get_torch_save_params()
-        return [*(name for name in self._own_states if getattr(self, name) is not None), *names], variables
+    def get_parameters(self) -> dict[str, StateDict]:
+        """
+        Return the parameters as in SB3, with the own states of this class.
+
+        :return: state dictionaries by name
+        """
+        return {**own_state_dicts(self, self._own_states), **super().get_parameters()}
 
     def set_parameters(
         self,
@@ -90,47 +99,26 @@ class SavedStateMixin(OnPolicyAlgorithm):
         device: th.device | str = "auto",
     ) -> None:
         """
-        Load parameters from a file or a dictionary, as in SB3. Parts that only this class has may be missing (in a file
-        of plain PPO, or after a change of ``prox_decay``): they start afresh from the loaded policy, with a warning;
-        parts that are no longer needed are dropped, with a warning.
+        Load parameters from a file or a dictionary, as in SB3. States that only this class has may be missing (in a
+        file of plain PPO, or after a change of ``prox_decay``): they start afresh from the loaded policy, with a
+        warning. States that the model does not use are dropped, with a warning.
 
-        :param load_path_or_dict: file, or dictionary as from ``get_parameters``
-        :param exact_match: whether SB3's own parts must all be there
+        :param load_path_or_dict: file, or dictionary as from :meth:`get_parameters`
+        :param exact_match: whether all of SB3's parameters must be there
         :param device: device of the loaded tensors
         """
-        if isinstance(load_path_or_dict, dict):
-            params: dict[str, Any] = dict(load_path_or_dict)
-        else:
-            params = dict(load_from_zip_file(load_path_or_dict, device=device, load_data=False)[1])
-        needed = [name for name in self._own_states if getattr(self, name) is not None]
-        missing = [name for name in needed if name not in params]
-        surplus = [name for name in params if name in self._known_states and name not in needed]
-        for name in surplus:
-            del params[name]
-        if exact_match:
-            params |= {name: getattr(self, name).state_dict() for name in missing}
-        pending = self.generators.pending
-        super().set_parameters(params, exact_match=exact_match, device=device)
-        if "generators" in missing:
-            self.generators.pending = pending
-        for name in missing:
-            if exact_match or (name in self._policy_states and "policy" in params):
-                self._start_afresh(name)
-        started = [name for name in missing if name not in self._silent_states]
-        messages = []
-        if started:
-            messages.append(f"without {', '.join(started)}: started afresh from the loaded policy")
-        if surplus:
-            messages.append(f"with {', '.join(surplus)}, which this model does not use: dropped")
-        if exact_match and messages:
-            warnings.warn(f"Loaded parameters {'; '.join(messages)}.", stacklevel=2)
-
-    def _start_afresh(self, name: str) -> None:
-        """
-        Start an own part that loaded parameters do not have anew, from the policy that they do have.
-
-        :param name: of the part
-        """
+        sb3s, own = split_parameters(cast(Any, load_path_or_dict), _names_of_own_states(SavedStateMixin), device)
+        super().set_parameters(cast(TensorDict, sb3s), exact_match=exact_match, device=device)
+        differences = load_own_states(
+            present_attributes(self, self._own_states),
+            {**(self._states_in_file or {}), **own},
+            policy=self.policy,
+            exact_match=exact_match,
+            is_policy_loaded="policy" in sb3s,
+        )
+        message = differences.message(self._silent_states)
+        if exact_match and message:
+            warn_caller(message)
 
     @classmethod
     def load(
@@ -144,33 +132,26 @@ class SavedStateMixin(OnPolicyAlgorithm):
         **kwargs: Any,
     ) -> SelfSavedState:
         """
-        Load a model saved by this class or by the SB3 algorithm it extends. The state of the random number generators
-        is restored when training goes on, unless ``seed`` is given: then that seed holds.
+        Load a model that this class or the SB3 algorithm it extends has saved. The next call of ``learn()`` restores
+        the random number generators, unless you give ``seed``.
 
         :param path: file name or open file
-        :param env: environment to go on with; ``None``: predict only
+        :param env: environment for training; ``None``: predict only
         :param device: device of the model
         :param custom_objects: replacements for saved attributes, by name
         :param print_system_info: whether to print the systems of saving and loading
-        :param force_reset: whether the environment is reset before training
+        :param force_reset: whether to reset the environment before training
         :param kwargs: attributes to change
         :return: the model
         """
         if kwargs.get("policy_kwargs"):
             kwargs["policy_kwargs"] = with_features_extractor(kwargs["policy_kwargs"])
-        model = super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
+        changes = {**kwargs, "_states_in_file": read_own_states(path)}
+        model = super().load(path, env, device, custom_objects, print_system_info, force_reset, **changes)
+        del model._states_in_file
         if kwargs.get("seed") is not None:
-            model.generators.pending = None
+            model.generators.drop_pending()
         return model
-
-    @property
-    def replay_buffer(self) -> dict[str, KeptRollouts] | None:
-        """
-        :return: by name, the rollouts that :meth:`save_replay_buffer` writes, ``None`` if the model keeps none. SB3's
-            ``CheckpointCallback`` asks for it
-        """
-        buffers = {name: getattr(self, name) for name in self._own_buffers}
-        return {name: buffer for name, buffer in buffers.items() if buffer is not None} or None
 
     def save(
         self,
@@ -179,84 +160,75 @@ class SavedStateMixin(OnPolicyAlgorithm):
         include: Iterable[str] | None = None,
     ) -> None:
         """
-        Save everything to a zip file, as in SB3. Atomic when ``path`` is a file name: a run that is killed leaves the
-        old file whole.
+        Save the model to a zip file, as in SB3, which ``PPO.load`` (``RecurrentPPO.load``, ``MaskablePPO.load``) reads
+        too. A file name is written atomically: if the process is killed, the old file stays as it was.
 
-        :param path: file name (``.zip`` is added where there is no suffix) or open binary file
-        :param exclude: attributes that are not saved beside SB3's choice
-        :param include: attributes that are saved against SB3's choice
+        :param path: file name (``.zip`` is added if it has no suffix) or open binary file
+        :param exclude: attributes that are not saved, in addition to SB3's choice
+        :param include: attributes that are saved, against SB3's choice
         """
-        if not isinstance(path, str | pathlib.Path):
-            super().save(path, exclude, include)
+        own = own_state_dicts(self, self._own_states)
+        save_as_sb3 = super(SavedStateMixin, copy_to_save(self, self._own_states)).save
+        if isinstance(path, str | pathlib.Path):
+            with replace_atomically(with_default_suffix(path, ".zip")) as file:
+                save_as_sb3(file, exclude, include)
+                append_own_states(file, own)
             return
-        target = pathlib.Path(path).resolve()
-        target = target if target.suffix else target.with_suffix(".zip")
-        temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-        try:
-            super().save(temporary, exclude, include)
-            temporary.replace(target)
-        finally:
-            temporary.unlink(missing_ok=True)
+        target = open_path(path, "w")
+        archive = io.BytesIO()  # the target need not be readable, as it must be to append to it
+        save_as_sb3(archive, exclude, include)
+        append_own_states(archive, own)
+        target.write(archive.getbuffer())
 
-    def _step(self) -> Step:
-        return Step(self.num_timesteps, self._n_rollouts)
+    @property
+    def replay_buffer(self) -> dict[str, KeptRollouts] | None:
+        """
+        SB3's ``CheckpointCallback`` reads this attribute.
+
+        :return: the rollouts that :meth:`save_replay_buffer` writes, by name; ``None`` if the model keeps none
+        """
+        return present_attributes(self, self._own_buffers) or None
 
     def save_replay_buffer(self, path: RolloutPath) -> None:
         """
         Save the rollouts that are kept from one iteration to the next, with the step they belong to.
 
-        :param path: file name (``.pkl`` is added where there is no suffix) or open binary file; in a data-parallel
-            training, ranks above 0 add theirs to the name
+        :param path: file name (``.pkl`` is added if it has no suffix) or open binary file; in a data-parallel training,
+            ranks above 0 add theirs to the name
         """
         if self.replay_buffer is None:
-            warnings.warn(f"{_NOTHING_KEPT}: nothing was saved", stacklevel=2)
+            warn_caller(f"{_NOTHING_KEPT}: nothing was saved")
             return
-        write_rollouts(path, self._step(), self.replay_buffer)
+        write_rollouts(path, Step(self.num_timesteps, self._n_rollouts), self.replay_buffer)
 
     def load_replay_buffer(self, path: RolloutPath, truncate_last_traj: bool = True) -> None:
         """
         Load the rollouts that are kept from one iteration to the next. The file is a pickle: load only what you trust.
 
-        :param path: what :meth:`save_replay_buffer` wrote at the same step as the model
-        :param truncate_last_traj: has no meaning here; part of SB3's interface
+        :param path: file that :meth:`save_replay_buffer` wrote at the same step as the model
+        :param truncate_last_traj: has no effect; part of SB3's interface
         :raises ValueError: if the file belongs to another step or does not fit the model
         """
         if self.replay_buffer is None:
-            warnings.warn(f"{_NOTHING_KEPT}: the file was not read", stacklevel=2)
+            warn_caller(f"{_NOTHING_KEPT}: the file was not read")
             return
-        loaded = read_rollouts(path, self._step(), self.replay_buffer, self.rollout_buffer)
-        for name, buffer in loaded.items():
-            setattr(self, name, buffer)
+        step = Step(self.num_timesteps, self._n_rollouts)
+        vars(self).update(read_rollouts(path, step, self.replay_buffer, self.rollout_buffer))
 
     def to_ppo(self) -> OnPolicyAlgorithm:
         """
-        Hand the trained model back as the plain SB3 algorithm: same policy, optimiser, hyper-parameters, counters and
-        environment, independent of this model. EWMA, moments, a separate value optimiser and waiting rollouts stay
-        behind.
+        Convert the model to the plain SB3 algorithm, with the same policy, optimiser, hyper-parameters, counters and
+        environment. The new model is independent of this one; it has no moving average, advantage moments, value
+        optimiser or waiting rollouts.
 
         :return: ``PPO`` (for the other families ``RecurrentPPO``, ``MaskablePPO``)
         """
-        create: Any = self._sb3_class()
-        model: OnPolicyAlgorithm = create(self.policy_class, env=None, device=self.device, _init_setup_model=False)
-        taken = {*vars(model), "observation_space", "action_space"} - {*self._excluded_save_params(), "seed"}
-        vars(model).update({name: copy.copy(value) for name, value in vars(self).items() if name in taken})
-        model.n_envs = self.n_envs
-        if is_clip_off(vars(self)["clip_range"]):
-            warnings.warn("PPO cannot train without its clip: clip_range is set to SB3's default 0.2", stacklevel=2)
-            vars(model)["clip_range"] = 0.2
-        with preserved_generators(self.device):
-            model._setup_model()
-            model.policy.load_state_dict(uncompiled(self.policy).state_dict())
-            if model.use_sde:
-                model.policy.reset_noise()  # as SB3 does after loading
-        model.policy.optimizer.load_state_dict(copy.deepcopy(self.policy.optimizer.state_dict()))
-        model.seed, model.env, model._vec_normalize_env = self.seed, self.env, self._vec_normalize_env
-        return model
+        return convert_to_sb3(self, self._sb3_class(), self._excluded_save_params())
 
 
-def uncompiled(module: th.nn.Module) -> th.nn.Module:
+def _names_of_own_states(cls: type[SavedStateMixin]) -> set[str]:
     """
-    :param module: a module, or the result of ``torch.compile`` for it, whose parameters have other names
-    :return: the module
+    :param cls: class of algorithms
+    :return: names of the own states of this class and of those derived from it
     """
-    return cast(th.nn.Module, getattr(module, "_orig_mod", module))
+    return set(cls._own_states).union(*map(_names_of_own_states, cls.__subclasses__()))

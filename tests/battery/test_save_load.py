@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch as th
 from stable_baselines3 import PPO
+from stable_baselines3.common.callbacks import CheckpointCallback
 from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.utils import ConstantSchedule, FloatSchedule, get_device
 from stable_baselines3.common.vec_env import DummyVecEnv
@@ -35,6 +36,7 @@ from tests.battery.helpers import (
 )
 
 SPACES = ["vector", "discrete", "image_channels_last", "image_channels_first", "dict"]
+OWN_STATES = "sb3_ppo_ewma_states.pt"
 ACTIONS_AND_SDE = [("box", False), ("box", True), ("discrete", False), ("multidiscrete", False), ("multibinary", False)]
 
 
@@ -347,9 +349,12 @@ def test_json_holds_no_torch_object(algo: Algorithm, use_sde: bool, tmp_path: pa
     assert {name: torch_objects(value) for name, value in data.items() if torch_objects(value)} == {}
     with zipfile.ZipFile(tmp_path / "model.zip") as archive:
         files = set(archive.namelist())
+        own = set(th.load(archive.open(OWN_STATES), weights_only=True)) if algo.own else set()
     others = {"data", "pytorch_variables.pth", "_stable_baselines3_version", "system_info.txt"}
+    others |= {OWN_STATES} if algo.own else set()
     assert files == others | {f"{name}.pth" for name in parameters}
-    assert set(parameters) == set(model.get_parameters())
+    assert set(parameters) == {"policy", "policy.optimizer"}
+    assert set(parameters) | own == set(model.get_parameters())
 
 
 @pytest.mark.parametrize(
@@ -456,3 +461,178 @@ def test_compiled_policy(algo: Algorithm, tmp_path: pathlib.Path) -> None:
     loaded = algo.cls.load(tmp_path / "model", env=gym.wrappers.TimeLimit(SpaceEnv(), 8), device="cpu")
     assert_same(dict(loaded.policy.state_dict()), dict(model.policy._orig_mod.state_dict()))
     assert loaded.learn(16).num_timesteps == 16
+
+
+# ---------------------------------------------------------------------- files for plain PPO and from earlier versions
+
+
+def assert_plain_ppo(ppo: PPO, model: PPO) -> None:
+    """
+    A PPO with the policy and optimiser of another model, which can be trained.
+    """
+    assert type(ppo) is PPO
+    batch = observations(model.get_env())
+    assert np.array_equal(*(each.predict(batch, deterministic=True)[0] for each in (ppo, model)))
+    assert_same(dict(ppo.policy.state_dict()), dict(model.policy.state_dict()))
+    assert_same(ppo.policy.optimizer.state_dict(), model.policy.optimizer.state_dict())
+    before, n_before = copy_parameters(ppo), ppo.num_timesteps
+    ppo.set_env(SpaceEnv())
+    ppo.learn(16, reset_num_timesteps=False)
+    assert ppo.num_timesteps == n_before + 16
+    assert_trained(ppo, before, phase=False)
+
+
+@pytest.mark.filterwarnings("error")
+def test_ppo_loads_every_kind_of_path(own_algo: Algorithm, tmp_path: pathlib.Path) -> None:
+    model = own_algo.make(SpaceEnv()).learn(32)
+    buffer = io.BytesIO()
+    for path in (str(tmp_path / "a"), tmp_path / "b.zip", buffer):
+        model.save(path)
+        buffer.seek(0)
+        assert_plain_ppo(PPO.load(path, device="cpu"), model)
+    with (tmp_path / "c.zip").open("wb") as file:
+        model.save(file)
+    assert_plain_ppo(PPO.load(tmp_path / "c", device="cpu"), model)
+
+
+def test_ppo_loads_with_arguments(own_algo: Algorithm, tmp_path: pathlib.Path) -> None:
+    model = own_algo.make(SpaceEnv(), clip_range=lambda p: 0.1 * p).learn(32)
+    model.save(tmp_path / "model", exclude=["gamma"], include=["ep_info_buffer"])
+    custom_objects = {"learning_rate": 2e-5, "lr_schedule": lambda _: 2e-5, "clip_range": lambda _: 0.3}
+    ppo = PPO.load(tmp_path / "model", device="cpu", custom_objects=custom_objects, seed=1)
+    assert (ppo.gamma, ppo.learning_rate, ppo.clip_range(1.0)) == (0.99, 2e-5, 0.3)
+    assert_plain_ppo(ppo, model)
+
+
+def test_ppo_loads_a_checkpoint(own_algo: Algorithm, tmp_path: pathlib.Path) -> None:
+    model = own_algo.make(SpaceEnv()).learn(16, callback=CheckpointCallback(16, str(tmp_path)))
+    ppo = PPO.load(tmp_path / "rl_model_16_steps", env=SpaceEnv(), device="cpu")
+    before = copy_parameters(ppo)
+    assert unchanged(model, before) != list(before)  # the checkpoint is from before the training
+    ppo.learn(16, reset_num_timesteps=False)
+    assert_trained(ppo, before, phase=False)
+
+
+def test_ppo_refuses_a_model_without_clip(own_algo: Algorithm, tmp_path: pathlib.Path) -> None:
+    model = own_algo.make(SpaceEnv(), clip_range=None).learn(32)
+    buffer = io.BytesIO()
+    for path in (tmp_path / "model", buffer):
+        model.save(path)
+        with pytest.raises(AssertionError, match=r"clip_range=None .* to_ppo\(\), or give load\(\) a clip_range"):
+            PPO.load(path, device="cpu")
+        ppo = PPO.load(path, device="cpu", clip_range=0.3)
+        assert ppo.clip_range(1.0) == 0.3
+        assert_plain_ppo(ppo, model)
+        loaded = own_algo.cls.load(path, env=SpaceEnv(), device="cpu")
+        assert loaded.clip_range(1.0) == model.clip_range(1.0) < 0
+        assert loaded.learn(16).num_timesteps == 16
+        with_clip = own_algo.cls.load(path, device="cpu", clip_range=0.3)
+        assert with_clip.clip_range(1.0) == 0.3
+
+
+def test_back_from_ppo(own_algo: Algorithm, tmp_path: pathlib.Path) -> None:
+    own_algo.make(SpaceEnv()).learn(32).save(tmp_path / "model")
+    PPO.load(tmp_path / "model", env=SpaceEnv(), device="cpu").learn(16).save(tmp_path / "model")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model = own_algo.cls.load(tmp_path / "model", env=SpaceEnv(), device="cpu")
+    lost = sorted(set(model.get_parameters()) - {"policy", "policy.optimizer", "generators"})
+    (message,) = [str(warning.message) for warning in caught]
+    assert message.startswith("Loaded parameters without ")
+    assert all(name in message for name in lost)
+    if model.proximal_policy is not None:
+        assert_same(dict(model.proximal_policy.state_dict()), dict(model.policy.state_dict()))
+
+
+@pytest.mark.filterwarnings("error")
+def test_file_of_an_earlier_version(own_algo: Algorithm, tmp_path: pathlib.Path) -> None:
+    """Own states were saved as SB3 saves its own."""
+    model = own_algo.make(SpaceEnv()).learn(32)
+    PPO.save(model, tmp_path / "model")
+    with zipfile.ZipFile(tmp_path / "model.zip") as archive:
+        assert "generators.pth" in archive.namelist()
+        assert OWN_STATES not in archive.namelist()
+    expected = deepcopy(model.get_parameters())
+    assert_same(own_algo.cls.load(tmp_path / "model", device="cpu").get_parameters(), expected)
+    other = own_algo.make(SpaceEnv(), seed=3)
+    other.set_parameters(tmp_path / "model", device="cpu")
+    assert_same(other.get_parameters(), expected)
+
+
+def test_a_damaged_member_is_not_ignored(own_algo: Algorithm, tmp_path: pathlib.Path) -> None:
+    own_algo.make(SpaceEnv()).save(tmp_path / "model")
+    path = tmp_path / "model.zip"
+    with zipfile.ZipFile(path) as archive:
+        info = archive.getinfo(OWN_STATES)
+    content = bytearray(path.read_bytes())
+    content[info.header_offset + 100 : info.header_offset + info.file_size // 2] = b"x" * (info.file_size // 2 - 100)
+    path.write_bytes(content)
+    with pytest.raises((RuntimeError, zipfile.BadZipFile, pickle.UnpicklingError)):
+        own_algo.cls.load(path, device="cpu")
+
+
+# ---------------------------------------------------------------------- own states
+
+
+class Follower:
+    """Derived from the policy: the sum of its parameters."""
+
+    def __init__(self, model: PPO) -> None:
+        self.model, self.total, self.seen = model, th.zeros(()), []
+
+    def current(self) -> th.Tensor:
+        return sum(parameter.detach().double().sum() for parameter in self.model.policy.parameters())
+
+    def state_dict(self) -> dict[str, th.Tensor]:
+        return {"total": self.total}
+
+    def load_state_dict(self, state_dict: dict[str, th.Tensor], strict: bool = True) -> None:
+        self.total = state_dict["total"]
+
+    def reset(self) -> None:
+        self.total = self.current()
+
+    def parameters_loaded(self) -> None:
+        self.seen.append((self.total, self.current()))
+
+
+def test_state_that_follows_the_policy(own_algo: Algorithm, tmp_path: pathlib.Path) -> None:
+    class Family(own_algo.cls):
+        _own_states = (*own_algo.cls._own_states, "follower")
+
+        def _setup_model(self) -> None:
+            super()._setup_model()
+            self.follower = Follower(self)
+
+    model = Algorithm(Family, own_algo.kwargs, own_algo.policy_kwargs).make(SpaceEnv()).learn(32)
+    model.follower.total = th.tensor(7.0)
+    current = model.follower.current()
+    model.save(tmp_path / "model")
+    # It hears of the loaded parameters when both it and the policy have them.
+    loaded = Family.load(tmp_path / "model", device="cpu")
+    assert loaded.follower.seen == [(7.0, current)]
+    loaded.set_parameters(model.get_parameters())
+    assert loaded.follower.seen == [(7.0, current)] * 2
+    # It starts afresh with a policy that comes alone, and not with an optimiser.
+    parameters = {"policy": {name: value + 1 for name, value in model.policy.state_dict().items()}}
+    loaded.set_parameters(parameters, exact_match=False)
+    assert loaded.follower.total == loaded.follower.current() != current
+    loaded.follower.total = th.tensor(7.0)
+    loaded.set_parameters({"policy.optimizer": model.policy.optimizer.state_dict()}, exact_match=False)
+    assert loaded.follower.total == 7
+    with pytest.warns(UserWarning, match="with follower, which this model does not use: dropped"):
+        own_algo.cls.load(tmp_path / "model", device="cpu")
+
+
+def test_optimizers_start_afresh_as_they_are_built(own_algo: Algorithm) -> None:
+    # Adagrad has its sums from the start, which begin at a number that can be given.
+    kwargs = {"optimizer_class": th.optim.Adagrad, "optimizer_kwargs": {"initial_accumulator_value": 0.5}}
+    model = own_algo.make(SpaceEnv(), n_epochs_value=3, policy_kwargs=kwargs).learn(32)
+    parameters = deepcopy(model.get_parameters())
+    del parameters["value_optimizer"]
+    with pytest.warns(UserWarning, match="without value_optimizer: started afresh"):
+        model.set_parameters(parameters)
+    states = model.value_optimizer.state_dict()["state"].values()
+    assert len(states) == len(list(model.policy.parameters()))
+    assert all(bool((state["sum"] == 0.5).all()) and state["step"] == 0 for state in states)
+    model.learn(16)
