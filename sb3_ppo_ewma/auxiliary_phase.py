@@ -80,15 +80,16 @@ class AuxiliaryPhase:
         """
         old_parameters = self._old_parameters(buffer)
         n_minibatches = math.ceil(buffer.n_samples / self._batch_size)
-        for epoch in range(n_epochs):
-            try:
+        try:
+            for epoch in range(n_epochs):
                 for i, indices in enumerate(buffer.minibatches(self._batch_size)):
                     progress.show(epoch, n_epochs, i, n_minibatches)
                     minibatch = self._minibatch(buffer, indices, old_parameters)
                     if not self._engine.auxiliary_step(minibatch, self._optimizer, self._coefficients):
                         return
-            finally:
                 self._engine.end_epoch()
+        finally:
+            self._engine.synchronize()
 
     def _minibatch(
         self, buffer: PhaseBuffer, indices: np.ndarray, old_parameters: list[th.Tensor]

@@ -406,12 +406,14 @@ class EwmaMixin(SavedStateMixin):
         try:
             for index, objective in enumerate(self._objectives()):
                 if index > 0 and self.recompute_advantages:
+                    engine.synchronize()
                     self._recompute_advantages(rollout, iteration)
                 finished = self._train_epoch(engine, iteration, objective)
                 self._n_updates += objective.policy
                 if not finished:
                     break
         finally:
+            engine.synchronize()
             self._remember_policy()
         self._engines.report(self, iteration)
         iteration.statistics.check_finite(BLAME, self._when(rollout))
@@ -425,10 +427,8 @@ class EwmaMixin(SavedStateMixin):
         :return: False if training ends with this epoch: ``target_kl`` forbade a step, or it could not be made
         """
         iteration.statistics.begin_epoch()
-        try:
-            finished = all(engine.step(minibatch, objective) for minibatch in engine.minibatches())
-        finally:
-            engine.end_epoch()
+        finished = all(engine.step(minibatch, objective) for minibatch in engine.minibatches())
+        engine.end_epoch()
         if iteration.exceeded_kl is not None and self.verbose >= 1:
             print(f"Early stopping at n_updates={self._n_updates} due to reaching max kl: {iteration.exceeded_kl:.2f}")
         return finished

@@ -33,7 +33,7 @@ key                                  meaning
 ===================================  ==============================================================================
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -66,18 +66,20 @@ class TrainingStatistics:
     """Collects detached tensors of one training, which are read together when it is over."""
 
     def __init__(self) -> None:
-        self._blocks: list[dict[str, th.Tensor]] = []
-        self._epoch_start = 0
+        self._blocks: list[tuple[dict[str, th.Tensor], np.ndarray]] = []
+        # Number of the epoch
+        self.epoch = 0
 
     def begin_epoch(self) -> None:
         """Begin another epoch."""
-        self._epoch_start = len(self._blocks)
+        self.epoch += 1
 
-    def add(self, statistics: dict[str, th.Tensor]) -> None:
+    def add(self, statistics: dict[str, th.Tensor], epochs: Sequence[int] | None = None) -> None:
         """
         :param statistics: by name, scalars of a minibatch, shape (), or of n minibatches, (n,)
+        :param epochs: epochs of the n minibatches; ``None``: one minibatch of the present epoch
         """
-        self._blocks.append(statistics)
+        self._blocks.append((statistics, np.array([self.epoch] if epochs is None else epochs)))
 
     def values(self, name: str, last_epoch: bool = False) -> np.ndarray:
         """
@@ -85,16 +87,16 @@ class TrainingStatistics:
         :param last_epoch: leave out the epochs before the last
         :return: its values, one for each minibatch that has it
         """
-        blocks = self._blocks[self._epoch_start if last_epoch else 0 :]
-        values = [block[name].reshape(-1) for block in blocks if name in block]
-        return th.cat(values).cpu().double().numpy()
+        blocks = [(block[name].reshape(-1), epochs) for block, epochs in self._blocks if name in block]
+        values: np.ndarray = th.cat([each for each, _ in blocks]).cpu().double().numpy()
+        return values[np.concatenate([epochs for _, epochs in blocks]) == self.epoch] if last_epoch else values
 
     def __contains__(self, name: str) -> bool:
         """
         :param name: name of a statistic
         :return: whether a minibatch has it
         """
-        return any(name in block for block in self._blocks)
+        return any(name in block for block, _ in self._blocks)
 
     def check_finite(self, names: Mapping[str, str], when: str) -> None:
         """
@@ -104,7 +106,7 @@ class TrainingStatistics:
         """
         if STEP not in self or bool(np.isfinite(self.values(STEP)).all()):
             return
-        for block in self._blocks:
+        for block, _ in self._blocks:
             made = th.isfinite(block.get(STEP, th.zeros(()))).reshape(-1)
             if bool(made.all()):
                 continue

@@ -216,7 +216,7 @@ class Graphs:
 
 class StepSeries:
     """
-    The steps of an optimiser in one epoch, all of which move the EWMA or none.
+    The steps of an optimiser in one training, all of which move the EWMA or none.
 
     :param optimizer: an ordinary Adam with one group of parameters
     :param max_grad_norm: largest norm of the gradient
@@ -396,6 +396,8 @@ class CompiledEngine(StandardEngine):
             self._graphs.failure = str(reason)
             return None
         self._seen.add(shape)
+        self.remember_optimizer(optimizer)
+        self.n_steps_since_clearing += len(minibatches)
         return results
 
     def pairs(self) -> tuple[list[th.Tensor], list[th.Tensor]]:
@@ -410,9 +412,9 @@ class CompiledEngine(StandardEngine):
             series.finish()
         self._series.clear()
 
-    def end_epoch(self) -> None:
+    def synchronize(self) -> None:
         self._finish_series()
-        super().end_epoch()
+        super().synchronize()
 
 
 class CompiledDenseEngine(CompiledEngine, DenseEngine):
@@ -442,7 +444,7 @@ class CompiledDenseEngine(CompiledEngine, DenseEngine):
         return self._goes_on
 
     def _flush(self) -> None:
-        queue, self._queue = self._queue, []
+        queue, self._queue = self._queue if self._goes_on else [], []
         is_group = len(queue) == _UNROLLED and len({len(each.features) for each in queue}) == 1
         for minibatches in [queue] if is_group else [[each] for each in queue]:
             arguments = [(each, self._coefficients) for each in minibatches]
@@ -451,7 +453,7 @@ class CompiledDenseEngine(CompiledEngine, DenseEngine):
                 self._goes_on = self._goes_on and all(DenseEngine.step(self, each, _JOINT) for each in minibatches)
                 continue
             for values in results:
-                self._values.append(values)
+                self.wait_with(values)
                 made = not self.exceeds_max_kl(values) and self.was_made(values[STEP])
                 self._goes_on = self._goes_on and made
             if not self._goes_on:
@@ -469,9 +471,9 @@ class CompiledDenseEngine(CompiledEngine, DenseEngine):
     def parameters_under(self, average: ParameterEwma, observations: Any) -> Parameters:
         return DenseEngine.parameters_under(self, average, observations)  # never in a graph
 
-    def add_statistics(self) -> None:
+    def end_epoch(self) -> None:
         self._flush()
-        super().add_statistics()
+        super().end_epoch()
 
 
 def _trainable(optimizer: th.optim.Optimizer) -> list[th.Tensor]:

@@ -4,6 +4,7 @@ and derivatives in closed form: for networks this small, most of the time of a g
 operations.
 """
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple, cast
@@ -21,6 +22,9 @@ from sb3_ppo_ewma.distributions import Parameters, to_policy_actions
 from sb3_ppo_ewma.ewma import ParameterEwma
 from sb3_ppo_ewma.losses import Coefficient
 from sb3_ppo_ewma.training_log import STEP
+
+# Numbers of outputs from which on statistics do not wait any longer
+_MOST_WAITING = 2**20
 
 
 class DenseMinibatch(NamedTuple):
@@ -50,7 +54,7 @@ class DenseMinibatch(NamedTuple):
 class DenseEngine(StandardEngine):
     """
     The standard engine for dense networks, with everything that is trained in one tensor. Policy, EWMA and optimiser
-    stay as they are until :meth:`end_epoch`.
+    stay as they are until :meth:`synchronize`.
 
     :param iteration: what the training works with
     """
@@ -80,8 +84,9 @@ class DenseEngine(StandardEngine):
             self._stacked_actors, _, self._stacked_log_std = self._dense.networks(self._views(self._stack))
         self._gradient = th.empty_like(tensors[0])
         self._gradient_views = self._views(self._gradient)
-        # By minibatch, per-sample values of the statistics, which are computed for many minibatches at once
-        self._values: list[dict[str, th.Tensor]] = []
+        # By minibatch, epoch and per-sample values of the statistics, which are computed for many minibatches at once
+        self._waiting: list[tuple[int, dict[str, th.Tensor]]] = []
+        self._n_waiting = 0
 
     def _split_average(self) -> tuple[list[th.Tensor], list[th.Tensor], list[th.Tensor]]:
         """
@@ -135,10 +140,9 @@ class DenseEngine(StandardEngine):
                 None if prox is None else self._log_prob_of(prox, samples.observations, actions),
                 None if iteration.behav is None else self._log_prob_of(iteration.behav, samples.observations, actions),
             )
-            try:
-                chunks = [[None] * n_minibatches if each is None else each.chunk(n_minibatches) for each in columns]
-                yield from map(DenseMinibatch._make, zip(*chunks, strict=True))
-            finally:
+            chunks = [[None] * n_minibatches if each is None else each.chunk(n_minibatches) for each in columns]
+            yield from map(DenseMinibatch._make, zip(*chunks, strict=True))
+            if self._n_waiting > _MOST_WAITING:
                 self.add_statistics()
 
     def _log_prob_of(self, average: ParameterEwma, observations: Any, actions: th.Tensor) -> th.Tensor:
@@ -150,7 +154,7 @@ class DenseEngine(StandardEngine):
     def step(self, minibatch: Any, objective: Objective) -> bool:
         iteration = self.iteration
         gradient, finite, values = self.gradient(minibatch, iteration.coefficients)
-        self._values.append(values)
+        self.wait_with(values)
         if self.exceeds_max_kl(values):
             return False
         self.trained.grad = gradient
@@ -253,12 +257,19 @@ class DenseEngine(StandardEngine):
 
     # === Statistics, and the way back ===
 
+    def wait_with(self, values: dict[str, th.Tensor]) -> None:
+        """
+        :param values: per-sample values of a minibatch, for :meth:`add_statistics`
+        """
+        self._waiting.append((self.iteration.statistics.epoch, values))
+        self._n_waiting += values["outputs"].numel()
+
     @th.no_grad()
     def add_statistics(self) -> None:
         """Compute the statistics of the minibatches since the last call."""
         coefficients = self.iteration.coefficients
-        for group in _groups_of_one_size(self._values):
-            values = {name: th.stack([each[name] for each in group]) for name in group[-1]}
+        for group in _groups_of_one_size(self._waiting):
+            values = {name: th.stack([each[name] for _, each in group]) for name in group[-1][1]}
             # log_std of every minibatch is broadcast over its samples.
             log_std = values["log_std"].unsqueeze(1) if "log_std" in values else None
             entropy = self.form.entropy(self.form.parameters(values["outputs"], log_std))
@@ -282,12 +293,14 @@ class DenseEngine(StandardEngine):
                 statistics["kl_loss"] = coefficients.kl_coef * kl
             if STEP in values:
                 statistics[STEP] = values[STEP]
-            self.iteration.statistics.add(statistics)
-        self._values.clear()
+            self.iteration.statistics.add(statistics, [epoch for epoch, _ in group])
+        self._waiting.clear()
+        self._n_waiting = 0
 
     @th.no_grad()
-    def end_epoch(self) -> None:
-        super().end_epoch()
+    def synchronize(self) -> None:
+        super().synchronize()
+        self.add_statistics()
         th._foreach_copy_(self._own_parameters, self._views(self.trained))
         if self.average is not None:
             th._foreach_copy_(self._averages, self._views(self.average))
@@ -374,19 +387,17 @@ def value_loss_gradient(
     return errors, th.where(clipped != difference, 0.0, errors) * factor
 
 
-def _groups_of_one_size(values: Sequence[dict[str, th.Tensor]]) -> Iterator[list[dict[str, th.Tensor]]]:
+def _groups_of_one_size(
+    waiting: Sequence[tuple[int, dict[str, th.Tensor]]],
+) -> Iterator[list[tuple[int, dict[str, th.Tensor]]]]:
     """
-    :param values: by minibatch, per-sample values
+    :param waiting: by minibatch, epoch and per-sample values
     :return: runs of minibatches that have the same size and the same values
     """
-    group: list[dict[str, th.Tensor]] = []
-    for each in values:
-        if group and (len(each["objective"]) != len(group[-1]["objective"]) or each.keys() != group[-1].keys()):
-            yield group
-            group = []
-        group.append(each)
-    if group:
-        yield group
+    return (
+        list(group)
+        for _, group in itertools.groupby(waiting, key=lambda each: (len(each[1]["objective"]), each[1].keys()))
+    )
 
 
 def _log(value: Coefficient) -> Coefficient:

@@ -15,6 +15,8 @@ from sb3_ppo_ewma.training_log import STEP
 # Moments of Adam below these move no parameter by a digit, unless epsilon is smaller still.
 _NEGLIGIBLE = {"exp_avg": 1e-25, "exp_avg_sq": 1e-36}
 _SMALLEST_EPS = 1e-10
+# Gradient steps after which they are cleared at the end of an epoch; at the end of a training they always are
+_CLEARED_EVERY = 128
 _UNUSUAL_SETTINGS = ("amsgrad", "maximize", "capturable", "differentiable", "decoupled_weight_decay")
 
 
@@ -33,6 +35,7 @@ class FusedEngine(ReferenceEngine):
         self._fused: dict[int, FusedAdam] = {}
         self._optimizers: dict[int, th.optim.Optimizer] = {}
         self._divisor = th.ones((), device="cpu")
+        self.n_steps_since_clearing = 0
 
     def log_prob_under(self, average: ParameterEwma, minibatch: Minibatch) -> th.Tensor:
         iteration = self.iteration
@@ -66,6 +69,7 @@ class FusedEngine(ReferenceEngine):
         :return: norm of the gradients before clipping plus loss, shape ()
         """
         iteration = self.iteration
+        self.n_steps_since_clearing += 1
         if iteration.process_group is not None:
             iteration.process_group.average([*gradients, loss := loss.clone()])
         norm = gradient_norm(gradients)
@@ -95,11 +99,20 @@ class FusedEngine(ReferenceEngine):
 
     def remember_optimizer(self, optimizer: th.optim.Optimizer) -> None:
         """
-        :param optimizer: an optimiser whose negligible moments are cleared after every epoch
+        :param optimizer: an optimiser whose negligible moments are cleared now and then
         """
         self._optimizers[id(optimizer)] = optimizer
 
     def end_epoch(self) -> None:
+        if self.n_steps_since_clearing >= _CLEARED_EVERY:
+            self.clear_moments()
+
+    def synchronize(self) -> None:
+        self.clear_moments()
+
+    def clear_moments(self) -> None:
+        """Clear negligible moments of all optimisers that made a step."""
+        self.n_steps_since_clearing = 0
         for optimizer in self._optimizers.values():
             clear_negligible_moments(optimizer)
 

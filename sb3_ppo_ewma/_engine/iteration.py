@@ -213,5 +213,9 @@ class Engine(Protocol):
         ...
 
     def end_epoch(self) -> None:
-        """Put everything back into policy, EWMA and optimisers."""
+        """Called after every epoch."""
+        ...
+
+    def synchronize(self) -> None:
+        """Put everything back into policy, EWMA, optimisers and statistics. Called when training ends or pauses."""
         ...

@@ -259,6 +259,9 @@ class ReferenceEngine:
         return distribution_parameters(torch_distributions(distribution, _PHASE))
 
     def end_epoch(self) -> None:
+        pass
+
+    def synchronize(self) -> None:
         pass  # everything is in its place after every step
 
 
