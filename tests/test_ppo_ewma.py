@@ -280,6 +280,48 @@ def test_quantities_that_ppo_logs_keep_their_meaning(env):
     } | {"train/advantage_std"}
 
 
+class ExtraLoss(PPOEWMA):
+    """Adds a constant and a multiple of the mean value."""
+
+    weight = 0.0
+
+    def extra_loss(self, evaluation, minibatch):
+        return 7 + self.weight * evaluation.values.mean()
+
+
+def test_extra_loss_is_added():
+    plain = make().learn(32)
+    constant = ExtraLoss("MlpPolicy", "CartPole-v1", **QUICK).learn(32)
+    assert logged(constant)["train/loss"] == pytest.approx(logged(plain)["train/loss"] + 7, rel=1e-5)
+    for parameter, expected in zip(parameters(constant.policy), parameters(plain.policy), strict=True):
+        th.testing.assert_close(parameter, expected)
+    model = ExtraLoss("MlpPolicy", "CartPole-v1", **QUICK)
+    model.weight = 1000.0
+    assert model.learn(32).policy.value_net.bias.item() < plain.policy.value_net.bias.item()
+    assert "the algorithm adds a term to the loss" in model.explain_engine()
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "engine", "line"),
+    [
+        ({}, "dense", "- not 'compiled dense': torch_compile=False; it needs torch_compile=True"),
+        ({"engine": "reference"}, "reference", "- not 'dense': engine='reference'; it needs engine='auto'"),
+        (
+            {"n_epochs_value": 1},
+            "standard",
+            "- not 'dense': n_epochs_value gives the value function its own epochs; it needs n_epochs_value=None",
+        ),
+    ],
+)
+def test_engine_is_named_and_explained(kwargs, engine, line, capsys):
+    model = make(verbose=1, **kwargs)
+    assert model.current_engine == engine
+    assert model.learn(64).current_engine == engine
+    assert line in model.explain_engine().splitlines()
+    assert model.explain_engine().startswith(f"engine {engine!r}")
+    assert capsys.readouterr().out.count(f"Training with the {engine!r} engine") == 1
+
+
 # ---------------------------------------------------------------------- advantages and epochs
 
 
@@ -600,6 +642,8 @@ def test_loading_does_not_rewind_the_generators_but_an_explicit_seed_does(tmp_pa
         ({"n_epochs": 0}, "n_epochs must be >= 1, got 0"),
         ({"staleness": -1}, "staleness must be >= 0, got -1"),
         ({"staleness_mode": "recent"}, "staleness_mode must be one of 'decoupled', 'behavior', 'proximal'"),
+        ({"engine": "fast"}, "engine must be one of 'auto', 'reference', got 'fast'"),
+        ({"torch_compile": "fast"}, "torch_compile must be one of .*got 'fast'"),
         ({"clip_range": 1.0}, "clip_range must be below 1"),
         ({"clip_range": math.nan}, "clip_range must be below 1"),
         ({"clip_range": lambda _: 2.0}, "clip_range must be below 1"),
