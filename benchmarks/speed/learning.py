@@ -45,7 +45,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 VARIANTS: dict[str, dict[str, Any]] = {
-    "SB3's arithmetic": {"policy_kwargs": {"optimizer_kwargs": {"eps": 1e-5}}},
+    "SB3's arithmetic": {"engine": "reference"},
     "default": {},
     "compiled": {"torch_compile": True},
 }
