@@ -10,7 +10,7 @@ import torch as th
 from stable_baselines3.common.torch_layers import CombinedExtractor, FlattenExtractor
 from torch import nn
 
-from sb3_ppo_ewma._engine.recognition import hooks, replaced_in
+from sb3_ppo_ewma._engine.recognition import PARAMETER_HOOKS, hooks, replaced_in
 
 _EXTRACTORS = (FlattenExtractor, CombinedExtractor)
 _ONE = th.ones((), device="cpu")
@@ -193,7 +193,7 @@ def unknown_parameters(policy: Any) -> str | None:
         return "parameters are frozen or not an nn.Parameter"
     if len({(parameter.dtype, parameter.device) for parameter in parameters}) > 1:
         return "parameters differ in dtype or device"
-    if any(getattr(parameter, name, None) for parameter in parameters for name in ("_backward_hooks",)):
+    if any(getattr(parameter, name, None) for parameter in parameters for name in PARAMETER_HOOKS):
         return "parameters have hooks"
     if len(optimizer.param_groups) != 1:
         return f"the optimizer has {len(optimizer.param_groups)} parameter groups"

@@ -5,6 +5,7 @@ import operator
 from typing import Any, ClassVar
 
 import torch as th
+from torch.optim import optimizer as torch_optimizer
 
 from sb3_ppo_ewma._engine.iteration import Iteration, Minibatch
 from sb3_ppo_ewma._engine.reference import ReferenceEngine
@@ -219,6 +220,8 @@ def unusual_adam(optimizer: th.optim.Optimizer) -> str | None:
         return f"torch {th.__version__} has no fused Adam"
     if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
         return "the optimizer has hooks"
+    if torch_optimizer._global_optimizer_pre_hooks or torch_optimizer._global_optimizer_post_hooks:
+        return "torch has global hooks of optimizers"
     for group in optimizer.param_groups:
         unusual = [name for name in _UNUSUAL_SETTINGS if group.get(name)]
         if (

@@ -50,7 +50,7 @@ _LAYERS = (nn.Linear, nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d, nn.Flatten, nn.Iden
 KNOWN_MODULES = frozenset((*_CONTAINERS, *_LAYERS))
 
 _MODULE_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_PARAMETER_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
+PARAMETER_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 _GLOBAL_HOOKS = (
     *("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks", "_global_backward_pre_hooks"),
 )
@@ -162,7 +162,7 @@ def hooks(modules: Iterable[nn.Module]) -> str | None:
         if any(getattr(module, name) for name in _MODULE_HOOKS):
             return f"a {type(module).__name__} has hooks"
         for parameter in module._parameters.values():
-            if any(getattr(parameter, name, None) for name in _PARAMETER_HOOKS):
+            if any(getattr(parameter, name, None) for name in PARAMETER_HOOKS):
                 return f"a parameter of a {type(module).__name__} has hooks"
     if any(getattr(torch_module, name) for name in _GLOBAL_HOOKS):
         return "torch has global module hooks"

@@ -85,6 +85,8 @@ def _unknown_policy(question: Question) -> str | None:
     if type(question.iteration.evaluation) is not PolicyEvaluation:
         return f"policies are evaluated by {type(question.iteration.evaluation).__name__}"
     policy = question.iteration.policy
+    if th.is_autocast_enabled(policy.device.type):
+        return "torch.autocast is on"
     return patched_classes() or unknown_policy(policy) or unknown_distribution(policy)
 
 
