@@ -252,7 +252,12 @@ class EngineSelector:
         :return: context in which its policy collects
         """
         policy = model.policy
-        is_known = model.engine != "reference" and patched_classes() is None and unknown_collection(policy) is None
+        is_known = (
+            model.engine != "reference"
+            and not th.is_autocast_enabled(policy.device.type)
+            and patched_classes() is None
+            and unknown_collection(policy) is None
+        )
         return fast_forward(policy) if is_known else contextlib.nullcontext()
 
     def report(self, model: Any, iteration: Iteration) -> None:
