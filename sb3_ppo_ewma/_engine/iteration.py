@@ -8,7 +8,7 @@ import torch as th
 from gymnasium import spaces
 
 from sb3_ppo_ewma._arguments import is_clip_off
-from sb3_ppo_ewma._engine.recognition import replaced_method
+from sb3_ppo_ewma._engine.recognition import patched_classes, replaced_method
 from sb3_ppo_ewma.advantages import AdvantageNormalizer
 from sb3_ppo_ewma.distributions import to_policy_actions
 from sb3_ppo_ewma.evaluation import Evaluation, PolicyEvaluation
@@ -281,7 +281,8 @@ def make_iteration(model: Any, rollout: Rollout | None) -> Iteration:
 def _minibatch_source(model: Any, rollout: Rollout) -> MinibatchSource:
     buffer = rollout.buffer
     samples_class = model._samples_classes.get(type(buffer))
-    if model.engine == "reference" or samples_class is None or replaced_method(buffer) is not None:
+    is_changed = replaced_method(buffer) is not None or patched_classes() is not None
+    if model.engine == "reference" or samples_class is None or is_changed:
         return BufferMinibatches(buffer)
     return device_minibatches(buffer, samples_class)
 

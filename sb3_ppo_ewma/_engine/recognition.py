@@ -7,6 +7,7 @@ of other types, hooks.
 from collections.abc import Iterable
 from typing import Any
 
+from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
 from stable_baselines3.common.distributions import Distribution
 from stable_baselines3.common.policies import (
     ActorCriticCnnPolicy,
@@ -58,10 +59,11 @@ _GLOBAL_HOOKS = (
 _RELIED_ON = {
     *("forward", "evaluate_actions", "evaluate_auxiliary", "extract_features", "get_distribution", "forward_actor"),
     *("_get_action_dist_from_latent", "forward_critic", "__call__", "_call_impl", "_wrapped_call_impl", "__getattr__"),
+    *("get", "_get_samples", "swap_and_flatten", "to_torch"),
 }
 _ORIGINALS = [
     (cls, name, function)
-    for cls in {*_BASES, *KNOWN_MODULES}
+    for cls in {*_BASES, *KNOWN_MODULES, *DictRolloutBuffer.__mro__, *RolloutBuffer.__mro__}
     for name, function in vars(cls).items()
     if name in _RELIED_ON
 ]
