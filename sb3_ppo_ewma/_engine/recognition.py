@@ -8,7 +8,14 @@ from collections.abc import Iterable
 from typing import Any
 
 from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
-from stable_baselines3.common.distributions import Distribution
+from stable_baselines3.common.distributions import (
+    BernoulliDistribution,
+    CategoricalDistribution,
+    DiagGaussianDistribution,
+    Distribution,
+    MultiCategoricalDistribution,
+    StateDependentNoiseDistribution,
+)
 from stable_baselines3.common.policies import (
     ActorCriticCnnPolicy,
     ActorCriticPolicy,
@@ -40,6 +47,11 @@ _FREE = {
     *("__abstractmethods__", "_abc_impl", "__firstlineno__", "__static_attributes__", "__annotate__"),
     *("__annotate_func__", "__weakref__", "__dict__", "features_extractor_class"),
 }
+# Distributions that SB3's policies fill; with any other, a policy must override the method that does
+_FILLED_BY_SB3 = (
+    *(DiagGaussianDistribution, StateDependentNoiseDistribution, CategoricalDistribution),
+    *(MultiCategoricalDistribution, BernoulliDistribution),
+)
 _MLP_EXTRACTORS = (MlpExtractor, DetachedCriticMlpExtractor)
 ACTIVATIONS = (nn.ReLU, nn.Tanh, nn.ELU, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.Sigmoid, nn.Softplus)
 _CONTAINERS = (
@@ -101,9 +113,12 @@ def unknown_policy(policy: Any) -> str | None:
     known = next((base for base in cls.__mro__ if base in _POLICIES), None)
     if known is None:
         return f"{cls.__name__} is not derived from ActorCriticPolicy"
+    free = _FREE
+    if not isinstance(policy.action_dist, _FILLED_BY_SB3) and closed_form(policy.action_dist) is not None:
+        free = {*_FREE, "_get_action_dist_from_latent"}  # the closed form is declared to compute the same
     for base in cls.__mro__ if cls is not known else ():
         overridden = (
-            [] if base in _BASES else [name for name in vars(base) if name not in _FREE and hasattr(known, name)]
+            [] if base in _BASES else [name for name in vars(base) if name not in free and hasattr(known, name)]
         )
         if overridden:
             return f"{base.__name__} overrides {overridden[0]}"
