@@ -78,15 +78,14 @@ class EwmaMixin(SavedStateMixin):
         mode, which then only decides what π_behav is
     :param engine: ``"auto"``: make gradient steps and the forward passes of collection in the fastest way that equals
         the definition up to rounding; ``"reference"``: by the definition, with ``prox_decay=None`` equal to SB3 to the
-        bit. :meth:`explain_engine` shows which way it is, and why
+        bit. :meth:`explain_engine` shows the choice and its reasons
     :param torch_compile: make each gradient step as one compiled graph, with the same results up to rounding; a string
         is a mode of ``torch.compile``. Compiling takes some seconds to a minute once. What cannot be compiled is
         trained without it, with a warning
-    :param async_rollouts: collect rollouts in a process of their own, with a policy that lacks at most so many of the
-        trainings before a rollout is trained on; it is forked when ``learn`` begins and takes the environments with
-        it. 0: nothing happens at the same time; ``None``: no such process. ``staleness_mode`` says what the policies
-        of such a rollout are
-    :param async_timeout: seconds without a step of the environments after which that process is given up
+    :param async_rollouts: collect rollouts in a second process, forked when ``learn`` begins. When a rollout is trained on,
+        its policy is at most this many updates behind; 0: the processes take turns; ``None``: collect in this process.
+        ``staleness_mode`` applies to these rollouts
+    :param async_timeout: training aborts if the environments make no step for this many seconds
     :param ppo_args: positional arguments of the algorithm this is mixed into. ``clip_range`` may also be ``None`` or a
         negative constant: no clip
     :param ppo_kwargs: keyword arguments of the algorithm this is mixed into

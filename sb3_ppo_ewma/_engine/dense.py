@@ -201,7 +201,7 @@ class DenseEngine(StandardEngine):
             values["log_std"] = log_std.clone()
         if self.iteration.max_kl is not None:
             values["approx_kl"] = losses.approximate_kl(values["log_ratio_old"])
-        # Not the loss, but as finite, and quickly computed
+        # Cheaper than the loss, and finite if and only if the loss is
         return gradient, errors.dot(errors) - values["objective"].sum(), values
 
     def _networks_with(self, tensor: th.Tensor) -> tuple[DenseNetwork, DenseNetwork, th.Tensor | None]:

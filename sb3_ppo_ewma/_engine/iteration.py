@@ -115,7 +115,7 @@ class AuxiliaryEvaluation(NamedTuple):
 @dataclass
 class Iteration:
     """
-    What one training works with. It stays what it is while the training lasts.
+    The objects and numbers that one training works with. They do not change while it lasts.
 
     :param policy: the policy
     :param evaluation: how its family evaluates it
@@ -163,7 +163,7 @@ class Iteration:
     def prepare(self, samples: Any) -> Minibatch:
         """
         :param samples: minibatch from the rollout buffer
-        :return: the same as the loss takes it
+        :return: actions as the distribution expects them, normalised advantages and the padding mask
         """
         mask = self.evaluation.padding_mask(samples)
         actions = to_policy_actions(self.action_space, samples.actions)

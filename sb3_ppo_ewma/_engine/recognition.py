@@ -1,7 +1,6 @@
 """
-Recognising policies. Each function names the first thing that keeps faster code from standing in for a policy's own, or
-returns ``None``. What is not known is not recognised: methods overridden in a class or replaced in an instance, modules
-of other types, hooks.
+Recognise policies that faster code can stand in for. Each function returns the first reason why it cannot, or ``None``.
+Anything unknown is a reason: methods overridden in a class or replaced in an instance, modules of other types, hooks.
 """
 
 from collections.abc import Iterable
@@ -107,7 +106,7 @@ def replaced_method(instance: Any) -> str | None:
 def unknown_policy(policy: Any) -> str | None:
     """
     :param policy: any policy
-    :return: what is against calling its modules as SB3's ``ActorCriticPolicy`` does
+    :return: why its modules cannot be called as SB3's ``ActorCriticPolicy`` calls them, ``None`` if they can
     """
     cls = type(policy)
     known = next((base for base in cls.__mro__ if base in _POLICIES), None)
@@ -135,7 +134,7 @@ def unknown_policy(policy: Any) -> str | None:
 def unknown_distribution(policy: Any) -> str | None:
     """
     :param policy: any policy
-    :return: what is against computing with closed forms of its distribution
+    :return: why its distribution has no closed form that can be used, ``None`` if it has one
     """
     distribution = policy.action_dist
     if closed_form(distribution) is None:

@@ -1,6 +1,6 @@
 """
-The one place that decides which engine runs: the fastest one for which everything it relies on is recognised. It is
-asked again at every rollout and every training, since a callback may have changed anything in between.
+The one place that decides which engine runs: the fastest one that recognises everything it relies on. It decides again
+at every rollout and every training, because a callback may have changed anything in between.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ from sb3_ppo_ewma.evaluation import PolicyEvaluation
 
 class Question(NamedTuple):
     """
-    What is asked.
+    Everything the choice of an engine depends on.
 
     :param iteration: what the training works with
     :param optimizers: the optimisers that will step
@@ -57,7 +57,7 @@ class Requirement(NamedTuple):
     Something that an engine relies on.
 
     :param missing: says why it is not met, ``None`` if it is
-    :param remedy: how a user can meet it, empty where that is not in the user's hands
+    :param remedy: how a user can meet it, empty if a user cannot
     """
 
     missing: Callable[[Question], str | None]
@@ -180,7 +180,7 @@ class Choice(NamedTuple):
 
 def choose(question: Question) -> Choice:
     """
-    :param question: what is asked
+    :param question: everything the choice depends on
     :return: the fastest engine that recognises everything it relies on
     """
     found: dict[int, str | None] = {}

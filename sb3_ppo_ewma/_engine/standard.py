@@ -1,6 +1,6 @@
 """
 SB3's own actor-critic policies without its distribution objects, whose construction costs more than the arithmetic.
-Their modules are called as SB3 calls them, with whatever hooks they have.
+Their modules are called as SB3 calls them, including their hooks.
 """
 
 from collections.abc import Callable
@@ -49,7 +49,7 @@ class StandardPolicy:
     def preprocessed(self, obs: PyTorchObs) -> PyTorchObs:
         """
         :param obs: observations
-        :return: what SB3's ``preprocess_obs`` makes of them
+        :return: the observations after SB3's ``preprocess_obs``
         """
         if isinstance(obs, dict):
             return {key: self._preprocess[key](part) for key, part in obs.items()}
