@@ -82,9 +82,9 @@ class EwmaMixin(SavedStateMixin):
     :param torch_compile: make each gradient step as one compiled graph, with the same results up to rounding; a string
         is a mode of ``torch.compile``. Compiling takes some seconds to a minute once. What cannot be compiled is
         trained without it, with a warning
-    :param async_rollouts: collect rollouts in a second process, forked when ``learn`` begins. When a rollout is trained on,
-        its policy is at most this many updates behind; 0: the processes take turns; ``None``: collect in this process.
-        ``staleness_mode`` applies to these rollouts
+    :param async_rollouts: collect rollouts in a second process, forked when ``learn`` begins. When a rollout is trained
+        on, its policy is at most this many updates behind; 0: the processes take turns; ``None``: collect in this
+        process. ``staleness_mode`` applies to these rollouts
     :param async_timeout: training aborts if the environments make no step for this many seconds
     :param ppo_args: positional arguments of the algorithm this is mixed into. ``clip_range`` may also be ``None`` or a
         negative constant: no clip
