@@ -239,7 +239,10 @@ class Engine(Protocol):
         ...
 
     def synchronize(self) -> None:
-        """Put everything back into policy, EWMA, optimisers and statistics. Called when training ends or pauses."""
+        """
+        Put everything back into policy, EWMA, optimisers and statistics. Called when training ends or pauses, after
+        :meth:`end_epoch`.
+        """
         ...
 
 
