@@ -116,6 +116,8 @@ def decoupled_policy_loss(
         log_prob, log_prob_prox=log_prob_prox, log_prob_behav=log_prob_behav, advantages=advantages, mask=mask
     )
     _check_coefficients(clip_range, max_importance_ratio)
+    # Sum the gradients of both branches before that of the entropy is added: this is how SB3's are rounded.
+    log_prob = log_prob.view_as(log_prob)
     # log max(π_behav, π_θ/M)
     behav = log_prob_behav
     if max_importance_ratio is not None:

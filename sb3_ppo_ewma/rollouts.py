@@ -59,7 +59,7 @@ class Rollout:
             # Before the rewards, to which the values of truncated episodes are added
             "values": (self.buffer.values, "the network"),
             "log-probabilities": (self.buffer.log_probs, "the network"),
-            "rewards": (self.buffer.rewards, "the environment"),
+            "rewards": (self.buffer.rewards, "the environment, or from the value of a terminal observation"),
             "advantages": (self.buffer.advantages, "rewards or values that overflow"),
         }
         broken = [(name, origin) for name, (array, origin) in quantities.items() if not is_finite(array)]

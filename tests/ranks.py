@@ -111,8 +111,8 @@ def parameters_of(model: Any) -> np.ndarray:
     :param model: of any algorithm
     :return: all parameters, those of the average too
     """
-    modules = [model.policy] if model.policy_ewma is None else [model.policy, model.policy_ewma]
-    return np.concatenate([each.detach().numpy().ravel() for module in modules for each in module.parameters()])
+    averages = [] if model.policy_ewma is None else model.policy_ewma.averages
+    return np.concatenate([each.detach().numpy().ravel() for each in (*model.policy.parameters(), *averages)])
 
 
 # === The same data ===

@@ -9,6 +9,9 @@ import pytest
 import torch as th
 from sb3_contrib import MaskablePPO, RecurrentPPO
 from sb3_contrib.common.envs import InvalidActionEnvDiscrete, InvalidActionEnvMultiDiscrete
+from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
+from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 
 from sb3_ppo_ewma import EwmaMixin, MaskablePPOEWMA, RecurrentPPOEWMA
@@ -39,9 +42,9 @@ def make_recurrent(**kwargs) -> RecurrentPPOEWMA:
     return RecurrentPPOEWMA("MlpLstmPolicy", env, policy_kwargs=policy_kwargs, **{**QUICK, **kwargs})
 
 
-def make_maskable(env=InvalidActionEnvDiscrete, **kwargs) -> MaskablePPOEWMA:
+def make_maskable(env=InvalidActionEnvDiscrete, policy="MlpPolicy", **kwargs) -> MaskablePPOEWMA:
     return MaskablePPOEWMA(
-        "MlpPolicy", env(dim=6, n_invalid_actions=3), policy_kwargs={"net_arch": [8]}, **{**QUICK, **kwargs}
+        policy, env(dim=6, n_invalid_actions=3), policy_kwargs={"net_arch": [8]}, **{**QUICK, **kwargs}
     )
 
 
@@ -71,23 +74,24 @@ def test_recurrent_value_recomputation_on_every_critic(lstm):
     assert all(th.isfinite(tensor).all() for tensor in parameters(model.policy))
 
 
+class ShiftAdvantages(BaseCallback):
+    """Keeps the collected advantages, and makes those in the buffer others."""
+
+    def _on_step(self):
+        return True
+
+    def _on_rollout_end(self):
+        buffer = self.model.rollout_buffer
+        self.collected = buffer.advantages.copy()
+        buffer.advantages += 100
+
+
 @pytest.mark.parametrize("make", [make_recurrent, make_maskable])
 def test_recomputed_advantages_are_those_of_collection_before_any_update(make):
     model = make(learning_rate=0.0, recompute_advantages=True).learn(64)
-    seen = []
-    recompute = model._recompute_advantages
-
-    def record(rollout):
-        collected = rollout.buffer.advantages.copy()
-        recompute(rollout)
-        seen.append((collected, rollout.buffer.advantages))
-
-    model._recompute_advantages = record
-    model.learn(64, reset_num_timesteps=False)
-    assert seen
-    for collected, recomputed in seen:
-        assert recomputed is not collected
-        np.testing.assert_allclose(recomputed, collected, rtol=1e-4, atol=1e-4)
+    model.learn(64, callback := ShiftAdvantages(), reset_num_timesteps=False)
+    recomputed = model.rollout_buffer.advantages.ravel()
+    np.testing.assert_allclose(recomputed, callback.collected.swapaxes(0, 1).ravel(), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("lstm", [{"lstm_hidden_size": 5}, {"n_lstm_layers": 2}, {"enable_critic_lstm": False}])
@@ -98,50 +102,47 @@ def test_recurrent_average_is_saved_alone(lstm, tmp_path):
     assert all_equal(parameters(proximal), parameters(loaded))
 
 
+class PoisonedPadding(RecurrentActorCriticPolicy):
+    """Returns other numbers for padding, whose observations are 0."""
+
+    poison = 0.0
+    n_padded = 0
+
+    def evaluate_actions(self, obs, actions, lstm_states, episode_starts):
+        values, log_prob, entropy = super().evaluate_actions(obs, actions, lstm_states, episode_starts)
+        padding = (obs == 0).all(dim=1)
+        self.n_padded += int(padding.sum())
+        shift = padding.float() * self.poison
+        return values + shift[:, None], log_prob + shift, entropy + shift
+
+
 def test_padding_does_not_move_the_loss():
-    """Sequences of length 3 and 29 in one minibatch: padded entries must count for nothing."""
-    model = make_recurrent(advantage_decay=0.0)
-    poisoned = []
-    for poison in (False, True):
-        th.manual_seed(0)
-        model.set_parameters({"policy": {k: th.full_like(v, 0.1) for k, v in model.policy.state_dict().items()}}, False)
-        model.policy.optimizer.state.clear()
-        original = type(model)._evaluate_actions
+    """Sequences of several lengths in one minibatch: padded entries must count for nothing."""
+    trained = []
+    for poison in (0.0, 3.0):
+        env = make_vec_env("CartPole-v1", 2, seed=0)
+        model = RecurrentPPOEWMA(PoisonedPadding, env, seed=0, advantage_decay=0.0, policy_kwargs=LSTM, **QUICK)
+        model.policy.poison = poison
+        model.learn(128)
+        assert model.policy.n_padded > 0
+        trained.append(parameters(model.policy))
+    assert all_equal(*trained)
 
-        def evaluate(policy, samples, actions, poison=poison, original=original):
-            values, log_prob, entropy = original(model, policy, samples, actions)
-            padding = ~model._padding_mask(samples)
-            if poison:
-                shift = padding.float() * 3.0
-                values, log_prob, entropy = values + shift[:, None], log_prob + shift, entropy + shift
-            evaluate.padded += int(padding.sum())
-            return values, log_prob, entropy
 
-        evaluate.padded = 0
-        model._evaluate_actions = evaluate
-        np.random.seed(0)
-        model.set_random_seed(0)
-        model.learn(64)
-        assert evaluate.padded > 0
-        poisoned.append(parameters(model.policy))
-    assert all_equal(*poisoned)
+class RecordingPolicy(MaskableActorCriticPolicy):
+    """Notes whether gradients are computed, and whether there are masks."""
+
+    def evaluate_actions(self, obs, actions, action_masks=None):
+        vars(self).setdefault("evaluations", set()).add((th.is_grad_enabled(), action_masks is not None))
+        return super().evaluate_actions(obs, actions, action_masks)
 
 
 @pytest.mark.parametrize("env", [InvalidActionEnvDiscrete, InvalidActionEnvMultiDiscrete])
 def test_masks_reach_the_proximal_policy(env):
     if env is InvalidActionEnvMultiDiscrete:
         env = lambda dim, n_invalid_actions: InvalidActionEnvMultiDiscrete(dims=[2, dim], n_invalid_actions=3)  # noqa: E731
-    model = make_maskable(env, kl_coef=1.0, kl_estimator="analytic")
-    seen = []
-    original = model._evaluate_actions
-
-    def evaluate(policy, samples, actions):
-        seen.append((policy is model.policy, samples.action_masks is not None))
-        return original(policy, samples, actions)
-
-    model._evaluate_actions = evaluate
-    model.learn(64)
-    assert {(True, True), (False, True)} == set(seen)
+    model = make_maskable(env, RecordingPolicy, kl_coef=1.0, kl_estimator="analytic").learn(64)
+    assert model.policy.evaluations == {(True, True), (False, True)}  # π_θ, π_prox
     masks = np.array(model.get_env().env_method("action_masks"))
     observation = model.get_env().reset()
     for _ in range(20):

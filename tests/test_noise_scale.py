@@ -15,7 +15,9 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
 
 from sb3_ppo_ewma import PPOEWMA, NoiseScaleCallback, RecurrentPPOEWMA
+from sb3_ppo_ewma._engine.iteration import Minibatch
 from sb3_ppo_ewma.callbacks.noise_scale import NoiseEstimate, estimate_noise
+from sb3_ppo_ewma.evaluation import Evaluation
 from tests.resume import ENVIRONMENTS, N_STEPS, NORMALIZED, QUICK, RUNS, DictWalkEnv, WalkEnv, phases
 from tests.test_resume import differences
 
@@ -188,19 +190,18 @@ def test_gradient_is_that_of_the_first_step(kwargs, rel):
     assert kwargs["prox_decay"] is None or max(clipped) > 0.1
 
 
+class RecordingModel(PPOEWMA):
+    """Notes number of samples and mode of the policy at every loss of the policy."""
+
+    def extra_loss(self, evaluation: Evaluation, minibatch: Minibatch) -> th.Tensor:
+        vars(self).setdefault("seen", []).append((len(minibatch.actions), self.policy.training))
+        return th.zeros(())
+
+
 def test_batches_are_evaluated_as_in_training():
-    model = build("ppg, images")
-    seen, loss_terms = [], model._loss_terms
-
-    def watched(data: Any, minibatch: Any, *args: Any) -> Any:
-        # By the shortcuts of policy and average, and in parts
-        seen.append((len(minibatch), model.policy.training, len(model._shortcuts), model._is_parted))
-        return loss_terms(data, minibatch, *args)
-
-    model._loss_terms = watched
-    model.learn(2 * N_STEPS, NoiseScaleCallback(n_batches=5))
-    # 64 samples: 5 batches of 12 for each loss, the rest is left out; then training, in minibatches of 24
-    assert seen[:16] == [(12, True, 2, True)] * 15 + [(24, True, 2, True)]
+    model = make(RecordingModel).learn(N_STEPS, NoiseScaleCallback(n_batches=5))
+    # 32 samples: 5 batches of 6 for "joint" and for "policy", the rest is left out; then training, in minibatches of 24
+    assert model.seen[:12] == [(6, True)] * 10 + [(24, True), (8, True)]
 
 
 def test_joint_loss_is_measured_where_it_is_minimised():
@@ -213,8 +214,7 @@ def test_joint_loss_is_measured_where_it_is_minimised():
     assert callback.estimates.keys() == {"joint", "policy", "value"}
 
 
-def test_frozen_network_has_no_noise(monkeypatch):
-    monkeypatch.setattr("sb3_ppo_ewma._engine.parts._LARGEST", 1)  # several parts
+def test_frozen_network_has_no_noise():
     model = build("ppg, images", n_aux_epochs=0)
     for name, parameter in model.policy.named_parameters():
         parameter.requires_grad_("value" in name)
@@ -305,7 +305,7 @@ def test_nothing_is_left_behind(name):
                 *map(id, [*arrays, buffer.actions, buffer.advantages]),
                 buffer.generator_ready,
                 model._current_progress_remaining,
-                vars(model.policy)["forward"].__self__ is not model.policy,
+                *(tuple(vars(module)) for module in model.policy.modules()),
             )
         )
 

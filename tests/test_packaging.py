@@ -1,6 +1,7 @@
 """What an installed package promises: imports, names, signatures, data files, extras; slow: the wheel itself."""
 
 import ast
+import importlib
 import inspect
 import os
 import re
@@ -18,6 +19,8 @@ import yaml
 
 import sb3_ppo_ewma
 from sb3_ppo_ewma import PPG, PPGEWMA, PPOEWMA, AuxiliaryPhaseMixin, EwmaMixin, MaskablePPOEWMA, RecurrentPPOEWMA
+from sb3_ppo_ewma._engine.iteration import Engine
+from sb3_ppo_ewma._engine.reference import ReferenceEngine
 from sb3_ppo_ewma.zoo.algorithms import ALGORITHMS, ONE_EPOCH, TUNED, hyperparameter_file
 
 if sys.version_info >= (3, 11):
@@ -33,9 +36,7 @@ HYPERPARAMETER_FILES = sorted((ROOT / "zoo_hyperparams").rglob("*.yml"))
 # Modules from the bottom up, each with the packages beside the standard library that its layer adds to those below.
 LAYERS: list[tuple[set[str], set[str]]] = [
     ({"checkpointing.atomic", "losses", "ewma"}, {"torch"}),
-    ({"checkpointing.generators", "memory", "_parallel.process_group"}, {"numpy"}),
-    ({"_engine.optimizers"}, set()),
-    ({"_engine.compilation"}, set()),
+    ({"checkpointing.generators", "memory", "advantages", "_parallel.process_group"}, {"numpy"}),
     (
         {
             "_arguments",
@@ -44,14 +45,18 @@ LAYERS: list[tuple[set[str], set[str]]] = [
             "checkpointing.rollout_files",
             "_parallel.normalization",
         },
-        {"stable_baselines3"},
+        {"stable_baselines3", "gymnasium"},
     ),
-    ({"checkpointing.conversion"}, set()),
-    ({"networks", "rollouts", "_engine.forward", "callbacks.advice", "envs.envpool_vec_env"}, {"gymnasium"}),
-    ({"checkpointing.saving", "policies", "envs.envpool_env"}, set()),
-    ({"_engine.mlp", "_engine.parts", "_parallel.shared_memory", "_parallel.data_parallel"}, set()),
-    ({"_engine.flat_mlp", "_parallel.worker"}, set()),
-    ({"_engine.gradient_steps", "_parallel.collector"}, set()),
+    ({"checkpointing.conversion", "training_log"}, set()),
+    ({"networks", "rollouts", "callbacks.advice", "envs.envpool_vec_env"}, set()),
+    ({"checkpointing.saving", "policies", "evaluation", "envs.envpool_env"}, set()),
+    ({"_engine.recognition", "_engine.iteration", "_parallel.shared_memory", "_parallel.data_parallel"}, set()),
+    ({"_engine.reference", "_engine.dense_networks", "auxiliary_phase", "_parallel.worker"}, set()),
+    ({"_engine.fused", "_parallel.collector"}, set()),
+    ({"_engine.standard"}, set()),
+    ({"_engine.dense", "_engine.microbatches", "_engine.collection"}, set()),
+    ({"_engine.compiled"}, set()),
+    ({"_engine.selection"}, set()),
     ({"ppo_ewma"}, set()),
     ({"ppg"}, set()),
     ({"batch_scaling", "callbacks.noise_scale"}, set()),
@@ -67,6 +72,7 @@ OWN_PARAMETERS = {
     "recompute_advantages",
     "staleness",
     "staleness_mode",
+    "engine",
     "torch_compile",
     "async_rollouts",
     "async_timeout",
@@ -88,8 +94,22 @@ FAMILIES = [
 
 
 def imported_modules(file: Path) -> set[str]:
+    """
+    :param file: a module of the package
+    :return: names of what it imports when it runs, which leaves out what only type checkers see
+    """
     imported: set[str] = set()
-    for node in ast.walk(ast.parse(file.read_text())):
+    module = ast.parse(file.read_text())
+    for_typing = {
+        node
+        for condition in ast.walk(module)
+        if isinstance(condition, ast.If) and ast.unparse(condition.test) == "TYPE_CHECKING"
+        for statement in condition.body
+        for node in ast.walk(statement)
+    }
+    for node in ast.walk(module):
+        if node in for_typing:
+            continue
         if isinstance(node, ast.Import):
             imported |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -101,7 +121,7 @@ def imported_modules(file: Path) -> set[str]:
 
 def own_module(name: str) -> str:
     """
-    :param name: of something imported, "sb3_ppo_ewma.losses" or "sb3_ppo_ewma._engine.mlp.is_mlp_policy"
+    :param name: of something imported, "sb3_ppo_ewma.losses" or "sb3_ppo_ewma._engine.recognition.hooks"
     :return: the module of this package that it is or comes from, without the package's name
     """
     parts = name.split(".")[1:]
@@ -183,13 +203,28 @@ def public_definitions(body: list[ast.stmt], prefix: str) -> list[tuple[str, Any
     return definitions
 
 
+def inherited_docstring(file: Path, name: str) -> str | None:
+    """
+    :param file: a module of the package
+    :param name: of a method, "module.Class.method"
+    :return: docstring of the method that it overrides, or of the one of the protocol ``Engine`` that it implements
+    """
+    _, class_name, *method = name.split(".")
+    if not method:
+        return None
+    module = ".".join(file.relative_to(ROOT).with_suffix("").parts)
+    cls = getattr(importlib.import_module(module), class_name)
+    bases = [*cls.__mro__, *([Engine] if issubclass(cls, ReferenceEngine) else [])]
+    return next((doc for base in bases if (doc := getattr(vars(base).get(method[0]), "__doc__", None))), None)
+
+
 @pytest.mark.parametrize("file", sorted(PACKAGE.rglob("*.py")), ids=lambda file: str(file.relative_to(PACKAGE)))
 def test_public_names_are_documented(file: Path) -> None:
     module = ast.parse(file.read_text())
     if file.name != "__main__.py":
         assert ast.get_docstring(module), f"{file.name} has no docstring"
     for name, node in public_definitions(module.body, file.stem):
-        docstring = ast.get_docstring(node)
+        docstring = ast.get_docstring(node) or inherited_docstring(file, name)
         assert docstring, f"{name} has no docstring"
         if isinstance(node, ast.FunctionDef):
             names = {argument.arg for argument in ast.walk(node.args) if isinstance(argument, ast.arg)}

@@ -51,6 +51,23 @@ def make(algorithm: type[PPG] = PPG, env: Any = None, **kwargs: Any) -> PPG:
     return algorithm("MlpPolicy", env, **{**QUICK, **kwargs})
 
 
+class Rollouts(BaseCallback):
+    """Keeps observations and returns of every rollout, (n_samples, ...) each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.observations: list[np.ndarray] = []
+        self.returns: list[np.ndarray] = []
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_rollout_end(self) -> None:
+        buffer = self.model.rollout_buffer
+        self.observations.append(buffer.observations.reshape(ROLLOUT, -1).copy())
+        self.returns.append(buffer.returns.ravel().copy())
+
+
 def vector(model: PPG) -> th.Tensor:
     return th.nn.utils.parameters_to_vector(model.policy.parameters()).detach().clone()
 
@@ -177,17 +194,19 @@ def test_checkpoints_have_the_phase(tmp_path):
 
 
 @pytest.mark.parametrize("algorithm", [PPG, PPGEWMA])
-def test_interrupted_phase_is_over(algorithm, tmp_path, monkeypatch):
+def test_interrupted_phase_is_over(algorithm, tmp_path):
     model = make(algorithm)
+    steps = []
 
-    def interrupted(epoch: int, *_: Any) -> None:
-        if epoch == 1:
+    def interrupted(*_: Any) -> None:
+        steps.append(None)
+        if len(steps) == 3 * 16 + 1:  # the first step of the second epoch
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(model, "_show_progress", interrupted)
+    hook = model.aux_optimizer.register_step_post_hook(interrupted)
     with pytest.raises(KeyboardInterrupt):
         model.learn(3 * ROLLOUT)
-    monkeypatch.undo()
+    hook.remove()
     model.save(tmp_path / "model")
     model.save_replay_buffer(tmp_path / "phase")
     loaded = algorithm.load(tmp_path / "model", env=model.get_env())
@@ -227,10 +246,7 @@ def test_callbacks_with_attributes_of_these_names_work():
 
 
 def test_model_can_be_pickled_after_a_progress_bar():
-    model = make()
-    model.learn(ROLLOUT, progress_bar=True)
-    assert "_progress_bars" in vars(model)
-    cloudpickle.dumps(vars(model)["_progress_bars"])
+    cloudpickle.dumps(make().learn(ROLLOUT, progress_bar=True))
 
 
 def test_no_warning_for_a_complete_checkpoint(tmp_path):
@@ -316,14 +332,7 @@ def test_default_minibatch_is_a_sixteenth_of_a_rollout(monkeypatch):
 
 def test_targets_are_those_of_the_policy_phase(monkeypatch):
     model = make()
-    stored, seen = [], []
-    original = model._end_iteration
-
-    def end_iteration(rollout: Any) -> None:
-        stored.append(rollout.buffer.returns.ravel().copy())
-        original(rollout)
-
-    monkeypatch.setattr(model, "_end_iteration", end_iteration)
+    rollouts, seen = Rollouts(), []
     auxiliary_loss = losses.auxiliary_loss
 
     def spy(kl: th.Tensor, values: th.Tensor, aux_values: th.Tensor, returns: th.Tensor, **kwargs: float) -> Any:
@@ -331,8 +340,8 @@ def test_targets_are_those_of_the_policy_phase(monkeypatch):
         return auxiliary_loss(kl, values, aux_values, returns, **kwargs)
 
     monkeypatch.setattr(losses, "auxiliary_loss", spy)
-    model.learn(3 * ROLLOUT)
-    expected = np.sort(np.concatenate(stored))
+    model.learn(3 * ROLLOUT, rollouts)
+    expected = np.sort(np.concatenate(rollouts.returns))
     first_epoch = th.cat(seen[: len(seen) // 2]).numpy()
     np.testing.assert_array_equal(np.sort(first_epoch), expected)
 
@@ -358,25 +367,24 @@ def test_kl_to_the_old_policy_is_zero_at_first_and_positive_later(action_space, 
     assert min(kl) > -1e-6
 
 
-def test_old_policy_is_that_before_the_phase(monkeypatch):
+def test_old_policy_is_that_before_the_phase():
     """With a large weight on the divergence, the policy stays where it was; without, it leaves."""
 
     def moved(beta_clone: float) -> float:
         model = make(beta_clone=beta_clone, aux_learning_rate=1e-3, n_aux_epochs=100, aux_batch_size=96)
         enlarge_policy_head(model)
-        original = model._train_auxiliary_phase
-        changes = []
+        rollouts = Rollouts()
+        probabilities: list[th.Tensor] = []
 
-        def phase(buffer: Any) -> None:
-            observations = buffer.observations(slice(None), model.device)
-            before = model.policy.get_distribution(observations).distribution.probs.detach()
-            original(buffer)
-            after = model.policy.get_distribution(observations).distribution.probs.detach()
-            changes.append(float((before - after).abs().mean()))
+        def look(*_: Any) -> None:
+            observations = th.as_tensor(np.concatenate(rollouts.observations))
+            distribution = model.policy.get_distribution(observations).distribution
+            probabilities.append(distribution.probs.detach())
 
-        monkeypatch.setattr(model, "_train_auxiliary_phase", phase)
-        model.learn(3 * ROLLOUT)
-        return changes[0]
+        model.aux_optimizer.register_step_pre_hook(look)
+        model.aux_optimizer.register_step_post_hook(look)
+        model.learn(3 * ROLLOUT, rollouts)
+        return float((probabilities[0] - probabilities[-1]).abs().mean())
 
     assert moved(beta_clone=100.0) < 0.3 * moved(beta_clone=0.0)
 
@@ -411,23 +419,17 @@ def test_ewma_starts_anew_after_the_phase():
     assert float(model.policy_ewma.total_weight) > 1
     model.learn(ROLLOUT, reset_num_timesteps=False)
     assert float(model.policy_ewma.total_weight) == 1
-    average = th.nn.utils.parameters_to_vector(model.policy_ewma.module.parameters())
-    assert th.equal(average, vector(model))
+    assert th.equal(th.nn.utils.parameters_to_vector(model.policy_ewma.averages), vector(model))
 
 
-def test_weights_of_zero_switch_terms_off(monkeypatch):
-    model = make(beta_clone=0.0, vf_true_coef=0.0, policy_kwargs={"net_arch": [8], "critic_arch": "dual"})
-    value_net = model.policy.value_net.weight
-    original, changed = model._train_auxiliary_phase, []
-
-    def phase(buffer: Any) -> None:
-        before = value_net.detach().clone()
-        original(buffer)
-        changed.append(not th.equal(before, value_net))
-
-    monkeypatch.setattr(model, "_train_auxiliary_phase", phase)
+@pytest.mark.parametrize("vf_true_coef", [0.0, 1.0])
+def test_weights_of_zero_switch_terms_off(vf_true_coef):
+    model = make(beta_clone=0.0, vf_true_coef=vf_true_coef, policy_kwargs={"net_arch": [8], "critic_arch": "dual"})
+    values: list[th.Tensor] = []
+    model.aux_optimizer.register_step_pre_hook(lambda *_: values.append(model.policy.value_net.weight.detach().clone()))
     model.learn(3 * ROLLOUT)
-    assert changed == [False]
+    assert len(values) == 2 * 3 * 16  # steps of the phase
+    assert all(th.equal(value, values[0]) for value in values) == (vf_true_coef == 0)
 
 
 def test_auxiliary_phase_improves_the_values(monkeypatch):

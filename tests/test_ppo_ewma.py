@@ -18,9 +18,8 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.utils import ConstantSchedule, LinearSchedule
 
-from sb3_ppo_ewma import PPOEWMA, EwmaMixin, losses
+from sb3_ppo_ewma import PPOEWMA, EwmaMixin
 from sb3_ppo_ewma._arguments import SB3ArgumentError
-from sb3_ppo_ewma._engine.flat_mlp import FlatMlp
 
 QUICK = {"n_steps": 32, "batch_size": 16, "n_epochs": 2, "seed": 0, "device": "cpu", "policy_kwargs": {"net_arch": [8]}}
 
@@ -229,12 +228,18 @@ def test_analytic_kl_on_every_action_space(action_space, use_sde):
     assert logged(model)["train/kl_loss"] > 0
 
 
+class RecordingPolicy(ActorCriticPolicy):
+    """Notes whether gradients are computed."""
+
+    def evaluate_actions(self, obs, actions):
+        vars(self).setdefault("evaluations", []).append(th.is_grad_enabled())
+        return super().evaluate_actions(obs, actions)
+
+
 def test_analytic_kl_evaluates_the_proximal_policy_once():
-    model = make(kl_coef=1.0, kl_estimator="analytic", n_epochs=1)
-    policies, original = [], model._evaluate_actions
-    model._evaluate_actions = lambda policy, *args: (policies.append(policy), original(policy, *args))[1]
-    model.learn(32)
-    assert policies == [model.policy, model.policy_ewma.module] * 2  # minibatches
+    kwargs = {**QUICK, "n_epochs": 1}
+    model = PPOEWMA(RecordingPolicy, "CartPole-v1", kl_coef=1.0, kl_estimator="analytic", **kwargs).learn(32)
+    assert model.policy.evaluations == [False, True] * 2  # π_prox, π_θ; two minibatches
 
 
 class ForgetfulPolicy(ActorCriticPolicy):
@@ -249,7 +254,7 @@ class ForgetfulPolicy(ActorCriticPolicy):
 def test_analytic_kl_needs_the_distribution_of_the_policy():
     kwargs = {**QUICK, "kl_coef": 1.0}
     PPOEWMA(ForgetfulPolicy, "CartPole-v1", kl_estimator="sample", **kwargs).learn(32)
-    with pytest.raises(ValueError, match=r"'sample'.*the policy left none in its CategoricalDistribution"):
+    with pytest.raises(ValueError, match=r"'analytic'.*the policy left none in its CategoricalDistribution"):
         PPOEWMA(ForgetfulPolicy, "CartPole-v1", kl_estimator="analytic", **kwargs).learn(32)
 
 
@@ -334,29 +339,28 @@ def test_separate_epochs_train_their_own_networks():
 
 
 def test_recomputed_advantages_use_the_current_value_function():
-    model = make(recompute_advantages=True, n_epochs=3, learning_rate=0.01)
-    seen, recompute = [], model._recompute_advantages
+    model = make(recompute_advantages=True, n_epochs=3, batch_size=32, learning_rate=0.01)
+    iterates, modes = [], []
 
-    def record(rollout):
-        recompute(rollout)
-        buffer = rollout.buffer
-        with th.no_grad():
-            values = model.policy.predict_values(th.as_tensor(buffer.observations)).flatten()
-        # One-step check of TD(λ): A_t = δ_t + γλ(1−done)A_{t+1} with the current values
-        starts, rewards = rollout.episode_starts[:, 0], buffer.rewards[:, 0]
-        advantages = buffer.advantages.ravel()
-        deltas = rewards[:-1] + 0.99 * values[1:].numpy() * (1 - starts[1:]) - values[:-1].numpy()
-        np.testing.assert_allclose(
-            advantages[:-1], deltas + 0.99 * 0.95 * (1 - starts[1:]) * advantages[1:], rtol=1e-4, atol=1e-4
-        )
-        np.testing.assert_allclose(buffer.returns.ravel(), advantages + values.numpy(), rtol=1e-5, atol=1e-5)
-        assert model.policy.training
-        seen.append(advantages.copy())
+    def record(*_):
+        iterates.append(copy.deepcopy(model.policy.state_dict()))
+        modes.append(model.policy.training)
 
-    model._recompute_advantages = record
+    model.policy.optimizer.register_step_post_hook(record)
     model.learn(32)
-    assert len(seen) == 2  # every epoch but the first
-    assert not np.allclose(seen[0], seen[1])
+    assert modes == [True] * 3
+    # The last epoch begins after the second step.
+    buffer, valued = model.rollout_buffer, make()
+    valued.policy.load_state_dict(iterates[1])
+    with th.no_grad():
+        values = valued.policy.predict_values(th.as_tensor(buffer.observations)).flatten().numpy()
+    # TD(λ): A_t = δ_t + γλ(1−done)A_{t+1}
+    starts, rewards, advantages = buffer.episode_starts[:, 0], buffer.rewards[:, 0], buffer.advantages.ravel()
+    deltas = rewards[:-1] + 0.99 * values[1:] * (1 - starts[1:]) - values[:-1]
+    expected = deltas + 0.99 * 0.95 * (1 - starts[1:]) * advantages[1:]
+    np.testing.assert_allclose(advantages[:-1], expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(buffer.returns.ravel(), advantages + values, rtol=1e-5, atol=1e-5)
+    assert not np.allclose(values, buffer.values.ravel())  # those of collection
 
 
 def test_recomputed_advantages_count_once_in_the_moments():
@@ -378,28 +382,25 @@ def test_first_rollouts_only_fill_the_queue():
     assert model._n_updates == QUICK["n_epochs"]
 
 
+class RecordingModel(PPOEWMA):
+    """Keeps the log-probabilities of every minibatch under π_θ, π_prox, π_behav and the policy that collected it."""
+
+    def extra_loss(self, evaluation, minibatch):
+        log_probs = (evaluation.log_prob, evaluation.log_prob_prox, evaluation.log_prob_behav)
+        recorded = [each.detach().clone() for each in (*log_probs, minibatch.samples.old_log_prob)]
+        vars(self).setdefault("recorded", []).append(recorded)
+        return th.zeros(())
+
+
 @pytest.mark.parametrize("mode", ["decoupled", "behavior", "proximal"])
 @pytest.mark.parametrize("prox_decay", [None, 0.9])
-def test_policies_of_a_stale_rollout(mode, prox_decay, monkeypatch):
-    model = make(staleness=1, staleness_mode=mode, prox_decay=prox_decay, n_epochs=1, batch_size=32, learning_rate=0.05)
-    pairs = []
-    policy_loss_terms = losses.policy_loss_terms
-
-    def record(log_prob, prox, behav, *args, **kwargs):
-        pairs.append([tensor.clone() for tensor in (log_prob, prox, behav)])
-        return policy_loss_terms(log_prob, prox, behav, *args, **kwargs)
-
-    def record_collected(flat, features, samples, *args):
-        terms = loss_terms(flat, features, samples, *args)
-        pairs[-1].append(samples.old_log_prob.clone())
-        return terms
-
-    loss_terms = FlatMlp.loss_terms
-    monkeypatch.setattr(FlatMlp, "loss_terms", record_collected)
-    monkeypatch.setattr(losses, "policy_loss_terms", record)
-    model.learn(96)
+def test_policies_of_a_stale_rollout(mode, prox_decay):
+    kwargs = {**QUICK, "n_epochs": 1, "batch_size": 32, "learning_rate": 0.05}
+    model = RecordingModel(
+        "MlpPolicy", "CartPole-v1", staleness=1, staleness_mode=mode, prox_decay=prox_decay, **kwargs
+    ).learn(96)
     # Second training: its rollout was collected before the first one's update.
-    current, prox, behav, collected = pairs[1]
+    current, prox, behav, collected = model.recorded[1]
     assert not th.allclose(current, collected)
     recent = current  # one epoch of one minibatch: the policy at the start of the iteration is the current one
     expected_behav = recent if mode == "proximal" else collected
@@ -516,10 +517,8 @@ def test_model_can_be_handed_back_as_ppo(tmp_path):
 
 
 def test_ppo_handed_back_goes_on_exactly_as_ppo_would():
-    # Given, the optimiser's settings are SB3's to the bit.
-    adam = {"policy_kwargs": {**QUICK["policy_kwargs"], "optimizer_kwargs": {"eps": 1e-5}}}
-    ppo = PPO("MlpPolicy", "CartPole-v1", **{**QUICK, **adam}).learn(64).learn(64, reset_num_timesteps=False)
-    back = make(prox_decay=None, **adam).learn(64).to_ppo().learn(64, reset_num_timesteps=False)
+    ppo = PPO("MlpPolicy", "CartPole-v1", **QUICK).learn(64).learn(64, reset_num_timesteps=False)
+    back = make(prox_decay=None, engine="reference").learn(64).to_ppo().learn(64, reset_num_timesteps=False)
     assert all_equal(parameters(ppo.policy), parameters(back.policy))
 
 
@@ -540,16 +539,17 @@ def test_everything_comes_back_from_a_file():
     file = io.BytesIO()
     model.save(file)
     file.seek(0)
-    loaded = PPOEWMA.load(file)
+    loaded = PPOEWMA.load(file, env=make_vec_env("CartPole-v1"))
     for name in ("prox_decay", "advantage_decay", "n_epochs_value", "kl_coef", "kl_estimator", "max_importance_ratio"):
         assert getattr(loaded, name) == getattr(model, name)
-    assert loaded._current_coefficients().ratio_limits == (None, None, None)
     assert all_equal(parameters(loaded.policy_ewma), parameters(model.policy_ewma))
     assert float(loaded.policy_ewma.total_weight) != 1.0
     assert loaded.advantage_moments.moments() == model.advantage_moments.moments()
     state, loaded_state = (m.value_optimizer.state_dict()["state"] for m in (model, loaded))
     assert state.keys() == loaded_state.keys() != set()
     assert all(th.equal(state[k]["exp_avg"], loaded_state[k]["exp_avg"]) for k in state)
+    loaded.learn(32, reset_num_timesteps=False)
+    assert {"train/clip_range", "train/importance_cap_fraction"}.isdisjoint(logged(loaded))
 
 
 def test_get_and_set_parameters_carry_everything():
@@ -797,46 +797,60 @@ def test_nan_from_the_environment_ends_training_with_good_parameters(what, at_st
     assert all_equal(before[1], parameters(model.policy_ewma))
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_nan_in_the_last_observation_of_a_truncated_episode(bad):
-    class Truncated(MultiEnv):
-        def step(self, action):
-            return np.array([0.0, 0.0, bad], dtype=np.float32), 0.0, False, True, {}
+class TruncatedEnv(MultiEnv):
+    """Every step ends an episode, with a broken observation."""
 
-    with pytest.raises(ValueError, match="NaN or Inf in the terminal observation"):
-        make(Truncated(spaces.Discrete(2))).learn(32)
+    def __init__(self, value):
+        super().__init__(spaces.Discrete(2))
+        self.value = value
+
+    def reset(self, seed=None, options=None):
+        return np.zeros(3, dtype=np.float32), {}
+
+    def step(self, action):
+        return np.array([0.0, 0.0, self.value], dtype=np.float32), 0.0, False, True, {}
 
 
-def test_nan_gradient_leaves_the_last_good_parameters():
-    model = make(learning_rate=0.01)
-    model.learn(32)
-    # Finite forward pass, NaN backward: sqrt has an infinite derivative at 0
-    original = model._evaluate_actions
+def test_nan_in_the_last_observation_of_a_truncated_episode():
+    with pytest.raises(ValueError, match=r"NaN or Inf in rewards .* from the value of a terminal observation"):
+        make(TruncatedEnv(np.nan)).learn(32)
 
-    def poisoned(policy, samples, actions):
-        values, log_prob, entropy = original(policy, samples, actions)
-        return values + th.sqrt(values * 0), log_prob, entropy
 
-    model._evaluate_actions = poisoned
+def test_inf_that_the_network_bounds_trains_as_in_ppo():
+    # tanh(Inf) = 1, and the terminal observation enters a value without gradient only
+    ppo = PPO("MlpPolicy", TruncatedEnv(np.inf), **QUICK).learn(64)
+    model = make(TruncatedEnv(np.inf), prox_decay=None, engine="reference").learn(64)
+    assert all_equal(parameters(ppo.policy), parameters(model.policy))
+    make(TruncatedEnv(np.inf)).learn(64)
+
+
+class PoisonedPolicy(ActorCriticPolicy):
+    """Breaks the quantity that its attribute names, in training."""
+
+    poison = ""
+
+    def evaluate_actions(self, obs, actions):
+        values, log_prob, entropy = super().evaluate_actions(obs, actions)
+        # Finite forward pass, NaN backward: sqrt has an infinite derivative at 0
+        values = values + {"gradients": th.sqrt(values * 0), "values": values * math.nan}.get(self.poison, 0)
+        return values, log_prob * (math.nan if self.poison == "log-probabilities" else 1), entropy
+
+
+@pytest.mark.parametrize("engine", ["auto", "reference"])
+@pytest.mark.parametrize("quantity", ["gradients", "log-probabilities", "values"])
+@pytest.mark.parametrize("target_kl", [None, 0.1])
+def test_nan_in_training_leaves_the_last_good_parameters(quantity, target_kl, engine):
+    kwargs = {**QUICK, "learning_rate": 0.01, "target_kl": target_kl, "engine": engine}
+    model = PPOEWMA(PoisonedPolicy, "CartPole-v1", **kwargs).learn(32)
+    model.policy.poison = quantity
     before = parameters(model.policy), parameters(model.policy_ewma)
-    with pytest.raises(ValueError, match="NaN or Inf in gradients"):
+    with pytest.raises(ValueError, match=f"NaN or Inf in {quantity}"):
         model.learn(32, reset_num_timesteps=False)
     assert all_equal(before[0], parameters(model.policy))
     assert all_equal(before[1], parameters(model.policy_ewma))
 
 
-@pytest.mark.parametrize("target_kl", [None, 0.1])
-def test_nan_from_the_network_is_named(target_kl):
-    model = make(target_kl=target_kl)
-    original = model._evaluate_actions
-    model._evaluate_actions = lambda *args: (original(*args)[0], original(*args)[1] * math.nan, original(*args)[2])
-    with pytest.raises(ValueError, match="NaN or Inf in log-probabilities"):
-        model.learn(32)
-    model = make(target_kl=target_kl)
-    original = model._evaluate_actions
-    model._evaluate_actions = lambda *args: (original(*args)[0] * math.nan, *original(*args)[1:])
-    with pytest.raises(ValueError, match="NaN or Inf in values"):
-        model.learn(32)
+def test_nan_in_the_parameters_is_named():
     model = make()
     with th.no_grad():
         model.policy.action_net.bias.fill_(math.nan)

@@ -60,7 +60,7 @@ def test_generators_matter(runs):
 def test_average_matters(runs):
     root, uninterrupted = runs
     model = resume("ewma", root / "ewma")
-    model.policy_ewma.reset(model.policy)
+    model.policy_ewma.reset()
     assert differences(uninterrupted["ewma"]["policy"], go_on(model)["policy"]) != []
 
 

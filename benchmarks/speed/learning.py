@@ -69,7 +69,7 @@ def train(env_id: str, variant: str, seed: int) -> float:
     env = make_vec_env(env_id, settings["n_envs"], seed=seed)
     model = PPOEWMA("MlpPolicy", env, seed=seed, device="cpu", **settings["kwargs"], **VARIANTS[variant])
     model.learn(settings["total_timesteps"])
-    if variant == "compiled" and (model._compiled_steps is None or model._compiled_steps.n_steps == 0):
+    if variant == "compiled" and not model.current_engine.startswith("compiled"):
         raise RuntimeError(f"{env_id} was not compiled")
     evaluation = make_vec_env(env_id, 8, seed=seed + 10_000)
     return float(evaluate_policy(model, evaluation, n_eval_episodes=N_EVALUATION_EPISODES)[0])

@@ -157,7 +157,8 @@ def test_statistics_and_dropout_in_training_only() -> None:
     model.train()
     after = statistics(model.policy)
     assert not any(th.equal(value, after[name]) for name, value in before.items())
-    assert set(model.proximal_policy.features_extractor.modes) == {False}
+    # The proximal policy in evaluation mode, the policy in training mode
+    assert set(model.policy.features_extractor.modes) == {(False, False), (True, True)}
 
 
 def test_same_seed_same_run() -> None:

@@ -7,14 +7,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch as th
+from gymnasium import spaces
+from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.distributions import CategoricalDistribution
 from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from torch import nn
 from torch.distributions import Categorical
 
-from tests.battery.algorithms import Algorithm
-from tests.battery.envs import BrokenEnv, SpaceEnv
-from tests.battery.helpers import assert_same, copy_parameters, record_log
+from sb3_ppo_ewma import PPOEWMA
+from tests.battery.algorithms import QUICK, Algorithm, policy_name
+from tests.battery.envs import VECTOR, BrokenEnv, SpaceEnv
+from tests.battery.helpers import assert_same, assert_trained, copy_parameters, record_log
 
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")
 
@@ -53,6 +58,74 @@ def test_environment(own_algo: Algorithm, quantity: str, value: float, step: int
     # Nothing is broken: training goes on in an environment that works.
     model.set_env(SpaceEnv())
     assert model.learn(16).num_timesteps == 16
+
+
+class NanEnv(SpaceEnv):
+    """
+    Every second observation has NaN in its last entry.
+
+    :param key: of a dictionary of two vectors, which has the NaN; ``None``: the observation is a vector
+    """
+
+    def __init__(self, key: str | None = None) -> None:
+        self.key = key
+        super().__init__(VECTOR if key is None else spaces.Dict({"first": VECTOR, "second": VECTOR}))
+
+    def observation(self) -> Any:
+        observation = super().observation()
+        if self.n_steps % 2 == 1:
+            (observation if self.key is None else observation[self.key])[-1] = np.nan
+        return observation
+
+
+class FirstExtractor(BaseFeaturesExtractor):
+    """Reads one of two vectors."""
+
+    def __init__(self, observation_space: spaces.Dict) -> None:
+        super().__init__(observation_space, 3)
+
+    def forward(self, observations: dict[str, th.Tensor]) -> th.Tensor:
+        return observations["first"]
+
+
+class NanToNum(BaseFeaturesExtractor):
+    """Replaces NaN by 0."""
+
+    def __init__(self, observation_space: spaces.Box) -> None:
+        super().__init__(observation_space, 3)
+        self.layer = nn.Linear(3, 3)
+
+    def forward(self, observations: th.Tensor) -> th.Tensor:
+        features: th.Tensor = self.layer(th.nan_to_num(observations))
+        return features
+
+
+@pytest.mark.parametrize(("key", "extractor"), [("second", FirstExtractor), (None, NanToNum)])
+def test_nan_that_does_not_reach_the_losses(algo: Algorithm, key: str | None, extractor: Any) -> None:
+    policy_kwargs = {"features_extractor_class": extractor, "features_extractor_kwargs": {}}
+    model = algo.make(NanEnv(key), policy_kwargs=policy_kwargs)
+    before = copy_parameters(model)
+    model.learn(32)
+    assert_trained(model, before)
+    if not algo.own:
+        return
+    # As SB3's PPO, to the bit
+    policy_kwargs["net_arch"] = [8]
+    name = policy_name(NanEnv(key).observation_space)
+    ppo, own = (
+        cls(name, NanEnv(key), **QUICK, policy_kwargs=policy_kwargs, **kwargs).learn(48)
+        for cls, kwargs in ((PPO, {}), (PPOEWMA, {"prox_decay": None, "engine": "reference"}))
+    )
+    assert_same(copy_parameters(ppo), copy_parameters(own))
+
+
+@pytest.mark.parametrize("key", ["first", "second"])
+def test_nan_in_a_dictionary_that_reaches_the_network(own_algo: Algorithm, key: str) -> None:
+    model = own_algo.make(NanEnv(key))
+    before = copy_parameters(model)
+    with pytest.raises(ValueError, match=r"NaN or Inf in .*observations.* the environment"):
+        model.learn(32)
+    assert_same(copy_parameters(model), before)
 
 
 class Breaking(ActorCriticPolicy):

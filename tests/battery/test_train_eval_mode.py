@@ -20,7 +20,7 @@ ENV_IDS = ["CartPole-v1", "Pendulum-v1"]
 
 class NoisyExtractor(BaseFeaturesExtractor):
     """
-    Batch normalisation and dropout. Writes down in which mode it was called.
+    Batch normalisation and dropout. Writes down in which mode it was called, and whether with gradients.
 
     :param observation_space: of the environment
     """
@@ -28,10 +28,10 @@ class NoisyExtractor(BaseFeaturesExtractor):
     def __init__(self, observation_space: spaces.Space[Any]) -> None:
         super().__init__(observation_space, get_flattened_obs_dim(observation_space))
         self.layers = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(self.features_dim), nn.Dropout(0.5))
-        self.modes: list[bool] = []
+        self.modes: list[tuple[bool, bool]] = []
 
     def forward(self, observations: th.Tensor) -> th.Tensor:
-        self.modes.append(self.training)
+        self.modes.append((self.training, th.is_grad_enabled()))
         features: th.Tensor = self.layers(observations)
         return features
 
@@ -67,7 +67,7 @@ def test_training_moves_the_statistics(algo: Algorithm, env_id: str) -> None:
 def test_modes(algo: Algorithm, env_id: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = algo.make(env_id, policy_kwargs=POLICY_KWARGS)
     modes = noisy_extractor(model.policy).modes
-    phases: list[tuple[str, set[bool]]] = []
+    phases: list[tuple[str, set[tuple[bool, bool]]]] = []
 
     def observe(phase: str) -> None:
         method = getattr(model, phase)
@@ -84,11 +84,13 @@ def test_modes(algo: Algorithm, env_id: str, monkeypatch: pytest.MonkeyPatch) ->
     observe("train")
     model.learn(32)
     assert [phase for phase, _ in phases] == ["collect_rollouts", "train"] * 2
-    assert all(seen == {False} for phase, seen in phases if phase == "collect_rollouts")
+    training, evaluation = (True, True), (False, False)
+    assert all(seen == {evaluation} for phase, seen in phases if phase == "collect_rollouts")
+    # The proximal policy is evaluated as the behaviour policy was: dropout in it would make the ratio to it random.
     # Advantages that are computed anew are predictions, and so is the policy before an auxiliary phase.
-    recomputes = getattr(model, "recompute_advantages", False)
-    predicts = [recomputes, recomputes or algo.has_phases]
-    assert [seen for phase, seen in phases if phase == "train"] == [{True, False} if p else {True} for p in predicts]
+    predicts = [algo.has_average or getattr(model, "recompute_advantages", False), algo.has_phases]
+    expected = [{training, evaluation} if any(predicts[:n]) else {training} for n in (1, 2)]
+    assert [seen for phase, seen in phases if phase == "train"] == expected
 
 
 @pytest.mark.parametrize("env_id", ENV_IDS)
@@ -117,6 +119,4 @@ def test_predictions_are_deterministic(algo: Algorithm, env_id: str) -> None:
 def test_the_average_keeps_the_statistics_of_the_policy(average_algo: Algorithm) -> None:
     model = average_algo.make("CartPole-v1", policy_kwargs=POLICY_KWARGS).learn(32)
     assert_same(statistics(model.proximal_policy), statistics(model.policy))
-    # Dropout in the proximal policy would make the ratio to it random.
-    assert set(noisy_extractor(model.proximal_policy).modes) == {False}
     assert not model.proximal_policy.training
