@@ -332,6 +332,8 @@ _CLOSED_FORMS: dict[type[Any], Any] = {
     BernoulliDistribution: lambda _: BernoulliForm(),
     DiagGaussianDistribution: lambda _: GaussianForm(),
 }
+# Distributions with a closed form
+CLOSED_FORM_DISTRIBUTIONS = (*_CLOSED_FORMS, SoftplusDiagGaussianDistribution)
 
 
 def closed_form(action_dist: Any) -> ClosedForm | None:

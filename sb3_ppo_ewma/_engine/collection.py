@@ -51,7 +51,7 @@ class FastForward:
         self._policy = policy
         self._standard = StandardPolicy(policy)
         self._forward = type(policy).forward
-        self._distribution = policy.action_dist
+        self._distribution = policy.action_dist, type(policy.action_dist)
         self._watched = _Watched([policy, policy.mlp_extractor])
         self._dense = None if unknown_networks(policy) else _DenseForward(policy)
 
@@ -78,7 +78,7 @@ class FastForward:
         policy, distribution = self._policy, self._policy.action_dist
         return (
             type(policy).forward is self._forward
-            and distribution is self._distribution
+            and (distribution, type(distribution)) == self._distribution
             and methods(type(distribution)).isdisjoint(vars(distribution))
             and self._standard.is_current()
         )

@@ -154,10 +154,10 @@ class DenseEngine(StandardEngine):
     def step(self, minibatch: Any, objective: Objective) -> bool:
         iteration = self.iteration
         gradient, finite, values = self.gradient(minibatch, iteration.coefficients)
+        self.trained.grad = gradient
         self.wait_with(values)
         if self.exceeds_max_kl(values):
             return False
-        self.trained.grad = gradient
         values[STEP] = checked = self.clip_and_step([gradient], finite, self.dense_optimizer)
         if not self.was_made(checked):
             return False
@@ -305,6 +305,7 @@ class DenseEngine(StandardEngine):
         if self.average is not None:
             th._foreach_copy_(self._averages, self._views(self.average))
         # As an ordinary training leaves them behind; a compiled one has none
+        self.iteration.optimizer.zero_grad()
         gradients = [None] * len(self._sizes) if self.trained.grad is None else self._gradient_views
         for parameter, gradient in zip(self._own_parameters, gradients, strict=True):
             parameter.grad = gradient

@@ -25,7 +25,7 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 
 from sb3_ppo_ewma import policies
-from sb3_ppo_ewma.distributions import closed_form
+from sb3_ppo_ewma.distributions import CLOSED_FORM_DISTRIBUTIONS, closed_form
 from sb3_ppo_ewma.networks import ImpalaCNN, ResidualBlock, SmallGridCNN
 from sb3_ppo_ewma.policies import DetachedCriticMlpExtractor, Trunk
 
@@ -74,9 +74,9 @@ _RELIED_ON = {
 }
 _ORIGINALS = [
     (cls, name, function)
-    for cls in {*_BASES, *KNOWN_MODULES, *DictRolloutBuffer.__mro__, *RolloutBuffer.__mro__}
+    for cls in {*_BASES, *KNOWN_MODULES, *CLOSED_FORM_DISTRIBUTIONS, *DictRolloutBuffer.__mro__, *RolloutBuffer.__mro__}
     for name, function in vars(cls).items()
-    if name in _RELIED_ON
+    if name in _RELIED_ON or (cls in CLOSED_FORM_DISTRIBUTIONS and callable(function))
 ]
 
 
