@@ -119,14 +119,14 @@ class EwmaMixin(SavedStateMixin):
     # Optimisers beside the policy's own, of the same parameters, with the schedules of their learning rates
     _further_optimizers: ClassVar[Mapping[str, str]] = {"value_optimizer": "lr_schedule"}
 
-    # A further term of the loss where the policy is trained. Subclasses define a method of this name, from
+    # A further term of the loss where the policy is trained: subclasses define a method of this name, from
     # (evaluation: Evaluation, minibatch: Minibatch) to a tensor of shape () with gradient.
     extra_loss: Any = None
 
     # How the family evaluates its policies
-    _evaluation: ClassVar[PolicyEvaluation] = PolicyEvaluation()
+    policy_evaluation: ClassVar[PolicyEvaluation] = PolicyEvaluation()
     # Rollout buffers whose minibatches are gathered on the device, with the minibatches' class
-    _samples_classes: ClassVar[Mapping[type[RolloutBuffer], type[Any]]] = {
+    samples_classes: ClassVar[Mapping[type[RolloutBuffer], type[Any]]] = {
         RolloutBuffer: RolloutBufferSamples,
         DictRolloutBuffer: DictRolloutBufferSamples,
     }
@@ -303,7 +303,7 @@ class EwmaMixin(SavedStateMixin):
         """
         :return: the rollout to train on, ``None`` while a queue of stale rollouts fills
         """
-        rollout = self._evaluation.collected_rollout(self)
+        rollout = self.policy_evaluation.collected_rollout(self)
         with naming_non_finite(self):
             rollout.check_finite()
         return rollout if self.stale_rollouts is None else self.stale_rollouts.exchange(rollout)

@@ -7,9 +7,9 @@ from typing import Any, ClassVar, cast
 import torch as th
 from torch.optim import optimizer as torch_optimizer
 
-from sb3_ppo_ewma._engine.iteration import Iteration, Minibatch
+from sb3_ppo_ewma._engine.iteration import Iteration
 from sb3_ppo_ewma._engine.reference import ReferenceEngine
-from sb3_ppo_ewma.evaluation import averaged_parameters
+from sb3_ppo_ewma.evaluation import Minibatch, averaged_parameters
 from sb3_ppo_ewma.ewma import ParameterEwma
 from sb3_ppo_ewma.training_log import STEP
 

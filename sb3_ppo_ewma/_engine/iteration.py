@@ -11,7 +11,7 @@ from sb3_ppo_ewma._arguments import is_clip_off
 from sb3_ppo_ewma._engine.recognition import patched_classes, replaced_method
 from sb3_ppo_ewma.advantages import AdvantageNormalizer
 from sb3_ppo_ewma.distributions import to_policy_actions
-from sb3_ppo_ewma.evaluation import Evaluation, PolicyEvaluation
+from sb3_ppo_ewma.evaluation import Evaluation, Minibatch, PolicyEvaluation
 from sb3_ppo_ewma.ewma import ParameterEwma
 from sb3_ppo_ewma.losses import Coefficient
 from sb3_ppo_ewma.policies import uncompiled
@@ -66,22 +66,6 @@ class AuxiliaryCoefficients(NamedTuple):
     beta_clone: float
     vf_true_coef: float
     vf_aux_coef: float
-
-
-class Minibatch(NamedTuple):
-    """
-    Samples as the loss takes them.
-
-    :param samples: samples from the rollout buffer
-    :param actions: their actions in the form the distribution expects
-    :param advantages: (batch,) normalised
-    :param mask: (batch,) bool, False for padding; ``None`` where nothing is padded
-    """
-
-    samples: Any
-    actions: th.Tensor
-    advantages: th.Tensor
-    mask: th.Tensor | None
 
 
 class AuxiliaryMinibatch(NamedTuple):
@@ -261,7 +245,7 @@ def make_iteration(model: Any, rollout: Rollout | None) -> Iteration:
     process_group = None if model._data_parallel is None else model._data_parallel.group
     return Iteration(
         policy=model.policy,
-        evaluation=model._evaluation,
+        evaluation=model.policy_evaluation,
         action_space=model.action_space,
         source=None if rollout is None else _minibatch_source(model, rollout),
         batch_size=model.batch_size,
@@ -283,7 +267,7 @@ def make_iteration(model: Any, rollout: Rollout | None) -> Iteration:
 
 def _minibatch_source(model: Any, rollout: Rollout) -> MinibatchSource:
     buffer = rollout.buffer
-    samples_class = model._samples_classes.get(type(buffer))
+    samples_class = model.samples_classes.get(type(buffer))
     is_changed = replaced_method(buffer) is not None or patched_classes() is not None
     if model.engine == "reference" or samples_class is None or is_changed:
         return BufferMinibatches(buffer)

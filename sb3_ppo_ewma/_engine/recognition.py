@@ -72,7 +72,7 @@ _RELIED_ON = {
     *("_get_action_dist_from_latent", "forward_critic", "__call__", "_call_impl", "_wrapped_call_impl", "__getattr__"),
     *("get", "_get_samples", "swap_and_flatten", "to_torch"),
 }
-_ORIGINALS = [
+_ORIGINALS: list[tuple[Any, str, Any]] = [
     (cls, name, function)
     for cls in {*_BASES, *KNOWN_MODULES, *CLOSED_FORM_DISTRIBUTIONS, *DictRolloutBuffer.__mro__, *RolloutBuffer.__mro__}
     for name, function in vars(cls).items()

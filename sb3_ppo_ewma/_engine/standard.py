@@ -13,10 +13,10 @@ from stable_baselines3.common.type_aliases import PyTorchObs
 from torch.nn import functional as F
 
 from sb3_ppo_ewma._engine.fused import FusedEngine
-from sb3_ppo_ewma._engine.iteration import AuxiliaryEvaluation, AuxiliaryMinibatch, Iteration, Minibatch, Objective
+from sb3_ppo_ewma._engine.iteration import AuxiliaryEvaluation, AuxiliaryMinibatch, Iteration, Objective
 from sb3_ppo_ewma._engine.recognition import takes_channels_last
 from sb3_ppo_ewma.distributions import ClosedForm, Parameters, closed_form
-from sb3_ppo_ewma.evaluation import Evaluation, averaged_parameters
+from sb3_ppo_ewma.evaluation import Evaluation, Minibatch, averaged_parameters
 from sb3_ppo_ewma.ewma import ParameterEwma
 
 

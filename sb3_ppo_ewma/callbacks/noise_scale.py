@@ -145,7 +145,7 @@ class NoiseScaleCallback(BaseCallback):
         model = cast(EwmaMixin, self.model)
         if model._n_rollouts % self.every != 0:
             return
-        rollout = model._evaluation.collected_rollout(model)
+        rollout = model.policy_evaluation.collected_rollout(model)
         try:
             rollout.check_finite()
         except ValueError:
