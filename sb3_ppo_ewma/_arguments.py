@@ -6,10 +6,11 @@ before anything is built.
 import difflib
 import inspect
 import math
+import multiprocessing
 import warnings
 from collections.abc import Mapping, Sequence
 from numbers import Real
-from typing import Any, cast
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 from stable_baselines3.common.type_aliases import Schedule
@@ -17,6 +18,11 @@ from stable_baselines3.common.utils import ConstantSchedule, FloatSchedule
 
 # clip_range=None as a number, which SB3 can make a schedule of and YAML files of the zoo can hold.
 CLIP_OFF = -1.0
+KlEstimator = Literal["sample", "analytic"]
+StalenessMode = Literal["decoupled", "behavior", "proximal"]
+EngineChoice = Literal["auto", "reference"]
+CompileMode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
+
 _PACKAGES = ("sb3_ppo_ewma", "stable_baselines3", "sb3_contrib")
 
 
@@ -234,3 +240,60 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...], others: str = 
     if value not in choices:
         allowed = ", ".join([*map(repr, choices), *([others] if others else [])])
         raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
+
+
+def check_ewma_parameters(model: Any) -> None:
+    """
+    :param model: an algorithm with the parameters of ``EwmaMixin``
+    :raises TypeError: if one has the wrong type
+    :raises ValueError: if one is out of its range
+    """
+    if isinstance(model.prox_decay, str):
+        check_choice("prox_decay", model.prox_decay, ("auto",), "a number in [0, 1) or None")
+    elif model.prox_decay is not None:
+        check_number("prox_decay", model.prox_decay, 0, 1)
+    check_number("kl_coef", model.kl_coef, 0)
+    check_choice("kl_estimator", model.kl_estimator, get_args(KlEstimator))
+    check_choice("staleness_mode", model.staleness_mode, get_args(StalenessMode))
+    if model.max_importance_ratio is not None:
+        check_number("max_importance_ratio", model.max_importance_ratio, 1)
+    if model.advantage_decay is not None:
+        check_number("advantage_decay", model.advantage_decay, 0, 1)
+    if model.n_epochs_value is not None:
+        check_integer("n_epochs_value", model.n_epochs_value, minimum=1)
+    check_integer("staleness", model.staleness, minimum=0)
+    if model.async_rollouts is not None:
+        check_integer("async_rollouts", model.async_rollouts, minimum=0)
+        if "fork" not in multiprocessing.get_all_start_methods():
+            raise ValueError(f"async_rollouts={model.async_rollouts} needs fork(), which this system does not have")
+    check_number("async_timeout", model.async_timeout, 0)
+    check_choice("engine", model.engine, get_args(EngineChoice))
+    if not isinstance(model.torch_compile, bool):
+        check_choice("torch_compile", model.torch_compile, get_args(CompileMode), "True or False")
+    if not isinstance(model.recompute_advantages, bool):
+        raise TypeError(f"recompute_advantages must be True or False, got {model.recompute_advantages!r}")
+    unavailable = model._is_stale and model.staleness_mode == "behavior" and model.prox_decay is None
+    if model.kl_coef > 0 and model.kl_estimator == "analytic" and unavailable:
+        raise ValueError(
+            "kl_estimator='analytic' needs the distributions of the proximal policy, but with prox_decay=None and "
+            "staleness_mode='behavior' that is a past policy of which only log-probabilities are kept: "
+            "use kl_estimator='sample'"
+        )
+
+
+def check_built_parameters(model: Any) -> None:
+    """
+    Refuse parameters that were set by hand and that the model was not built for.
+
+    :param model: an algorithm with the parameters of ``EwmaMixin``
+    :raises ValueError: if there is one
+    """
+    for name, fits in model._fits_built_model().items():
+        if not fits:
+            raise ValueError(
+                f"{name} was set to {getattr(model, name)!r} by hand, but the model was built for another value: "
+                f"save it and give {name} to load()"
+            )
+    if model.advantage_moments is not None:
+        check_normalization(cast(float, model.advantage_decay), model.normalize_advantage)
+        model.advantage_moments.decay = cast(float, model.advantage_decay)

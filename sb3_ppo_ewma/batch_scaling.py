@@ -44,7 +44,7 @@ _DIVIDED = {"n_envs": "environments", "batch_size": "samples", "aux_batch_size":
 # Arguments of the constructor that are not hyper-parameters
 _NOT_HYPERPARAMETERS = ("policy", "env", "_init_setup_model")
 # optimizer_kwargs of this package's policies where the user gives none
-_DEFAULT_ADAM_KWARGS = {"eps": 1e-5, "fused": True}
+_DEFAULT_ADAM_KWARGS = {"eps": 1e-5}
 # A floating-point ratio becomes the nearest fraction with at most this denominator.
 _LARGEST_DENOMINATOR = 2**20
 

@@ -137,7 +137,7 @@ class RecurrentPPOEWMA(EwmaMixin, RecurrentPPO):
     """
 
     _own_states: ClassVar[tuple[str, ...]] = (*EwmaMixin._own_states, "lstm_state")
-    _evaluation: ClassVar[PolicyEvaluation] = RecurrentEvaluation()
+    policy_evaluation: ClassVar[PolicyEvaluation] = RecurrentEvaluation()
     _silent_states: ClassVar[frozenset[str]] = EwmaMixin._silent_states | {"lstm_state"}
 
     def _setup_model(self) -> None:
@@ -173,8 +173,8 @@ class MaskablePPOEWMA(EwmaMixin, MaskablePPO):
     defaults; those of :class:`~sb3_ppo_ewma.EwmaMixin` by keyword.
     """
 
-    _evaluation: ClassVar[PolicyEvaluation] = MaskableEvaluation()
-    _samples_classes: ClassVar[Mapping[type[RolloutBuffer], type[Any]]] = {
+    policy_evaluation: ClassVar[PolicyEvaluation] = MaskableEvaluation()
+    samples_classes: ClassVar[Mapping[type[RolloutBuffer], type[Any]]] = {
         MaskableRolloutBuffer: MaskableRolloutBufferSamples,
         MaskableDictRolloutBuffer: MaskableDictRolloutBufferSamples,
     }

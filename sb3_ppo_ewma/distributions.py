@@ -332,6 +332,8 @@ _CLOSED_FORMS: dict[type[Any], Any] = {
     BernoulliDistribution: lambda _: BernoulliForm(),
     DiagGaussianDistribution: lambda _: GaussianForm(),
 }
+# Distributions with a closed form
+CLOSED_FORM_DISTRIBUTIONS = (*_CLOSED_FORMS, SoftplusDiagGaussianDistribution)
 
 
 def closed_form(action_dist: Any) -> ClosedForm | None:
@@ -401,8 +403,15 @@ def with_parameters(like: Sequence[Distribution], parameters: Sequence[th.Tensor
 
 
 def _torch_class(distribution: Distribution) -> Any:
-    # Derived classes, such as sb3-contrib's masked ones, have constructors of their own.
-    return next(cls for cls in type(distribution).__mro__ if cls.__module__.startswith("torch.distributions."))
+    for cls in type(distribution).__mro__:
+        if cls.__module__.startswith("torch.distributions."):
+            return cls
+        if not cls.__module__.startswith("sb3_contrib."):  # whose masked distributions are torch's with masked logits
+            break
+    raise ValueError(
+        f"the distribution of the actions is a {type(distribution).__name__}, which cannot be rebuilt from its "
+        "parameters: use one of torch.distributions"
+    )
 
 
 def _parameter_names(distribution: Distribution) -> list[str]:

@@ -13,6 +13,22 @@ from sb3_ppo_ewma.ewma import ParameterEwma
 from sb3_ppo_ewma.rollouts import Rollout, observations_at
 
 
+class Minibatch(NamedTuple):
+    """
+    Samples as the loss takes them.
+
+    :param samples: samples from the rollout buffer
+    :param actions: their actions in the form the distribution expects
+    :param advantages: (batch,) normalised
+    :param mask: (batch,) bool, False for padding; ``None`` where nothing is padded
+    """
+
+    samples: Any
+    actions: th.Tensor
+    advantages: th.Tensor
+    mask: th.Tensor | None
+
+
 class Evaluation(NamedTuple):
     """
     A minibatch under the policies of the loss. Only π_θ has a gradient.

@@ -146,10 +146,15 @@ class ParameterEwma:
     def follows(self, module: nn.Module) -> bool:
         """
         :param module: the averaged module
-        :return: whether its parameters are the very objects that are averaged
+        :return: whether its parameters are the very objects that are averaged, of the same shape, dtype and device
         """
         present = [parameter for parameter in module.parameters() if parameter.is_floating_point()]
-        return len(present) == len(self.parameters) and all(map(operator.is_, present, self.parameters))
+        if len(present) != len(self.parameters) or not all(map(operator.is_, present, self.parameters)):
+            return False
+        return all(
+            (average.shape, average.dtype, average.device) == (parameter.shape, parameter.dtype, parameter.device)
+            for average, parameter in zip(self.averages, self.parameters, strict=True)
+        )
 
     def is_up_to_date(self) -> bool:
         """

@@ -97,8 +97,8 @@ def decoupled_policy_loss(
     With π_prox = π_behav it is PPO's. The KL penalty β·KL(π_prox ‖ π_θ) is a term of its own: :func:`sampled_kl` or
     :func:`analytic_kl`. The importance-ratio cap M replaces log π_behav by max(log π_behav, log π_θ − log M), without
     gradient, so that a capped sample keeps a bounded gradient. Everything stays in log space until the last exp(),
-    whose argument is limited to 40 in float32 and 300 in float64: loss and gradients are finite for any finite
-    log-probabilities.
+    whose argument is limited to 40 in float32 and 300 in float64: loss and gradients are finite for any
+    log-probabilities with finite differences.
 
     Source: Hilton et al. 2022, §2; the cap as in its released code.
 

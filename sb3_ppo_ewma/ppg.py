@@ -12,7 +12,7 @@ from stable_baselines3.common.type_aliases import MaybeCallback, Schedule
 from stable_baselines3.common.utils import FloatSchedule, update_learning_rate
 
 from sb3_ppo_ewma._arguments import check_integer, check_number, check_schedule, warn_caller
-from sb3_ppo_ewma._engine.iteration import AuxiliaryCoefficients
+from sb3_ppo_ewma._engine.iteration import AuxiliaryCoefficients, make_iteration
 from sb3_ppo_ewma.auxiliary_phase import AuxiliaryPhase, PhaseProgress
 from sb3_ppo_ewma.policies import PPGCnnPolicy, PPGImpalaPolicy, PPGMultiInputPolicy, PPGPolicy
 from sb3_ppo_ewma.ppo_ewma import EwmaMixin
@@ -174,7 +174,7 @@ class AuxiliaryPhaseMixin(EwmaMixin):
     def _train_auxiliary_phase(self, buffer: PhaseBuffer) -> None:
         learning_rate = self._scheduled("aux_learning_rate", self.aux_lr_schedule)
         update_learning_rate(self.aux_optimizer, learning_rate)
-        iteration = self._iteration(None)
+        iteration = make_iteration(self, None)
         phase = AuxiliaryPhase(
             self._engines.engine_for(self, iteration, [self.aux_optimizer], is_auxiliary=True),
             iteration,

@@ -1,11 +1,10 @@
 """PPO-EWMA: PPO whose proximal policy is a moving average, as a mixin for any PPO-like SB3 algorithm."""
 
 import math
-import multiprocessing
 from collections.abc import Mapping
 from contextlib import nullcontext
 from functools import partial
-from typing import Any, ClassVar, Literal, TypeVar, cast, get_args
+from typing import Any, ClassVar, Literal, TypeVar, cast
 
 import torch as th
 from stable_baselines3 import PPO
@@ -21,47 +20,32 @@ from stable_baselines3.common.utils import update_learning_rate
 
 from sb3_ppo_ewma._arguments import (
     CLIP_OFF,
+    EngineChoice,
+    KlEstimator,
+    StalenessMode,
     bind_arguments,
-    check_choice,
-    check_integer,
-    check_normalization,
-    check_number,
+    check_built_parameters,
+    check_ewma_parameters,
     check_sb3_arguments,
     checked_clip_range,
-    is_clip_off,
     merged_signature,
-    warn_caller,
 )
-from sb3_ppo_ewma._engine.iteration import Coefficients, Engine, Iteration, Minibatch, Objective
-from sb3_ppo_ewma._engine.recognition import replaced_method
+from sb3_ppo_ewma._engine.iteration import Engine, Iteration, Objective, make_iteration
 from sb3_ppo_ewma._engine.selection import EngineSelector
 from sb3_ppo_ewma._parallel.collector import Collector
 from sb3_ppo_ewma._parallel.data_parallel import DataParallel
-from sb3_ppo_ewma.advantages import AdvantageNormalizer, MomentsEwma
+from sb3_ppo_ewma.advantages import MomentsEwma
 from sb3_ppo_ewma.checkpointing.generators import preserved_generators
 from sb3_ppo_ewma.checkpointing.saving import SavedStateMixin
-from sb3_ppo_ewma.evaluation import Evaluation, PolicyEvaluation
+from sb3_ppo_ewma.evaluation import PolicyEvaluation
 from sb3_ppo_ewma.ewma import ParameterEwma, decay_from_center_of_mass, default_center_of_mass
+from sb3_ppo_ewma.following import follow_policy
 from sb3_ppo_ewma.networks import with_features_extractor
 from sb3_ppo_ewma.policies import ImpalaPolicy, copy_policy, uncompiled
-from sb3_ppo_ewma.rollouts import (
-    BufferMinibatches,
-    MinibatchSource,
-    Rollout,
-    StaleRollouts,
-    device_minibatches,
-    is_finite,
-)
-from sb3_ppo_ewma.training_log import BLAME, log_training
+from sb3_ppo_ewma.rollouts import Rollout, StaleRollouts, naming_non_finite
+from sb3_ppo_ewma.training_log import log_training
 
-KlEstimator = Literal["sample", "analytic"]
-StalenessMode = Literal["decoupled", "behavior", "proximal"]
-EngineChoice = Literal["auto", "reference"]
-CompileMode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 SelfPPOEWMA = TypeVar("SelfPPOEWMA", bound="PPOEWMA")
-
-# Smallest batch for evaluating a whole rollout without gradients
-EVALUATION_BATCH_SIZE = 256
 
 
 class EwmaMixin(SavedStateMixin):
@@ -94,15 +78,14 @@ class EwmaMixin(SavedStateMixin):
         mode, which then only decides what π_behav is
     :param engine: ``"auto"``: make gradient steps and the forward passes of collection in the fastest way that equals
         the definition up to rounding; ``"reference"``: by the definition, with ``prox_decay=None`` equal to SB3 to the
-        bit. :meth:`explain_engine` shows which way it is, and why
+        bit. :meth:`explain_engine` shows the choice and its reasons
     :param torch_compile: make each gradient step as one compiled graph, with the same results up to rounding; a string
         is a mode of ``torch.compile``. Compiling takes some seconds to a minute once. What cannot be compiled is
         trained without it, with a warning
-    :param async_rollouts: collect rollouts in a process of their own, with a policy that lacks at most so many of the
-        trainings before a rollout is trained on; it is forked when ``learn`` begins and takes the environments with
-        it. 0: nothing happens at the same time; ``None``: no such process. ``staleness_mode`` says what the policies
-        of such a rollout are
-    :param async_timeout: seconds without a step of the environments after which that process is given up
+    :param async_rollouts: collect rollouts in a second process, forked when ``learn`` begins. When a rollout is trained
+        on, its policy is at most this many updates behind; 0: the processes take turns; ``None``: collect in this
+        process. ``staleness_mode`` applies to these rollouts
+    :param async_timeout: training aborts if the environments make no step for this many seconds
     :param ppo_args: positional arguments of the algorithm this is mixed into. ``clip_range`` may also be ``None`` or a
         negative constant: no clip
     :param ppo_kwargs: keyword arguments of the algorithm this is mixed into
@@ -136,10 +119,14 @@ class EwmaMixin(SavedStateMixin):
     # Optimisers beside the policy's own, of the same parameters, with the schedules of their learning rates
     _further_optimizers: ClassVar[Mapping[str, str]] = {"value_optimizer": "lr_schedule"}
 
+    # A further term of the loss where the policy is trained: subclasses define a method of this name, from
+    # (evaluation: Evaluation, minibatch: Minibatch) to a tensor of shape () with gradient.
+    extra_loss: Any = None
+
     # How the family evaluates its policies
-    _evaluation: ClassVar[PolicyEvaluation] = PolicyEvaluation()
+    policy_evaluation: ClassVar[PolicyEvaluation] = PolicyEvaluation()
     # Rollout buffers whose minibatches are gathered on the device, with the minibatches' class
-    _samples_classes: ClassVar[Mapping[type[RolloutBuffer], type[Any]]] = {
+    samples_classes: ClassVar[Mapping[type[RolloutBuffer], type[Any]]] = {
         RolloutBuffer: RolloutBufferSamples,
         DictRolloutBuffer: DictRolloutBufferSamples,
     }
@@ -209,37 +196,7 @@ class EwmaMixin(SavedStateMixin):
     # ------------------------------------------------------------------ construction
 
     def _check_own_parameters(self) -> None:
-        if isinstance(self.prox_decay, str):
-            check_choice("prox_decay", self.prox_decay, ("auto",), "a number in [0, 1) or None")
-        elif self.prox_decay is not None:
-            check_number("prox_decay", self.prox_decay, 0, 1)
-        check_number("kl_coef", self.kl_coef, 0)
-        check_choice("kl_estimator", self.kl_estimator, get_args(KlEstimator))
-        check_choice("staleness_mode", self.staleness_mode, get_args(StalenessMode))
-        if self.max_importance_ratio is not None:
-            check_number("max_importance_ratio", self.max_importance_ratio, 1)
-        if self.advantage_decay is not None:
-            check_number("advantage_decay", self.advantage_decay, 0, 1)
-        if self.n_epochs_value is not None:
-            check_integer("n_epochs_value", self.n_epochs_value, minimum=1)
-        check_integer("staleness", self.staleness, minimum=0)
-        if self.async_rollouts is not None:
-            check_integer("async_rollouts", self.async_rollouts, minimum=0)
-            if "fork" not in multiprocessing.get_all_start_methods():
-                raise ValueError(f"async_rollouts={self.async_rollouts} needs fork(), which this system does not have")
-        check_number("async_timeout", self.async_timeout, 0)
-        check_choice("engine", self.engine, get_args(EngineChoice))
-        if not isinstance(self.torch_compile, bool):
-            check_choice("torch_compile", self.torch_compile, get_args(CompileMode), "True or False")
-        if not isinstance(self.recompute_advantages, bool):
-            raise TypeError(f"recompute_advantages must be True or False, got {self.recompute_advantages!r}")
-        unavailable = self._is_stale and self.staleness_mode == "behavior" and self.prox_decay is None
-        if self.kl_coef > 0 and self.kl_estimator == "analytic" and unavailable:
-            raise ValueError(
-                "kl_estimator='analytic' needs the distributions of the proximal policy, but with prox_decay=None and "
-                "staleness_mode='behavior' that is a past policy of which only log-probabilities are kept: "
-                "use kl_estimator='sample'"
-            )
+        check_ewma_parameters(self)
 
     def _fits_built_model(self) -> dict[str, bool]:
         """
@@ -252,20 +209,6 @@ class EwmaMixin(SavedStateMixin):
             "n_epochs_value": self._has_value_epochs() == (self.value_optimizer is not None),
             "staleness": self.staleness == queue_length,
         }
-
-    def _check_built_parameters(self) -> None:
-        """
-        Refuse parameters that were set by hand and that the model was not built for.
-        """
-        for name, fits in self._fits_built_model().items():
-            if not fits:
-                raise ValueError(
-                    f"{name} was set to {getattr(self, name)!r} by hand, but the model was built for another value: "
-                    f"save it and give {name} to load()"
-                )
-        if self.advantage_moments is not None:
-            check_normalization(cast(float, self.advantage_decay), self.normalize_advantage)
-            self.advantage_moments.decay = cast(float, self.advantage_decay)
 
     def _setup_model(self) -> None:
         if self.clip_range is None:  # load(..., clip_range=None) bypasses the constructor
@@ -307,7 +250,7 @@ class EwmaMixin(SavedStateMixin):
         if self.policy_ewma is None:
             return None
         with preserved_generators(self.device):
-            self._follow_policy()
+            follow_policy(self)
             policy: ActorCriticPolicy = copy_policy(self.policy, self.policy_ewma, self.policy_kwargs)
             if self.use_sde:
                 policy.reset_noise()  # follows the averaged standard deviation
@@ -330,24 +273,14 @@ class EwmaMixin(SavedStateMixin):
         """
         :return: name of the engine of the last training, before the first one of the next
         """
-        choice = self._engines.choice or self._engines.choose(self, self._iteration(None), self._optimizers())
+        choice = self._engines.choice or self._engines.choose(self, make_iteration(self, None), self._optimizers())
         return cast(str, choice.engine.name)
 
     def explain_engine(self) -> str:
         """
         :return: which engine trains this model as it is now, why none of the faster ones does, and what they need
         """
-        return self._engines.choose(self, self._iteration(None), self._optimizers()).explanation()
-
-    def extra_loss(self, evaluation: Evaluation, minibatch: Minibatch) -> th.Tensor:
-        """
-        A further term of the loss, for subclasses to override: it is added where the policy is trained.
-
-        :param evaluation: the minibatch under π_θ, π_prox and π_behav
-        :param minibatch: samples, actions, normalised advantages and padding mask
-        :return: shape (), with gradient
-        """
-        raise NotImplementedError("extra_loss is called where a subclass defines it")
+        return self._engines.choose(self, make_iteration(self, None), self._optimizers()).explanation()
 
     # ------------------------------------------------------------------ collection
 
@@ -362,31 +295,17 @@ class EwmaMixin(SavedStateMixin):
         """
         collector = self._collector
         collect = super().collect_rollouts if collector is None else partial(collector.collect_rollouts, self)
-        try:
-            with self._engines.collecting(self):
-                continues = collect(*args, **kwargs)
-        except Exception as error:
-            if self._last_obs is not None and not is_finite(self._last_obs):
-                raise ValueError("NaN or Inf in the observations that the environment returned") from error
-            self._check_parameters(error)
-            raise
+        with naming_non_finite(self), self._engines.collecting(self):
+            continues = collect(*args, **kwargs)
         return continues if self._data_parallel is None else self._data_parallel.pool_rollouts(continues)
-
-    def _check_parameters(self, error: Exception) -> None:
-        for name, parameter in self.policy.named_parameters():
-            if not bool(th.isfinite(parameter).all()):
-                raise ValueError(f"NaN or Inf in the policy's parameter {name!r}") from error
 
     def _next_rollout(self) -> Rollout | None:
         """
         :return: the rollout to train on, ``None`` while a queue of stale rollouts fills
         """
-        rollout = self._evaluation.collected_rollout(self)
-        try:
+        rollout = self.policy_evaluation.collected_rollout(self)
+        with naming_non_finite(self):
             rollout.check_finite()
-        except ValueError as error:
-            self._check_parameters(error)
-            raise
         return rollout if self.stale_rollouts is None else self.stale_rollouts.exchange(rollout)
 
     # ------------------------------------------------------------------ training
@@ -399,24 +318,24 @@ class EwmaMixin(SavedStateMixin):
             return
         self.policy.set_training_mode(True)
         self._update_learning_rate(self._optimizers())
-        self._follow_policy()
-        iteration = self._iteration(rollout)
+        follow_policy(self)
+        iteration = make_iteration(self, rollout)
         advantage_std = iteration.normalizer.include(rollout.buffer.advantages)
         engine = self._engines.engine_for(self, iteration, self._optimizers())
         try:
             for index, objective in enumerate(self._objectives()):
                 if index > 0 and self.recompute_advantages:
                     engine.synchronize()
-                    self._recompute_advantages(rollout, iteration)
+                    iteration.recompute_advantages(rollout)
                 finished = self._train_epoch(engine, iteration, objective)
                 self._n_updates += objective.policy
                 if not finished:
                     break
         finally:
             engine.synchronize()
-            self._remember_policy()
+            if self.policy_ewma is not None:
+                self.policy_ewma.remember()
         self._engines.report(self, iteration)
-        iteration.statistics.check_finite(BLAME, self._when(rollout))
         log_training(self, iteration, rollout, advantage_std)
         self._end_iteration(rollout)
         if self._data_parallel is not None:
@@ -445,90 +364,6 @@ class EwmaMixin(SavedStateMixin):
     def _optimizers(self) -> list[th.optim.Optimizer]:
         return [self.policy.optimizer, *([] if self.value_optimizer is None else [self.value_optimizer])]
 
-    def _iteration(self, rollout: Rollout | None) -> Iteration:
-        """
-        :param rollout: the rollout to train on, ``None`` where nothing is trained
-        :return: what the training works with
-        """
-        is_analytic = self.kl_coef > 0 and self.kl_estimator == "analytic"
-        is_recent_behav = self._is_stale and self.staleness_mode == "proximal"
-        is_recent_prox = is_analytic or (self._is_stale and self.staleness_mode != "behavior")
-        is_recent_prox = is_recent_prox and self.policy_ewma is None
-        # Policy at the start of the iteration
-        recent = ParameterEwma(uncompiled(self.policy)) if is_recent_prox or is_recent_behav else None
-        process_group = None if self._data_parallel is None else self._data_parallel.group
-        return Iteration(
-            policy=self.policy,
-            evaluation=self._evaluation,
-            action_space=self.action_space,
-            source=None if rollout is None else self._minibatch_source(rollout),
-            batch_size=self.batch_size,
-            coefficients=self._current_coefficients(),
-            normalizer=AdvantageNormalizer(self.normalize_advantage, self.advantage_moments, process_group),
-            optimizer=self.policy.optimizer,
-            max_grad_norm=self.max_grad_norm,
-            value_optimizer=self.value_optimizer,
-            average=self.policy_ewma,
-            prox_decay=self.current_prox_decay,
-            prox=self.policy_ewma if self.policy_ewma is not None else recent if is_recent_prox else None,
-            behav=recent if is_recent_behav else None,
-            analytic_kl=is_analytic,
-            max_kl=None if self.target_kl is None else 1.5 * self.target_kl,
-            extra_loss=None if type(self).extra_loss is EwmaMixin.extra_loss else self.extra_loss,
-            process_group=process_group,
-        )
-
-    def _minibatch_source(self, rollout: Rollout) -> MinibatchSource:
-        buffer = rollout.buffer
-        samples_class = self._samples_classes.get(type(buffer))
-        if self.engine == "reference" or samples_class is None or replaced_method(buffer) is not None:
-            return BufferMinibatches(buffer)
-        return device_minibatches(buffer, samples_class)
-
-    def _follow_policy(self) -> None:
-        """
-        EWMA and further optimisers follow the policy: where its parameters were replaced by other objects, or the
-        policy's optimiser by one of other parameters, they start afresh; so does the EWMA where somebody else has
-        changed values since the last training.
-        """
-        restarted = []
-        average, policy = self.policy_ewma, uncompiled(self.policy)
-        if average is not None and not (average.follows(policy) and average.is_up_to_date()):
-            if average.total_weight > 1:
-                restarted.append("policy_ewma")
-            average.follow(policy)
-        optimized = [id(each) for group in self.policy.optimizer.param_groups for each in group["params"]]
-        for name, schedule in self._further_optimizers.items():
-            optimizer: th.optim.Optimizer | None = getattr(self, name)
-            if optimizer is None or [id(p) for group in optimizer.param_groups for p in group["params"]] == optimized:
-                continue
-            setattr(self, name, self._make_optimizer(getattr(self, schedule)))
-            if optimizer.state:
-                restarted.append(name)
-        if restarted and not self._has_warned_of_restart:
-            self._has_warned_of_restart = True
-            warn_caller(
-                f"The policy's parameters were changed outside of training: {', '.join(restarted)} started afresh."
-            )
-
-    def _remember_policy(self) -> None:
-        """Note that the policy's values are those that training left behind."""
-        if self.policy_ewma is not None:
-            self.policy_ewma.remember()
-
-    @th.no_grad()
-    def _recompute_advantages(self, rollout: Rollout, iteration: Iteration) -> None:
-        self.policy.set_training_mode(False)
-        buffer, predict = rollout.buffer, self._evaluation.predict_values
-        size = buffer.buffer_size * buffer.n_envs
-        step = max(EVALUATION_BATCH_SIZE, self.batch_size or size)
-        values = [predict(self.policy, buffer, slice(i, i + step)).flatten() for i in range(0, size, step)]
-        last_values = self._evaluation.predict_last_values(self.policy, rollout)
-        rollout.replace_values(th.cat(values).cpu().numpy(), last_values)
-        self.policy.set_training_mode(True)
-        iteration.normalizer.include(buffer.advantages)
-        cast(MinibatchSource, iteration.source).update_targets()
-
     def _end_iteration(self, rollout: Rollout) -> None:
         """
         Called at the end of every training, for algorithms that do more.
@@ -537,17 +372,6 @@ class EwmaMixin(SavedStateMixin):
         """
 
     # ------------------------------------------------------------------ schedules
-
-    def _current_coefficients(self) -> Coefficients:
-        # Schedules may end slightly below 0 when the last rollout overshoots; only constants switch the clip off.
-        return Coefficients(
-            None if is_clip_off(self.clip_range) else self._scheduled("clip_range", self.clip_range),
-            None if self.clip_range_vf is None else self._scheduled("clip_range_vf", self.clip_range_vf),
-            self.ent_coef,
-            self.vf_coef,
-            self.kl_coef,
-            self.max_importance_ratio,
-        )
 
     def _scheduled(self, name: str, schedule: Schedule) -> float:
         value = schedule(self._current_progress_remaining)
@@ -561,29 +385,20 @@ class EwmaMixin(SavedStateMixin):
         for optimizer in optimizers if isinstance(optimizers, list) else [optimizers]:
             update_learning_rate(optimizer, learning_rate)
 
-    def _when(self, rollout: Rollout) -> str:
-        found = "" if is_finite(rollout.buffer.observations) else ", from observations with NaN or Inf,"
-        return f"{found} after {self._n_updates} epochs and {self.num_timesteps} steps".strip(", ")
-
     # ------------------------------------------------------------------ learning, saving, loading
 
     def _setup_learn(self, *args: Any, **kwargs: Any) -> Any:
         # load() and attributes set by hand bypass the constructor.
         self._check_own_parameters()
-        self._check_built_parameters()
+        check_built_parameters(self)
         self._data_parallel = DataParallel.start(self)
         self._collector = Collector.prepare(self)
         setup_learn = super()._setup_learn
         if self._data_parallel is not None:
             setup_learn = partial(self._data_parallel.setup_learn, setup_learn)
         result = setup_learn(*args, **kwargs)
-        queue = self.stale_rollouts
-        if queue is not None and len(queue) < min(self.staleness, self._n_rollouts):
-            warn_caller(
-                f"The queue of stale rollouts is not full: the next {queue.missing} rollouts are "
-                "collected without training. To continue where training stopped, write it with save_replay_buffer() "
-                "beside the model and read it with load_replay_buffer()."
-            )
+        if self.stale_rollouts is not None:
+            self.stale_rollouts.warn_if_missing(self._n_rollouts)
         return result
 
     def dump_logs(self, iteration: int = 0) -> None:

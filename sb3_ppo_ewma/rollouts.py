@@ -3,6 +3,7 @@ Rollouts on their way from collection to training: checks, recomputed advantages
 what is kept of them for the auxiliary phase.
 """
 
+import contextlib
 import copy
 from collections import deque
 from collections.abc import Iterator
@@ -101,6 +102,25 @@ class Rollout:
         scratch.compute_returns_and_advantage(last_values, self.last_dones)
         buffer.advantages = buffer.swap_and_flatten(scratch.advantages)
         buffer.returns = buffer.swap_and_flatten(scratch.returns)
+
+
+@contextlib.contextmanager
+def naming_non_finite(model: Any) -> Iterator[None]:
+    """
+    Errors within this context that a NaN or Inf in observations or parameters may have caused name it.
+
+    :param model: the algorithm
+    :raises ValueError: from such an error
+    """
+    try:
+        yield
+    except Exception as error:
+        if model._last_obs is not None and not is_finite(model._last_obs):
+            raise ValueError("NaN or Inf in the observations that the environment returned") from error
+        for name, parameter in model.policy.named_parameters():
+            if not bool(th.isfinite(parameter).all()):
+                raise ValueError(f"NaN or Inf in the policy's parameter {name!r}") from error
+        raise
 
 
 def is_finite(array: Any) -> bool:
@@ -313,6 +333,19 @@ class StaleRollouts:
         :return: rollouts still to be collected before training begins
         """
         return self.staleness - len(self.waiting)
+
+    def warn_if_missing(self, n_rollouts: int) -> None:
+        """
+        Warn where rollouts that were waiting when a model was saved are not there.
+
+        :param n_rollouts: number of rollouts that were handed to training so far
+        """
+        if len(self) < min(self.staleness, n_rollouts):
+            warn_caller(
+                f"The queue of stale rollouts is not full: the next {self.missing} rollouts are "
+                "collected without training. To continue where training stopped, write it with save_replay_buffer() "
+                "beside the model and read it with load_replay_buffer()."
+            )
 
     def __len__(self) -> int:
         """

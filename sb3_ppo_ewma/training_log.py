@@ -43,10 +43,10 @@ from stable_baselines3.common.utils import explained_variance
 from sb3_ppo_ewma.distributions import standard_deviation
 from sb3_ppo_ewma.ewma import center_of_mass_from_decay
 from sb3_ppo_ewma.losses import AuxiliaryLossStats
+from sb3_ppo_ewma.rollouts import Rollout, is_finite
 
 if TYPE_CHECKING:
     from sb3_ppo_ewma._engine.iteration import Iteration
-    from sb3_ppo_ewma.rollouts import Rollout
 
 # Whether the gradient step of a minibatch could be made: a number that is finite where it could
 STEP = "step"
@@ -122,7 +122,7 @@ class TrainingStatistics:
             )
 
 
-def log_training(model: Any, iteration: "Iteration", rollout: "Rollout", advantage_std: float) -> None:
+def log_training(model: Any, iteration: "Iteration", rollout: Rollout, advantage_std: float) -> None:
     """
     Log one training.
 
@@ -130,8 +130,11 @@ def log_training(model: Any, iteration: "Iteration", rollout: "Rollout", advanta
     :param iteration: what the training worked with
     :param rollout: the rollout that was trained on
     :param advantage_std: from ``AdvantageNormalizer.include``
+    :raises ValueError: if a gradient step of it could not be made
     """
     record, statistics, coefficients = model.logger.record, iteration.statistics, iteration.coefficients
+    found = "" if is_finite(rollout.buffer.observations) else "from observations with NaN or Inf, "
+    statistics.check_finite(BLAME, f"{found}after {model._n_updates} epochs and {model.num_timesteps} steps")
     for name in ("entropy_loss", "policy_gradient_loss", "value_loss", "approx_kl_prox", "importance_ess"):
         record(f"train/{name}", np.mean(statistics.values(name)))
     # SB3 logs the mean of the last epoch

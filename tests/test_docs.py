@@ -19,6 +19,7 @@ from stable_baselines3.common.logger import KVWriter, Logger
 
 import sb3_ppo_ewma
 from sb3_ppo_ewma import PPG, PPGEWMA, PPOEWMA, PPGPolicy
+from sb3_ppo_ewma._engine.selection import ENGINES
 from sb3_ppo_ewma.networks import FEATURES_EXTRACTORS
 from sb3_ppo_ewma.zoo.algorithms import ALGORITHMS
 from sb3_ppo_ewma.zoo.command_line import SCRIPTS
@@ -66,7 +67,11 @@ def code_blocks(page: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), flags=re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if code_blocks(page, "python")], ids=page_id)
+# Blocks of extending.md build on each other: tests/test_extending.py runs them
+WITH_EXAMPLES = [page for page in PAGES if code_blocks(page, "python") and page.name != "extending.md"]
+
+
+@pytest.mark.parametrize("page", WITH_EXAMPLES, ids=page_id)
 def test_python_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for code in code_blocks(page, "python"):
@@ -265,6 +270,17 @@ def test_modules_are_listed() -> None:
     assert listed == {name for name in public if not name.startswith("zoo.")} | {"zoo"}
 
 
+def test_architecture_names_modules() -> None:
+    source, picture = ((ROOT / "docs" / "images" / f"architecture.{kind}").read_text() for kind in ("dot", "svg"))
+    in_source, in_picture = (
+        set(re.findall(r"[\w/]+\.py", text.replace("\\n", "\n").replace("\\l", "\n"))) for text in (source, picture)
+    )
+    assert in_source == in_picture, "make the picture anew"
+    in_text = set(re.findall(r"`([\w/]+\.py)`", (ROOT / "docs" / "architecture.md").read_text()))
+    assert {"losses.py", "_engine/reference.py"} <= in_source & in_text
+    assert [name for name in in_source | in_text if not (PACKAGE / name).exists()] == []
+
+
 def test_make_targets_exist() -> None:
     targets = set(re.findall(r"^([a-z-]+):.*##", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
     named = set(re.findall(r"\bmake ([a-z]+(?:-[a-z]+)*)", "".join(code_blocks(ROOT / "README.md", "bash"))))
@@ -281,13 +297,18 @@ def test_docstring_examples(name: str) -> None:
     assert doctest.testmod(importlib.import_module(name)).failed == 0
 
 
-def test_the_explanation_of_rescaling_is_what_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
-    page = (ROOT / "docs" / "batch_scaling.md").read_text()
-    code, printed = (re.search(rf"```{kind}\n(.*?)```", page, flags=re.DOTALL) for kind in ("python", "text"))
-    assert code is not None
-    assert printed is not None
-    exec(code[1], {})
-    assert capsys.readouterr().out == printed[1]
+@pytest.mark.parametrize("page", ["batch_scaling.md", "speed.md"])
+def test_explanations_are_what_is_printed(page: str, capsys: pytest.CaptureFixture[str]) -> None:
+    text = (ROOT / "docs" / page).read_text()
+    example = re.search(r"```python\n((?:(?!```).)*)```(?:(?!```).)*```text\n(.*?)```", text, flags=re.DOTALL)
+    assert example is not None
+    exec(example[1], {})
+    assert capsys.readouterr().out == example[2]
+
+
+def test_engines_are_listed() -> None:
+    rows = table((ROOT / "docs" / "speed.md").read_text(), "engine")
+    assert {ast.literal_eval(name) for name, *_ in rows} == {engine.name for engine, _ in ENGINES}
 
 
 # Pages may write any dash as a minus sign, reports write a hyphen. A dash after a digit is a range.

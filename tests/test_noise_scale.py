@@ -15,9 +15,8 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
 
 from sb3_ppo_ewma import PPOEWMA, NoiseScaleCallback, RecurrentPPOEWMA
-from sb3_ppo_ewma._engine.iteration import Minibatch
 from sb3_ppo_ewma.callbacks.noise_scale import NoiseEstimate, estimate_noise
-from sb3_ppo_ewma.evaluation import Evaluation
+from sb3_ppo_ewma.evaluation import Evaluation, Minibatch
 from tests.resume import ENVIRONMENTS, N_STEPS, NORMALIZED, QUICK, RUNS, DictWalkEnv, WalkEnv, phases
 from tests.test_resume import differences
 

@@ -6,9 +6,18 @@ import pytest
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
+from stable_baselines3.common.type_aliases import DictRolloutBufferSamples, RolloutBufferSamples
 
 from sb3_ppo_ewma.checkpointing.rollout_files import Step, read_rollouts, write_rollouts
-from sb3_ppo_ewma.rollouts import PhaseBuffer, Rollout, StaleRollouts, is_finite
+from sb3_ppo_ewma.rollouts import (
+    BufferMinibatches,
+    DeviceMinibatches,
+    PhaseBuffer,
+    Rollout,
+    StaleRollouts,
+    device_minibatches,
+    is_finite,
+)
 
 OBSERVATIONS = spaces.Box(-1, 1, (2,))
 
@@ -227,16 +236,144 @@ def test_recomputed_advantages():
     assert buffer.values.ravel().tolist() == [0.0, 0.0]  # value clipping still refers to those of the collection
 
 
-@pytest.mark.parametrize("name", ["observations", "rewards", "values", "log_probs", "advantages"])
+QUANTITIES = {"rewards": "environment", "values": "network", "log_probs": "network", "advantages": "overflow"}
+
+
+@pytest.mark.parametrize("name", QUANTITIES)
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_nan_and_inf_are_named(name, bad):
     rollout = make_rollout()
     rollout.check_finite()
     getattr(rollout.buffer, name).flat[3] = bad
-    with pytest.raises(ValueError, match=f"NaN or Inf in {name.replace('log_probs', 'log-probabilities')}"):
+    words = name.replace("log_probs", "log-probabilities")
+    with pytest.raises(ValueError, match=f"NaN or Inf in {words} of the rollout, from .*{QUANTITIES[name]}"):
+        rollout.check_finite()
+
+
+def test_nan_in_observations_is_named_only_where_it_reaches_the_losses():
+    rollout = make_rollout()
+    rollout.buffer.observations.flat[3] = np.nan
+    rollout.last_obs[0, 0] = np.inf
+    rollout.check_finite()
+    rollout.buffer.values.flat[3] = np.nan
+    with pytest.raises(ValueError, match="NaN or Inf in observations of the rollout, from the environment"):
+        rollout.check_finite()
+    rollout.buffer.observations[:] = 0.0
+    with pytest.raises(ValueError, match="NaN or Inf in the last observation of the rollout, from the environment"):
         rollout.check_finite()
 
 
 def test_finite_checks_look_into_dictionaries_and_skip_integers():
     assert is_finite({"image": np.zeros(3, dtype=np.uint8), "vector": np.zeros(2)})
     assert not is_finite({"image": np.zeros(3, dtype=np.uint8), "vector": np.array([0.0, np.nan])})
+    assert not is_finite(np.array([1.0, -np.inf], dtype=np.float16))
+
+
+# === Minibatches ===
+
+ACTIONS = {
+    "discrete": spaces.Discrete(3),
+    "multidiscrete": spaces.MultiDiscrete([3, 2]),
+    "multibinary": spaces.MultiBinary(2),
+    "box": spaces.Box(-1, 1, (2,), np.float64),
+}
+DICTIONARY = spaces.Dict({"image": spaces.Box(0, 255, (3, 4, 4), np.uint8), "vector": OBSERVATIONS})
+
+
+def random_buffer(actions: str = "discrete", is_dict: bool = False) -> RolloutBuffer:
+    """:return: filled with random numbers, 12 samples"""
+    cls, space = (DictRolloutBuffer, DICTIONARY) if is_dict else (RolloutBuffer, OBSERVATIONS)
+    buffer = cls(4, space, ACTIONS[actions], "cpu", n_envs=3)
+    space.seed(0)
+    ACTIONS[actions].seed(0)
+    np.random.seed(0)
+    for _ in range(4):
+        obs = [space.sample() for _ in range(3)]
+        stacked = {key: np.stack([each[key] for each in obs]) for key in space} if is_dict else np.stack(obs)
+        action = np.stack([ACTIONS[actions].sample() for _ in range(3)])
+        numbers = th.as_tensor(np.random.randn(2, 3))
+        buffer.add(stacked, action, np.random.randn(3), np.random.rand(3) < 0.3, *numbers)
+    buffer.compute_returns_and_advantage(th.ones(3), np.zeros(3, dtype=bool))
+    return buffer
+
+
+def assert_same_samples(first, second):
+    for one, other in zip(first, second, strict=True):
+        pairs = [(one[key], other[key]) for key in one] if isinstance(one, dict) else [(one, other)]
+        for a, b in pairs:
+            assert th.equal(a, b)
+
+
+@pytest.mark.parametrize("is_dict", [False, True])
+@pytest.mark.parametrize("actions", ACTIONS)
+@pytest.mark.parametrize("batch_size", [4, 5, 50, None])
+def test_minibatches_on_the_device_are_those_of_the_buffer(actions, is_dict, batch_size):
+    samples_class = DictRolloutBufferSamples if is_dict else RolloutBufferSamples
+    own = DeviceMinibatches(random_buffer(actions, is_dict), samples_class)
+    buffer = random_buffer(actions, is_dict)
+    for _ in range(2):  # epochs
+        state = np.random.get_state()
+        expected = list(buffer.get(batch_size))
+        after = np.random.get_state()[1]
+        np.random.set_state(state)
+        minibatches = list(own.minibatches(batch_size))
+        assert np.array_equal(np.random.get_state()[1], after)
+        assert [len(each.returns) for each in minibatches] == [len(each.returns) for each in expected]
+        for minibatch, other in zip(minibatches, expected, strict=True):
+            assert type(minibatch) is samples_class
+            dtype = th.int64 if actions == "discrete" else th.float32
+            assert minibatch.actions.dtype == dtype
+            flat = other.actions.long().flatten() if actions == "discrete" else other.actions
+            assert_same_samples(minibatch, other._replace(actions=flat))
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "expected"), [(4, [(12, 3)]), (5, [(10, 2), (2, 1)]), (50, [(12, 1)]), (None, [(12, 1)])]
+)
+def test_blocks_have_the_samples_of_several_minibatches(batch_size, expected):
+    own = DeviceMinibatches(random_buffer(), RolloutBufferSamples)
+    np.random.seed(1)
+    minibatches = list(own.minibatches(batch_size))
+    np.random.seed(1)
+    blocks = list(own.blocks(batch_size, features_dim=2))
+    assert [(len(samples.returns), n) for samples, n in blocks] == expected
+    joined = [th.cat([getattr(each, name) for each in minibatches]) for name in RolloutBufferSamples._fields]
+    assert_same_samples([th.cat([samples[i] for samples, _ in blocks]) for i in range(6)], joined)
+
+
+def test_blocks_have_at_least_one_minibatch():
+    own = DeviceMinibatches(random_buffer(), RolloutBufferSamples)
+    blocks = own.blocks(4, features_dim=2**30)
+    assert [(len(samples.returns), n) for samples, n in blocks] == [(4, 1)] * 3
+
+
+def test_minibatches_of_the_buffer_itself():
+    own = BufferMinibatches(random_buffer())
+    assert [len(samples.returns) for samples in own.minibatches(5)] == [5, 5, 2]
+    assert [(len(samples.returns), n) for samples, n in own.blocks(5, 2)] == [(5, 1), (5, 1), (2, 1)]
+
+
+@pytest.mark.parametrize("is_on_device", [False, True])
+def test_changed_targets_reach_the_minibatches(is_on_device):
+    buffer = random_buffer()
+    own = DeviceMinibatches(buffer, RolloutBufferSamples) if is_on_device else BufferMinibatches(buffer)
+    (before,) = own.minibatches(None)
+    buffer.advantages = np.arange(12, dtype=np.float32)
+    buffer.returns = buffer.advantages + 100
+    own.update_targets()
+    (after,) = own.minibatches(None)
+    assert sorted(after.advantages.tolist()) == list(range(12))
+    assert th.equal(after.returns, after.advantages + 100)
+    assert sorted(after.old_values.tolist()) == sorted(before.old_values.tolist())
+
+
+def test_rollouts_that_do_not_fit_on_the_device_come_from_the_buffer(monkeypatch):
+    def no_memory(*args, **kwargs):
+        raise th.OutOfMemoryError
+
+    buffer = random_buffer()
+    assert isinstance(device_minibatches(buffer, RolloutBufferSamples), DeviceMinibatches)
+    monkeypatch.setattr("sb3_ppo_ewma.rollouts.DeviceMinibatches", no_memory)
+    with pytest.warns(UserWarning, match="A rollout of n_steps=4 and n_envs=3 does not fit into the memory of cpu"):
+        source = device_minibatches(buffer, RolloutBufferSamples)
+    assert isinstance(source, BufferMinibatches)

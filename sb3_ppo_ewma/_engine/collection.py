@@ -16,7 +16,7 @@ from sb3_ppo_ewma._engine.standard import StandardPolicy
 def unknown_collection(policy: Any) -> str | None:
     """
     :param policy: any policy
-    :return: what is against a faster forward pass
+    :return: why its forward pass cannot be replaced by a faster one, ``None`` if it can
     """
     return unknown_policy(policy) or unknown_distribution(policy) or hooks([policy])
 
@@ -27,7 +27,7 @@ def fast_forward(policy: Any) -> Iterator[None]:
     Within this context, calling the policy is faster. Torch has a place for what is called instead of ``forward``
     (``Module.compile()`` uses it), which copies and pickles of the module leave out.
 
-    :param policy: a policy that :func:`unknown_collection` has nothing against
+    :param policy: a policy that :func:`unknown_collection` accepts
     """
     policy._compiled_call_impl = stand_in = FastForward(policy)
     try:
@@ -42,7 +42,7 @@ class FastForward:
     Stands in for the ``forward`` of a policy while it collects. At every call it looks at what it relies on: whatever a
     callback replaces or changes acts at the next step, as with SB3.
 
-    :param policy: a policy that :func:`unknown_collection` has nothing against
+    :param policy: a policy that :func:`unknown_collection` accepts
     """
 
     stands_in_for_forward = True
@@ -51,7 +51,7 @@ class FastForward:
         self._policy = policy
         self._standard = StandardPolicy(policy)
         self._forward = type(policy).forward
-        self._distribution = policy.action_dist
+        self._distribution = policy.action_dist, type(policy.action_dist)
         self._watched = _Watched([policy, policy.mlp_extractor])
         self._dense = None if unknown_networks(policy) else _DenseForward(policy)
 
@@ -78,7 +78,7 @@ class FastForward:
         policy, distribution = self._policy, self._policy.action_dist
         return (
             type(policy).forward is self._forward
-            and distribution is self._distribution
+            and (distribution, type(distribution)) == self._distribution
             and methods(type(distribution)).isdisjoint(vars(distribution))
             and self._standard.is_current()
         )
@@ -117,7 +117,7 @@ class _DenseForward:
     """
     The dense layers of a policy, whose parameters are looked up at every call.
 
-    :param policy: a policy that :func:`unknown_networks` has nothing against
+    :param policy: a policy that :func:`unknown_networks` accepts
     """
 
     def __init__(self, policy: Any) -> None:

@@ -33,7 +33,7 @@ _PREPARED = 64
 # The one objective of dense engines
 _JOINT = Objective(policy=True, value=True)
 
-# From the arguments of a minibatch to the loss, or a number that is as finite; statistics; derivatives
+# From the arguments of a minibatch to the loss, or a number that is finite if the loss is; statistics; derivatives
 GradientFunction = Callable[..., tuple[th.Tensor, dict[str, th.Tensor], Sequence[th.Tensor | None]]]
 
 
@@ -484,7 +484,7 @@ def as_tensors(coefficients: Coefficients, policy: nn.Module) -> Coefficients:
     """
     :param coefficients: hyper-parameters of the loss
     :param policy: the policy
-    :return: the same with tensors in place of the numbers, but for what is off
+    :return: tensors in place of the numbers; terms that are off stay numbers
     """
     like = next(policy.parameters())
     tensors = [

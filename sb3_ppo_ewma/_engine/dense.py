@@ -154,10 +154,10 @@ class DenseEngine(StandardEngine):
     def step(self, minibatch: Any, objective: Objective) -> bool:
         iteration = self.iteration
         gradient, finite, values = self.gradient(minibatch, iteration.coefficients)
+        self.trained.grad = gradient
         self.wait_with(values)
         if self.exceeds_max_kl(values):
             return False
-        self.trained.grad = gradient
         values[STEP] = checked = self.clip_and_step([gradient], finite, self.dense_optimizer)
         if not self.was_made(checked):
             return False
@@ -201,7 +201,7 @@ class DenseEngine(StandardEngine):
             values["log_std"] = log_std.clone()
         if self.iteration.max_kl is not None:
             values["approx_kl"] = losses.approximate_kl(values["log_ratio_old"])
-        # Not the loss, but as finite, and quickly computed
+        # Cheaper than the loss, and finite if and only if the loss is
         return gradient, errors.dot(errors) - values["objective"].sum(), values
 
     def _networks_with(self, tensor: th.Tensor) -> tuple[DenseNetwork, DenseNetwork, th.Tensor | None]:
@@ -305,6 +305,7 @@ class DenseEngine(StandardEngine):
         if self.average is not None:
             th._foreach_copy_(self._averages, self._views(self.average))
         # As an ordinary training leaves them behind; a compiled one has none
+        self.iteration.optimizer.zero_grad()
         gradients = [None] * len(self._sizes) if self.trained.grad is None else self._gradient_views
         for parameter, gradient in zip(self._own_parameters, gradients, strict=True):
             parameter.grad = gradient

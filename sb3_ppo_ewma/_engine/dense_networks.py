@@ -10,7 +10,7 @@ import torch as th
 from stable_baselines3.common.torch_layers import CombinedExtractor, FlattenExtractor
 from torch import nn
 
-from sb3_ppo_ewma._engine.recognition import hooks, replaced_in
+from sb3_ppo_ewma._engine.recognition import PARAMETER_HOOKS, hooks, replaced_in
 
 _EXTRACTORS = (FlattenExtractor, CombinedExtractor)
 _ONE = th.ones((), device="cpu")
@@ -111,7 +111,7 @@ class DensePolicy:
     Actor and critic of a policy whose networks are separate chains of dense layers behind features extractors without
     parameters.
 
-    :param policy: a policy that :func:`unknown_networks` has nothing against
+    :param policy: a policy that :func:`unknown_networks` accepts
     """
 
     def __init__(self, policy: Any) -> None:
@@ -154,7 +154,7 @@ def chains(policy: Any) -> tuple[list[nn.Module], list[nn.Module]]:
 def unknown_networks(policy: Any) -> str | None:
     """
     :param policy: a policy that the selection has recognised as a standard one
-    :return: what is against :class:`DensePolicy`
+    :return: why :class:`DensePolicy` cannot represent it, ``None`` if it can
     """
     extractors = (policy.features_extractor, policy.pi_features_extractor, policy.vf_features_extractor)
     for extractor in extractors:
@@ -183,8 +183,8 @@ def unknown_networks(policy: Any) -> str | None:
 
 def unknown_parameters(policy: Any) -> str | None:
     """
-    :param policy: a policy that :func:`unknown_networks` has nothing against
-    :return: what is against training all parameters of its networks as one tensor
+    :param policy: a policy that :func:`unknown_networks` accepts
+    :return: why the parameters of its networks cannot be trained as one tensor, ``None`` if they can
     """
     parameters, optimizer = DensePolicy(policy).parameters, policy.optimizer
     if len(set(map(id, parameters))) < len(parameters):
@@ -193,7 +193,7 @@ def unknown_parameters(policy: Any) -> str | None:
         return "parameters are frozen or not an nn.Parameter"
     if len({(parameter.dtype, parameter.device) for parameter in parameters}) > 1:
         return "parameters differ in dtype or device"
-    if any(getattr(parameter, name, None) for parameter in parameters for name in ("_backward_hooks",)):
+    if any(getattr(parameter, name, None) for parameter in parameters for name in PARAMETER_HOOKS):
         return "parameters have hooks"
     if len(optimizer.param_groups) != 1:
         return f"the optimizer has {len(optimizer.param_groups)} parameter groups"

@@ -2,13 +2,14 @@
 
 import math
 import operator
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch as th
+from torch.optim import optimizer as torch_optimizer
 
-from sb3_ppo_ewma._engine.iteration import Iteration, Minibatch
+from sb3_ppo_ewma._engine.iteration import Iteration
 from sb3_ppo_ewma._engine.reference import ReferenceEngine
-from sb3_ppo_ewma.evaluation import averaged_parameters
+from sb3_ppo_ewma.evaluation import Minibatch, averaged_parameters
 from sb3_ppo_ewma.ewma import ParameterEwma
 from sb3_ppo_ewma.training_log import STEP
 
@@ -22,7 +23,7 @@ _UNUSUAL_SETTINGS = ("amsgrad", "maximize", "capturable", "differentiable", "dec
 
 class FusedEngine(ReferenceEngine):
     """
-    The reference engine with torch's fused Adam, for optimisers that :func:`unusual_adam` has nothing against.
+    The reference engine with torch's fused Adam, for optimisers that :func:`unusual_adam` accepts.
 
     :param iteration: what the training works with
     """
@@ -34,7 +35,7 @@ class FusedEngine(ReferenceEngine):
         self.parameters: list[th.Tensor] = list(iteration.policy.parameters())
         self._fused: dict[int, FusedAdam] = {}
         self._optimizers: dict[int, th.optim.Optimizer] = {}
-        self._divisor = th.ones((), device="cpu")
+        self._divisor = th.ones((), dtype=th.float64, device="cpu")
         self.n_steps_since_clearing = 0
 
     def log_prob_under(self, average: ParameterEwma, minibatch: Minibatch) -> th.Tensor:
@@ -136,7 +137,6 @@ class FusedAdam:
         :param divisor: number to divide the gradients by, shape (); ``None``: 1
         :param made: bool of shape (), ``False``: leave parameters and state as they are; ``None``: ``True``
         """
-        divisor = None if divisor is None else divisor.float()
         made = None if made is None else made.float()
         for group in self._groups:
             group.step(divisor, made)
@@ -158,11 +158,15 @@ class _FusedGroup:
             self._parameters = parameters
             self._tensors = tuple([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step"))
         exp_avgs, exp_avg_sqs, steps = self._tensors
+        gradients = [cast(th.Tensor, parameter.grad) for parameter in parameters]
+        if divisor is not None and gradients[0].dtype == th.float64:
+            th._foreach_div_(gradients, divisor)  # the kernel takes the divisor in single precision
+            divisor = None
         beta1, beta2 = self._group["betas"]
         th._foreach_add_(steps, 1 if made is None else [made] * len(steps))
         th._fused_adam_(
             parameters,
-            [parameter.grad for parameter in parameters],
+            gradients,
             exp_avgs,
             exp_avg_sqs,
             [],
@@ -174,7 +178,7 @@ class _FusedGroup:
             eps=self._group["eps"],
             amsgrad=False,
             maximize=False,
-            grad_scale=divisor,
+            grad_scale=None if divisor is None else divisor.float(),
             found_inf=None if made is None else 1 - made,
         )
 
@@ -219,6 +223,8 @@ def unusual_adam(optimizer: th.optim.Optimizer) -> str | None:
         return f"torch {th.__version__} has no fused Adam"
     if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
         return "the optimizer has hooks"
+    if torch_optimizer._global_optimizer_pre_hooks or torch_optimizer._global_optimizer_post_hooks:
+        return "torch has global hooks of optimizers"
     for group in optimizer.param_groups:
         unusual = [name for name in _UNUSUAL_SETTINGS if group.get(name)]
         if (

@@ -7,13 +7,19 @@ from typing import Any, NamedTuple, Protocol
 import torch as th
 from gymnasium import spaces
 
+from sb3_ppo_ewma._arguments import is_clip_off
+from sb3_ppo_ewma._engine.recognition import patched_classes, replaced_method
 from sb3_ppo_ewma.advantages import AdvantageNormalizer
 from sb3_ppo_ewma.distributions import to_policy_actions
-from sb3_ppo_ewma.evaluation import Evaluation, PolicyEvaluation
+from sb3_ppo_ewma.evaluation import Evaluation, Minibatch, PolicyEvaluation
 from sb3_ppo_ewma.ewma import ParameterEwma
 from sb3_ppo_ewma.losses import Coefficient
-from sb3_ppo_ewma.rollouts import MinibatchSource
+from sb3_ppo_ewma.policies import uncompiled
+from sb3_ppo_ewma.rollouts import BufferMinibatches, MinibatchSource, Rollout, device_minibatches
 from sb3_ppo_ewma.training_log import TrainingStatistics
+
+# Smallest batch for evaluating a whole rollout without gradients
+_EVALUATION_BATCH_SIZE = 256
 
 
 class Objective(NamedTuple):
@@ -62,22 +68,6 @@ class AuxiliaryCoefficients(NamedTuple):
     vf_aux_coef: float
 
 
-class Minibatch(NamedTuple):
-    """
-    Samples as the loss takes them.
-
-    :param samples: samples from the rollout buffer
-    :param actions: their actions in the form the distribution expects
-    :param advantages: (batch,) normalised
-    :param mask: (batch,) bool, False for padding; ``None`` where nothing is padded
-    """
-
-    samples: Any
-    actions: th.Tensor
-    advantages: th.Tensor
-    mask: th.Tensor | None
-
-
 class AuxiliaryMinibatch(NamedTuple):
     """
     Samples of the auxiliary phase.
@@ -109,7 +99,7 @@ class AuxiliaryEvaluation(NamedTuple):
 @dataclass
 class Iteration:
     """
-    What one training works with. It stays what it is while the training lasts.
+    The objects and numbers that one training works with. They do not change while it lasts.
 
     :param policy: the policy
     :param evaluation: how its family evaluates it
@@ -157,11 +147,27 @@ class Iteration:
     def prepare(self, samples: Any) -> Minibatch:
         """
         :param samples: minibatch from the rollout buffer
-        :return: the same as the loss takes it
+        :return: actions as the distribution expects them, normalised advantages and the padding mask
         """
         mask = self.evaluation.padding_mask(samples)
         actions = to_policy_actions(self.action_space, samples.actions)
         return Minibatch(samples, actions, self.normalizer(samples.advantages, mask), mask)
+
+    @th.no_grad()
+    def recompute_advantages(self, rollout: Rollout) -> None:
+        """
+        :param rollout: the rollout, whose advantages and returns are computed anew with the current value function
+        """
+        self.policy.set_training_mode(False)
+        buffer, predict = rollout.buffer, self.evaluation.predict_values
+        size = buffer.buffer_size * buffer.n_envs
+        step = max(_EVALUATION_BATCH_SIZE, self.batch_size or size)
+        values = [predict(self.policy, buffer, slice(i, i + step)).flatten() for i in range(0, size, step)]
+        last_values = self.evaluation.predict_last_values(self.policy, rollout)
+        rollout.replace_values(th.cat(values).cpu().numpy(), last_values)
+        self.policy.set_training_mode(True)
+        self.normalizer.include(buffer.advantages)
+        self.source.update_targets()  # type: ignore[union-attr]  # there is one while a rollout is trained on
 
     def optimizer_of(self, objective: Objective) -> th.optim.Optimizer:
         """
@@ -217,5 +223,64 @@ class Engine(Protocol):
         ...
 
     def synchronize(self) -> None:
-        """Put everything back into policy, EWMA, optimisers and statistics. Called when training ends or pauses."""
+        """
+        Put everything back into policy, EWMA, optimisers and statistics. Called when training ends or pauses, after
+        :meth:`end_epoch`.
+        """
         ...
+
+
+def make_iteration(model: Any, rollout: Rollout | None) -> Iteration:
+    """
+    :param model: the algorithm
+    :param rollout: the rollout to train on, ``None`` where nothing is trained
+    :return: what the training works with
+    """
+    is_analytic = model.kl_coef > 0 and model.kl_estimator == "analytic"
+    is_recent_behav = model._is_stale and model.staleness_mode == "proximal"
+    is_recent_prox = is_analytic or (model._is_stale and model.staleness_mode != "behavior")
+    is_recent_prox = is_recent_prox and model.policy_ewma is None
+    # Policy at the start of the iteration
+    recent = ParameterEwma(uncompiled(model.policy)) if is_recent_prox or is_recent_behav else None
+    process_group = None if model._data_parallel is None else model._data_parallel.group
+    return Iteration(
+        policy=model.policy,
+        evaluation=model.policy_evaluation,
+        action_space=model.action_space,
+        source=None if rollout is None else _minibatch_source(model, rollout),
+        batch_size=model.batch_size,
+        coefficients=_coefficients(model),
+        normalizer=AdvantageNormalizer(model.normalize_advantage, model.advantage_moments, process_group),
+        optimizer=model.policy.optimizer,
+        max_grad_norm=model.max_grad_norm,
+        value_optimizer=model.value_optimizer,
+        average=model.policy_ewma,
+        prox_decay=model.current_prox_decay,
+        prox=model.policy_ewma if model.policy_ewma is not None else recent if is_recent_prox else None,
+        behav=recent if is_recent_behav else None,
+        analytic_kl=is_analytic,
+        max_kl=None if model.target_kl is None else 1.5 * model.target_kl,
+        extra_loss=model.extra_loss,
+        process_group=process_group,
+    )
+
+
+def _minibatch_source(model: Any, rollout: Rollout) -> MinibatchSource:
+    buffer = rollout.buffer
+    samples_class = model.samples_classes.get(type(buffer))
+    is_changed = replaced_method(buffer) is not None or patched_classes() is not None
+    if model.engine == "reference" or samples_class is None or is_changed:
+        return BufferMinibatches(buffer)
+    return device_minibatches(buffer, samples_class)
+
+
+def _coefficients(model: Any) -> Coefficients:
+    # Schedules may end slightly below 0 when the last rollout overshoots; only constants switch the clip off.
+    return Coefficients(
+        None if is_clip_off(model.clip_range) else model._scheduled("clip_range", model.clip_range),
+        None if model.clip_range_vf is None else model._scheduled("clip_range_vf", model.clip_range_vf),
+        model.ent_coef,
+        model.vf_coef,
+        model.kl_coef,
+        model.max_importance_ratio,
+    )

@@ -17,11 +17,10 @@ from sb3_ppo_ewma._engine.iteration import (
     AuxiliaryEvaluation,
     AuxiliaryMinibatch,
     Iteration,
-    Minibatch,
     Objective,
 )
 from sb3_ppo_ewma._engine.standard import StandardEngine
-from sb3_ppo_ewma.evaluation import Evaluation
+from sb3_ppo_ewma.evaluation import Evaluation, Minibatch
 
 # Bytes of the largest output of a layer. Of 4, 8, 16 and 32 MiB, 8 was best for both Nature CNN and IMPALA's network.
 _LARGEST_OUTPUT = 2**23

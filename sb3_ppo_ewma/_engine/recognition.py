@@ -1,13 +1,20 @@
 """
-Recognising policies. Each function names the first thing that keeps faster code from standing in for a policy's own, or
-returns ``None``. What is not known is not recognised: methods overridden in a class or replaced in an instance, modules
-of other types, hooks.
+Recognise policies that faster code can stand in for. Each function returns the first reason why it cannot, or ``None``.
+Anything unknown is a reason: methods overridden in a class or replaced in an instance, modules of other types, hooks.
 """
 
 from collections.abc import Iterable
 from typing import Any
 
-from stable_baselines3.common.distributions import Distribution
+from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
+from stable_baselines3.common.distributions import (
+    BernoulliDistribution,
+    CategoricalDistribution,
+    DiagGaussianDistribution,
+    Distribution,
+    MultiCategoricalDistribution,
+    StateDependentNoiseDistribution,
+)
 from stable_baselines3.common.policies import (
     ActorCriticCnnPolicy,
     ActorCriticPolicy,
@@ -18,7 +25,7 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 
 from sb3_ppo_ewma import policies
-from sb3_ppo_ewma.distributions import closed_form
+from sb3_ppo_ewma.distributions import CLOSED_FORM_DISTRIBUTIONS, closed_form
 from sb3_ppo_ewma.networks import ImpalaCNN, ResidualBlock, SmallGridCNN
 from sb3_ppo_ewma.policies import DetachedCriticMlpExtractor, Trunk
 
@@ -39,6 +46,11 @@ _FREE = {
     *("__abstractmethods__", "_abc_impl", "__firstlineno__", "__static_attributes__", "__annotate__"),
     *("__annotate_func__", "__weakref__", "__dict__", "features_extractor_class"),
 }
+# Distributions that SB3's policies fill; with any other, a policy must override the method that does
+_FILLED_BY_SB3 = (
+    *(DiagGaussianDistribution, StateDependentNoiseDistribution, CategoricalDistribution),
+    *(MultiCategoricalDistribution, BernoulliDistribution),
+)
 _MLP_EXTRACTORS = (MlpExtractor, DetachedCriticMlpExtractor)
 ACTIVATIONS = (nn.ReLU, nn.Tanh, nn.ELU, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.Sigmoid, nn.Softplus)
 _CONTAINERS = (
@@ -50,7 +62,7 @@ _LAYERS = (nn.Linear, nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d, nn.Flatten, nn.Iden
 KNOWN_MODULES = frozenset((*_CONTAINERS, *_LAYERS))
 
 _MODULE_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_PARAMETER_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
+PARAMETER_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 _GLOBAL_HOOKS = (
     *("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks", "_global_backward_pre_hooks"),
 )
@@ -58,12 +70,13 @@ _GLOBAL_HOOKS = (
 _RELIED_ON = {
     *("forward", "evaluate_actions", "evaluate_auxiliary", "extract_features", "get_distribution", "forward_actor"),
     *("_get_action_dist_from_latent", "forward_critic", "__call__", "_call_impl", "_wrapped_call_impl", "__getattr__"),
+    *("get", "_get_samples", "swap_and_flatten", "to_torch"),
 }
-_ORIGINALS = [
+_ORIGINALS: list[tuple[Any, str, Any]] = [
     (cls, name, function)
-    for cls in {*_BASES, *KNOWN_MODULES}
+    for cls in {*_BASES, *KNOWN_MODULES, *CLOSED_FORM_DISTRIBUTIONS, *DictRolloutBuffer.__mro__, *RolloutBuffer.__mro__}
     for name, function in vars(cls).items()
-    if name in _RELIED_ON
+    if name in _RELIED_ON or (cls in CLOSED_FORM_DISTRIBUTIONS and callable(function))
 ]
 
 
@@ -93,15 +106,18 @@ def replaced_method(instance: Any) -> str | None:
 def unknown_policy(policy: Any) -> str | None:
     """
     :param policy: any policy
-    :return: what is against calling its modules as SB3's ``ActorCriticPolicy`` does
+    :return: why its modules cannot be called as SB3's ``ActorCriticPolicy`` calls them, ``None`` if they can
     """
     cls = type(policy)
     known = next((base for base in cls.__mro__ if base in _POLICIES), None)
     if known is None:
         return f"{cls.__name__} is not derived from ActorCriticPolicy"
+    free = _FREE
+    if not isinstance(policy.action_dist, _FILLED_BY_SB3) and closed_form(policy.action_dist) is not None:
+        free = {*_FREE, "_get_action_dist_from_latent"}  # the closed form is declared to compute the same
     for base in cls.__mro__ if cls is not known else ():
         overridden = (
-            [] if base in _BASES else [name for name in vars(base) if name not in _FREE and hasattr(known, name)]
+            [] if base in _BASES else [name for name in vars(base) if name not in free and hasattr(known, name)]
         )
         if overridden:
             return f"{base.__name__} overrides {overridden[0]}"
@@ -118,7 +134,7 @@ def unknown_policy(policy: Any) -> str | None:
 def unknown_distribution(policy: Any) -> str | None:
     """
     :param policy: any policy
-    :return: what is against computing with closed forms of its distribution
+    :return: why its distribution has no closed form that can be used, ``None`` if it has one
     """
     distribution = policy.action_dist
     if closed_form(distribution) is None:
@@ -162,7 +178,7 @@ def hooks(modules: Iterable[nn.Module]) -> str | None:
         if any(getattr(module, name) for name in _MODULE_HOOKS):
             return f"a {type(module).__name__} has hooks"
         for parameter in module._parameters.values():
-            if any(getattr(parameter, name, None) for name in _PARAMETER_HOOKS):
+            if any(getattr(parameter, name, None) for name in PARAMETER_HOOKS):
                 return f"a parameter of a {type(module).__name__} has hooks"
     if any(getattr(torch_module, name) for name in _GLOBAL_HOOKS):
         return "torch has global module hooks"

@@ -16,11 +16,10 @@ from sb3_ppo_ewma._engine.iteration import (
     AuxiliaryMinibatch,
     Coefficients,
     Iteration,
-    Minibatch,
     Objective,
 )
 from sb3_ppo_ewma.distributions import distribution_parameters, torch_distributions, with_parameters
-from sb3_ppo_ewma.evaluation import Evaluation, averaged_parameters
+from sb3_ppo_ewma.evaluation import Evaluation, Minibatch, averaged_parameters
 from sb3_ppo_ewma.ewma import ParameterEwma
 from sb3_ppo_ewma.training_log import STEP
 

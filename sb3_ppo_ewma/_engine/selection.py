@@ -1,6 +1,6 @@
 """
-The one place that decides which engine runs: the fastest one for which everything it relies on is recognised. It is
-asked again at every rollout and every training, since a callback may have changed anything in between.
+The one place that decides which engine runs: the fastest one that recognises everything it relies on. It decides again
+at every rollout and every training, because a callback may have changed anything in between.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ from sb3_ppo_ewma.evaluation import PolicyEvaluation
 
 class Question(NamedTuple):
     """
-    What is asked.
+    Everything the choice of an engine depends on.
 
     :param iteration: what the training works with
     :param optimizers: the optimisers that will step
@@ -57,7 +57,7 @@ class Requirement(NamedTuple):
     Something that an engine relies on.
 
     :param missing: says why it is not met, ``None`` if it is
-    :param remedy: how a user can meet it, empty where that is not in the user's hands
+    :param remedy: how a user can meet it, empty if a user cannot
     """
 
     missing: Callable[[Question], str | None]
@@ -85,6 +85,8 @@ def _unknown_policy(question: Question) -> str | None:
     if type(question.iteration.evaluation) is not PolicyEvaluation:
         return f"policies are evaluated by {type(question.iteration.evaluation).__name__}"
     policy = question.iteration.policy
+    if th.is_autocast_enabled(policy.device.type):
+        return "torch.autocast is on"
     return patched_classes() or unknown_policy(policy) or unknown_distribution(policy)
 
 
@@ -178,7 +180,7 @@ class Choice(NamedTuple):
 
 def choose(question: Question) -> Choice:
     """
-    :param question: what is asked
+    :param question: everything the choice depends on
     :return: the fastest engine that recognises everything it relies on
     """
     found: dict[int, str | None] = {}
@@ -250,7 +252,12 @@ class EngineSelector:
         :return: context in which its policy collects
         """
         policy = model.policy
-        is_known = model.engine != "reference" and patched_classes() is None and unknown_collection(policy) is None
+        is_known = (
+            model.engine != "reference"
+            and not th.is_autocast_enabled(policy.device.type)
+            and patched_classes() is None
+            and unknown_collection(policy) is None
+        )
         return fast_forward(policy) if is_known else contextlib.nullcontext()
 
     def report(self, model: Any, iteration: Iteration) -> None:

@@ -1,6 +1,6 @@
 """
 SB3's own actor-critic policies without its distribution objects, whose construction costs more than the arithmetic.
-Their modules are called as SB3 calls them, with whatever hooks they have.
+Their modules are called as SB3 calls them, including their hooks.
 """
 
 from collections.abc import Callable
@@ -13,10 +13,10 @@ from stable_baselines3.common.type_aliases import PyTorchObs
 from torch.nn import functional as F
 
 from sb3_ppo_ewma._engine.fused import FusedEngine
-from sb3_ppo_ewma._engine.iteration import AuxiliaryEvaluation, AuxiliaryMinibatch, Iteration, Minibatch, Objective
+from sb3_ppo_ewma._engine.iteration import AuxiliaryEvaluation, AuxiliaryMinibatch, Iteration, Objective
 from sb3_ppo_ewma._engine.recognition import takes_channels_last
 from sb3_ppo_ewma.distributions import ClosedForm, Parameters, closed_form
-from sb3_ppo_ewma.evaluation import Evaluation, averaged_parameters
+from sb3_ppo_ewma.evaluation import Evaluation, Minibatch, averaged_parameters
 from sb3_ppo_ewma.ewma import ParameterEwma
 
 
@@ -49,7 +49,7 @@ class StandardPolicy:
     def preprocessed(self, obs: PyTorchObs) -> PyTorchObs:
         """
         :param obs: observations
-        :return: what SB3's ``preprocess_obs`` makes of them
+        :return: the observations after SB3's ``preprocess_obs``
         """
         if isinstance(obs, dict):
             return {key: self._preprocess[key](part) for key, part in obs.items()}

@@ -17,10 +17,11 @@ from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 
 from sb3_ppo_ewma._arguments import check_integer, check_number
-from sb3_ppo_ewma._engine.iteration import Iteration, Objective
+from sb3_ppo_ewma._engine.iteration import Iteration, Objective, make_iteration
 from sb3_ppo_ewma._engine.reference import ReferenceEngine
 from sb3_ppo_ewma.advantages import AdvantageNormalizer, MomentsEwma
 from sb3_ppo_ewma.checkpointing.generators import preserved_generators
+from sb3_ppo_ewma.following import follow_policy
 from sb3_ppo_ewma.ppo_ewma import EwmaMixin
 from sb3_ppo_ewma.rollouts import Rollout
 
@@ -144,7 +145,7 @@ class NoiseScaleCallback(BaseCallback):
         model = cast(EwmaMixin, self.model)
         if model._n_rollouts % self.every != 0:
             return
-        rollout = model._evaluation.collected_rollout(model)
+        rollout = model.policy_evaluation.collected_rollout(model)
         try:
             rollout.check_finite()
         except ValueError:
@@ -169,9 +170,9 @@ class NoiseScaleCallback(BaseCallback):
         """
         with _unchanged(model):
             model._update_current_progress_remaining(model.num_timesteps, model._total_timesteps)
-            model._follow_policy()
+            follow_policy(model)
             model.policy.set_training_mode(True)
-            iteration = model._iteration(dataclasses.replace(rollout, buffer=_scratch(rollout.buffer)))
+            iteration = make_iteration(model, dataclasses.replace(rollout, buffer=_scratch(rollout.buffer)))
             iteration.batch_size = _n_samples(rollout.buffer) // self.n_batches
             iteration.normalizer = _normalizer_of(rollout.buffer, model)
             gradients = {

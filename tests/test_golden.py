@@ -6,15 +6,21 @@ Every family and case of the recordings is consumed, except:
 - cases marked as overflowing: the reference gives Inf or NaN there, ours must be finite;
 - ``reward_normalizer`` and runs with reward normalisation: VecNormalize's job;
 - float64 GAE, where SB3's rollout buffer is float32;
-- buffers of averaged modules: the reference freezes them, ours are copied;
+- unbiased variances (``ddof`` 1) of the moving moments, which the reference offers but its training does not use;
+- buffers of averaged modules: the reference freezes them, ours are those of the module itself;
 - multi-dimensional auxiliary KL: the reference averages over D action dimensions, ours is the sum, D times as much;
 - float32 runs of ``e2e_ppg``: the KL divergence has no gradient but rounding noise at the first auxiliary step, which
   Adam makes a step of; they are compared within a few learning rates.
 
 Stale runs take the recorded advantages and targets: the reference bootstraps with the current model, SB3 at collection.
+
+Runs of whole trainings are repeated by every engine that claims them.
 """
 
 import math
+import shutil
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,13 +34,17 @@ from stable_baselines3.common.distributions import (
     Distribution,
     MultiCategoricalDistribution,
 )
-from torch import nn
+from torch import _dynamo, nn
 
-from sb3_ppo_ewma import losses, ppg
-from sb3_ppo_ewma.ewma import MomentsEwma, ParameterEwma
+from sb3_ppo_ewma import losses
+from sb3_ppo_ewma._engine import dense, reference
+from sb3_ppo_ewma.advantages import MomentsEwma
+from sb3_ppo_ewma.distributions import CategoricalForm, distribution_parameters
+from sb3_ppo_ewma.ewma import ParameterEwma
+from sb3_ppo_ewma.policies import DetachedCriticMlpExtractor
 from sb3_ppo_ewma.rollouts import Rollout
 from tests.golden_data import Case, case_ids, load_case, manifest
-from tests.golden_runs import AUXILIARY_STEP, EWMA_RESET, POLICY_STEP_KINDS, GoldenPhasicRun, GoldenRun
+from tests.golden_runs import AUXILIARY_STEP, POLICY_STEP_KINDS, VALUE_STEP_KINDS, WAYS, GoldenRun
 
 LOSS_FAMILIES = [family for family in manifest()["families"] if family.startswith("losses_")]
 TESTED_FAMILIES = {"gae", "ewma_model", "ewma_moments", "adv_norm", "e2e_ppo", "e2e_ppg", "aux_losses", *LOSS_FAMILIES}
@@ -95,21 +105,27 @@ def test_advantage_normalisation(case_id):
 # ---------------------------------------------------------------------- moving averages
 
 
-@pytest.mark.parametrize("case_id", case_ids("ewma_moments"))
+BIASED_MOMENTS = [
+    case_id
+    for case_id in case_ids("ewma_moments")
+    if load_case("ewma_moments", case_id).hyperparameters["ddof_update"] == 0
+]
+
+
+@pytest.mark.parametrize("case_id", BIASED_MOMENTS)
 def test_moments(case_id):
     case = load_case("ewma_moments", case_id)
-    data, ddof = case.arrays, case.hyperparameters["ddof_update"]
+    data = case.arrays
     moments = MomentsEwma(case.hyperparameters["ewma_decay"])
     for k, count in enumerate(data["count"]):
-        moments.update_from_moments(float(data["mean"][k]), float(data["var"][k]), int(count), ddof)
+        moments.update_from_moments(float(data["mean"][k]), float(data["var"][k]), int(count))
         mean, variance = moments.moments()
         # The reference subtracts sums of squares: its own rounding grows with the square of the mean.
         tolerance = {"rtol": 1e-9, "atol": 1e-12 * (1 + mean**2)}
         assert_close(mean, data["out_mean"][k], rtol=1e-9, atol=1e-12)
         assert_close(variance, data["out_var_ddof0"][k], **tolerance)
-        assert_close(moments.moments(ddof=1)[1], data["out_var_ddof1"][k], **tolerance)
-        weight, squared_weight, weighted_sum, weighted_squares = data["state"][k]
-        assert_close((moments.weight, moments.squared_weight), (weight, squared_weight), rtol=1e-12)
+        weight, _, weighted_sum, weighted_squares = data["state"][k]
+        assert_close(moments.weight, weight, rtol=1e-12)
         assert_close(moments.weight * moments.mean, weighted_sum, rtol=1e-9, atol=1e-12)
         assert_close(moments.squared_deviations + moments.weight * mean**2, weighted_squares, rtol=1e-9)
 
@@ -118,32 +134,22 @@ def test_moments(case_id):
 def test_parameter_ewma(case_id):
     case = load_case("ewma_model", case_id)
     data = case.arrays
-    n_parameters = data["theta"].shape[1]
-    has_buffers = "buffers" in data
-
-    def module_with(vector: np.ndarray, buffers: np.ndarray | None) -> nn.Module:
-        module = nn.Module()
-        module.vector = nn.Parameter(th.as_tensor(vector.copy()))
-        if buffers is not None:
-            module.register_buffer("statistics", th.as_tensor(buffers.copy()))
-        return module
-
-    def row(k: int) -> nn.Module:
-        return module_with(data["theta"][k], data["buffers"][k] if has_buffers else None)
-
-    ewma = ParameterEwma(row(0))
-    assert ewma.module.vector.numel() == n_parameters
+    module = nn.Module()
+    module.vector = nn.Parameter(th.as_tensor(data["theta"][0].copy()))
+    ewma = ParameterEwma(module)
     for k, event in enumerate(data["event"]):
+        with th.no_grad():
+            module.vector.copy_(th.as_tensor(data["theta"][k]))
         if event == 0:
-            ewma.update(row(k), case.hyperparameters["ewma_decay"])
+            ewma.update(case.hyperparameters["ewma_decay"])
         elif event == 1:
-            ewma.reset(row(k))
+            ewma.reset()
         elif event == 2:
-            ewma.update(row(k), float(data["override_decay"][k]))
-        assert_close(ewma.module.vector, data["ewma"][k], **case.tolerance)
+            ewma.update(float(data["override_decay"][k]))
+        with ewma.in_place():
+            assert_close(module.vector.detach(), data["ewma"][k], **case.tolerance)
+        assert_close(module.vector.detach(), data["theta"][k], rtol=0)
         assert_close(ewma.total_weight, data["total_weight"][k], rtol=1e-12)
-        if has_buffers:
-            assert_close(ewma.module.statistics, data["buffers"][k], rtol=0, atol=0)
 
 
 # ---------------------------------------------------------------------- losses
@@ -218,12 +224,12 @@ def test_losses_and_gradients(family, case_id):
             flat["logp"],
             flat["adv"],
             clip_range=clip_param or None,
-            kl_coef=kl_penalty,
             max_importance_ratio=imp_samp_max or None,
         )
-        (gradient,) = th.autograd.grad(loss, log_prob, retain_graph=True)
+        kl_loss = kl_penalty * losses.sampled_kl(log_prob, log_prob_prox)
+        (gradient,) = th.autograd.grad(loss + kl_loss, log_prob, retain_graph=True)
         entropy_loss = losses.entropy_loss(entropy, log_prob)
-        total = loss + entcoef * entropy_loss
+        total = loss + kl_loss + entcoef * entropy_loss
         leaf_gradients = th.autograd.grad(total, leaves, retain_graph=True)
         vpred = th.as_tensor(data["vpred"]).flatten().requires_grad_()
         value_loss = vfcoef * losses.value_loss(vpred, flat["vtarg"])
@@ -239,7 +245,7 @@ def test_losses_and_gradients(family, case_id):
         scale = max(1.0, float(np.abs(data["grad_newlogp"][i]).max()) * data["grad_newlogp"][i].size)
         assert_close(total.detach() / scale, data["loss_pi"][i] / scale, **tolerance)
         assert_close(stats.policy_gradient_loss / scale, data["pg"][i] / scale, **tolerance)
-        assert_close(stats.kl_loss, data["pi_kl"][i], **tolerance)
+        assert_close(kl_loss.detach(), data["pi_kl"][i], **tolerance)
         assert_close(entcoef * entropy_loss.detach(), data["negent"][i], **tolerance)
         assert_close(stats.approx_kl_prox, data["approxkl"][i], **tolerance)
         # Fractions are float32 in the reference, whatever the dtype.
@@ -284,7 +290,7 @@ def test_auxiliary_losses_and_gradients(case_id):
         loss, stats = losses.auxiliary_loss(kl, *predictions, returns, **coefficients)
         gradients = th.autograd.grad(loss, [*leaves, *predictions])
 
-        terms = (stats.policy_kl, stats.aux_value_loss, stats.value_loss)
+        terms = (stats.policy_kl, 0.5 * stats.aux_value_loss, 0.5 * stats.value_loss)
         tolerance = {"rtol": 2e-5, "atol": 1e-6} if case.dtype == th.float32 else {"rtol": 1e-9, "atol": 1e-12}
         assert_close(terms, data["unscaled"][i], **tolerance)
         assert_close(loss.detach(), data["total"][i], **tolerance)
@@ -297,16 +303,62 @@ def test_auxiliary_losses_and_gradients(case_id):
 
 # ---------------------------------------------------------------------- whole trajectories
 
+COMPILERS = ("g++", "clang++")
+NEEDS_COMPILER = pytest.mark.skipif(
+    not hasattr(_dynamo.config, "trace_autograd_ops") or not any(map(shutil.which, COMPILERS)),
+    reason="needs a C++ compiler and a torch that can compile a backward pass",
+)
+
+
+def has_ewma(hp: dict[str, Any]) -> bool:
+    return hp["kl_ewma_decay"] is not None
+
+
+def structure(hp: dict[str, Any]) -> tuple[Any, ...]:
+    """:return: what a compiled graph depends on"""
+    losses_on = (has_ewma(hp), hp["clip_param"] > 0, hp["kl_penalty"] > 0)
+    return *losses_on, hp["staleness"] and hp["staleness_loss"], hp["arch"], hp["n_epoch_pi"] == hp["n_epoch_vf"]
+
+
+def ways(family: str) -> list[Any]:
+    """
+    Every way to repeat every case. Compiling takes long: only cases that have different graphs are compiled, and only
+    the first of them in the ordinary tests.
+    """
+    parameters, compiled = [], set()
+    is_first = family == "e2e_ppo"
+    for case_id in case_ids(family):
+        case = load_case(family, case_id)
+        for name, way in WAYS.items():
+            if not way.claims(case.hyperparameters):
+                continue
+            marks = []
+            if "torch_compile" in dict(way.arguments):
+                graph = (name, structure(case.hyperparameters))
+                if graph in compiled or case.dtype != th.float64:
+                    continue
+                compiled.add(graph)
+                is_quick = is_first and name == "compiled dense" and has_ewma(case.hyperparameters)
+                is_first = is_first and not is_quick
+                marks = [NEEDS_COMPILER] if is_quick else [NEEDS_COMPILER, pytest.mark.slow]
+            parameters.append(pytest.param(case_id, name, marks=marks, id=f"{case_id}-{name}"))
+    return parameters
+
+
+def repeated(family: str, case: Case, way: str, feed: bool = True) -> GoldenRun:
+    run = GoldenRun(family, case, WAYS[way], feed)
+    run.run()
+    return run
+
 
 def assert_trajectory(run: GoldenRun, rtol: float, atol: float) -> None:
-    data = run.data
-    steps = np.flatnonzero(data["mb_mask"].any(axis=(1, 2)))
-    assert len(run.params) == len(steps)
-    assert_close(run.params, data["params"][steps], rtol=rtol, atol=atol)
+    data, events = run.data, list(run.params)
+    if run.way.pause == "step":
+        assert events == list(range(len(data["step_kind"])))
+    assert_close(list(run.params.values()), data["params"][events][:, run.columns], rtol=rtol, atol=atol)
     if "ewma" in data:
-        updates = np.flatnonzero(np.isin(data["step_kind"], (*POLICY_STEP_KINDS, EWMA_RESET)))
-        assert_close(run.ewma, data["ewma"][updates], rtol=rtol, atol=atol)
-        assert_close(run.weights, data["total_weight"][updates], rtol=1e-12)
+        assert_close(list(run.ewma.values()), data["ewma"][events][:, run.columns], rtol=rtol, atol=atol)
+        assert_close(list(run.weights.values()), data["total_weight"][events], rtol=1e-12)
 
 
 def trajectory_tolerance(case: Case) -> dict[str, float]:
@@ -318,180 +370,182 @@ def trajectory_tolerance(case: Case) -> dict[str, float]:
     return {"rtol": 1e-4, "atol": max(2e-6, 10 * deviation)}
 
 
-def spy_on(name, monkeypatch):
-    """Statistics of every call of a loss function."""
-    recorded = []
-    original = getattr(losses, name)
-
-    def spy(*args, **kwargs):
-        loss, stats = original(*args, **kwargs)
-        recorded.append(stats)
-        return loss, stats
-
-    monkeypatch.setattr(losses, name, spy)
-    return recorded
-
-
-@pytest.fixture
-def recorded_stats(monkeypatch):
-    recorded = []
-    original = losses.policy_loss_terms
-
-    def spy(log_prob, log_prob_prox, log_prob_behav, advantages, limits, **kwargs):
-        terms = original(log_prob, log_prob_prox, log_prob_behav, advantages, limits, **kwargs)
-        ratios = losses.ratio_statistics(terms.log_ratio_prox, terms.log_ratio_behav, limits)
-        losses_of_both = terms.policy_gradient_loss, terms.kl_loss
-        recorded.append(losses.PolicyLossStats(*losses_of_both, *ratios))
-        return terms
-
-    monkeypatch.setattr(losses, "policy_loss_terms", spy)
-    return recorded
+def assert_statistics(run: GoldenRun) -> None:
+    """What is logged of every gradient step, against the recorded diagnostics."""
+    data, hp = run.data, run.hp
+    columns = {"policy_gradient_loss": 2, "approx_kl_prox": 7, "importance_cap_fraction": 8}
+    if hp["kl_penalty"]:
+        columns["kl_loss"] = 3
+    if hp["clip_param"]:
+        columns["clip_fraction"] = 6
+    diags = data["diags"][np.isin(data["step_kind"], POLICY_STEP_KINDS)]
+    expected = {name: diags[:, column] for name, column in columns.items()}
+    expected["entropy_loss"] = diags[:, 4] / hp["entcoef"]
+    if hp["n_epoch_pi"] == hp["n_epoch_vf"] and not run.is_phasic:
+        expected["value_loss"] = diags[:, 1] / hp["vfcoef"]
+        expected["loss"] = diags[:, 0] + diags[:, 1]
+    tolerance = {"rtol": 1e-4, "atol": 1e-5} if run.case.dtype == th.float32 else {"rtol": 1e-6, "atol": 1e-9}
+    for name, values in expected.items():
+        assert_close(run.statistics(name), values, **tolerance)
 
 
-@pytest.fixture
-def recorded_auxiliary_stats(monkeypatch):
-    return spy_on("auxiliary_loss", monkeypatch)
-
-
-@pytest.mark.parametrize("fused", [False, True], ids=["exact", "fused"])
-@pytest.mark.parametrize("case_id", case_ids("e2e_ppo"))
-def test_ppo_trajectory(case_id, fused, recorded_stats, default_dtype):
+@pytest.mark.parametrize(("case_id", "way"), ways("e2e_ppo"))
+def test_ppo_trajectory(case_id, way, default_dtype):
     case = load_case("e2e_ppo", case_id)
     default_dtype(case.dtype)
-    run = GoldenRun("e2e_ppo", case, feed=True, fused=fused)
-    run.run()
-    tolerance = trajectory_tolerance(case)
-    assert_trajectory(run, **tolerance)
-
-    data, hp = case.arrays, case.hyperparameters
-    diags = data["diags"][np.isin(data["step_kind"], POLICY_STEP_KINDS)]
-    columns = {"policy_gradient_loss": 2, "kl_loss": 3, "approx_kl_prox": 7, "clip_fraction": 6}
-    columns["importance_cap_fraction"] = 8
-    if not hp["clip_param"]:
-        del columns["clip_fraction"]
-    for name, column in columns.items():
-        actual = [float(getattr(stats, name)) for stats in recorded_stats]
-        atol = 1e-5 if case.dtype == th.float32 else 1e-9
-        assert_close(actual, diags[:, column], rtol=1e-4 if case.dtype == th.float32 else 1e-6, atol=atol)
+    run = repeated("e2e_ppo", case, way)
+    assert_trajectory(run, **trajectory_tolerance(case))
+    assert_statistics(run)
 
 
-@pytest.mark.parametrize("fused", [False, True], ids=["exact", "fused"])
-@pytest.mark.parametrize("case_id", case_ids("e2e_ppg"))
-def test_ppg_trajectory(case_id, fused, recorded_auxiliary_stats, default_dtype):
+@pytest.mark.parametrize(("case_id", "way"), ways("e2e_ppg"))
+def test_ppg_trajectory(case_id, way, default_dtype):
     case = load_case("e2e_ppg", case_id)
     default_dtype(case.dtype)
-    run = GoldenPhasicRun("e2e_ppg", case, feed=True, fused=fused)
-    run.run()
+    run = repeated("e2e_ppg", case, way)
     data, hp = case.arrays, case.hyperparameters
     exact = case.dtype == th.float64
     tolerance = {"rtol": 1e-7, "atol": 1e-10} if exact else {"rtol": 0, "atol": 10 * max(hp["lr"], hp["aux_lr"])}
     assert_trajectory(run, **tolerance)
-    terms = data["aux_terms"][data["step_kind"] == AUXILIARY_STEP]
-    assert len(recorded_auxiliary_stats) == len(terms)
-    columns = {"aux_value_loss": 1, "value_loss": 2}
+    kinds, auxiliary_terms = data["step_kind"], data["aux_terms"]
+    is_auxiliary, has_values = kinds == AUXILIARY_STEP, np.isin(kinds, VALUE_STEP_KINDS)
+    # The recorded value losses have the factor ½; the policy phase has a value loss of the same name.
+    value_losses = np.where(is_auxiliary, 2 * auxiliary_terms[:, 2], data["diags"][:, 1] / hp["vfcoef"])
+    expected = {
+        "aux_value_loss": 2 * auxiliary_terms[is_auxiliary, 1],
+        "value_loss": value_losses[is_auxiliary | has_values],
+    }
     if exact:
-        columns["policy_kl"] = 0  # elsewhere no larger than the tolerance
+        assert_statistics(run)
+        expected["policy_kl"] = auxiliary_terms[is_auxiliary, 0]  # elsewhere no larger than the tolerance
     else:
         tolerance = {"rtol": 1e-2}
-    for name, column in columns.items():
-        actual = [float(getattr(stats, name)) for stats in recorded_auxiliary_stats]
-        assert_close(actual, terms[:, column], **tolerance)
+    for name, values in expected.items():
+        assert_close(run.statistics(name), values, **tolerance)
 
 
 OWN_ADVANTAGES = [
-    case_id
+    pytest.param(case_id, way, id=f"{case_id}-{way}")
     for case_id in case_ids("e2e_ppo")
     for hp in [load_case("e2e_ppo", case_id).hyperparameters]
-    if not hp["staleness"] and not hp["rnorm"]
+    for way in ("reference", "dense by the epoch")
+    if not hp["staleness"] and not hp["rnorm"] and WAYS[way].claims(hp)
 ]
 
 
-@pytest.mark.parametrize("case_id", OWN_ADVANTAGES)
-def test_ppo_trajectory_with_own_advantages(case_id, default_dtype):
+@pytest.mark.parametrize(("case_id", "way"), OWN_ADVANTAGES)
+def test_ppo_trajectory_with_own_advantages(case_id, way, default_dtype):
     """The same with our own GAE and normalisation; the reference rounds its advantages to float32."""
     case = load_case("e2e_ppo", case_id)
     default_dtype(case.dtype)
-    run = GoldenRun("e2e_ppo", case, feed=False)
-    run.run()
-    lr = case.hyperparameters["lr"]
-    assert_trajectory(run, rtol=1e-4, atol=lr * 1e-2)
+    run = repeated("e2e_ppo", case, way, feed=False)
+    assert_trajectory(run, rtol=1e-4, atol=case.hyperparameters["lr"] * 1e-2)
 
 
-def swap_policies(run: GoldenRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    prox, behav = run.model._log_prob_prox, run.model._log_prob_behav
-    monkeypatch.setattr(run.model, "_log_prob_prox", behav)
-    monkeypatch.setattr(run.model, "_log_prob_behav", prox)
+# ---------------------------------------------------------------------- mistakes, which these tests must notice
 
 
-def drop_debiasing(run: GoldenRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    ewma = run.model.policy_ewma
+def swap_policies(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = reference.ReferenceEngine.evaluate
 
-    def biased_update(source: nn.Module, decay: float) -> None:
+    def swapped(*args: Any) -> Any:
+        result = original(*args)
+        return result._replace(log_prob_prox=result.log_prob_behav, log_prob_behav=result.log_prob_prox)
+
+    monkeypatch.setattr(reference.ReferenceEngine, "evaluate", swapped)
+
+
+def drop_debiasing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def biased_update(
+        self: ParameterEwma, averages: list[th.Tensor], parameters: list[th.Tensor], decay: float
+    ) -> None:
         with th.no_grad():
-            th._foreach_lerp_(list(ewma.module.parameters()), list(source.parameters()), 1 - decay)
+            th._foreach_lerp_(averages, parameters, 1 - decay)
 
-    monkeypatch.setattr(ewma, "update", biased_update)
+    monkeypatch.setattr(ParameterEwma, "interpolate", biased_update)
 
 
-def reverse_kl(run: GoldenPhasicRun, monkeypatch: pytest.MonkeyPatch) -> None:
+def reverse_kl(monkeypatch: pytest.MonkeyPatch) -> None:
     original = losses.analytic_kl
     monkeypatch.setattr(losses, "analytic_kl", lambda old, current: original(current, old))
 
 
-def forget_reset(run: GoldenPhasicRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run.model.policy_ewma, "reset", lambda _: None)
+def forget_reset(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = ParameterEwma.reset
+    # The first one belongs to the initial parameters.
+    monkeypatch.setattr(ParameterEwma, "reset", lambda self: original(self) if self.total_weight == 1 else None)
 
 
-def share_optimizer(run: GoldenPhasicRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    run.model.aux_optimizer = run.model.policy.optimizer
+def refresh_old_policy(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = reference.with_parameters
+
+    def with_present_parameters(like: Any, _: Any) -> Any:
+        return original(like, [parameter.detach() for parameter in distribution_parameters(like)])
+
+    monkeypatch.setattr(reference, "with_parameters", with_present_parameters)
 
 
-def do_not_detach(run: GoldenPhasicRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    extractor = run.model.policy.mlp_extractor
-    monkeypatch.setattr(extractor, "forward_critic", lambda features: extractor.value_net(features))
+def share_optimizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = GoldenRun.run
+
+    def run_with_one_optimizer(run: GoldenRun) -> None:
+        run.model.aux_optimizer = run.model.policy.optimizer
+        original(run)
+
+    monkeypatch.setattr(GoldenRun, "run", run_with_one_optimizer)
 
 
-def refresh_old_policy(run: GoldenPhasicRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = ppg.with_parameters
-
-    def with_present_parameters(like, _):
-        return original(like, [parameter.detach() for parameter in ppg.distribution_parameters(like)])
-
-    monkeypatch.setattr(ppg, "with_parameters", with_present_parameters)
+def do_not_detach(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(DetachedCriticMlpExtractor, "forward_critic", lambda self, features: self.value_net(features))
 
 
-def has_ewma(hp: dict) -> bool:
-    return hp["kl_ewma_decay"] is not None
+def negate(owner: Any, name: str) -> Callable[[pytest.MonkeyPatch], None]:
+    """:return: a mistake: the last result of a function, a gradient, has the wrong sign"""
+
+    def mistake(monkeypatch: pytest.MonkeyPatch) -> None:
+        original = getattr(owner, name)
+
+        def negated(*args: Any) -> Any:
+            first, gradient = original(*args)
+            return (first, -gradient) if gradient is not None else (-first, None)
+
+        monkeypatch.setattr(owner, name, negated)
+
+    return mistake
 
 
-def has_phases(hp: dict) -> bool:
+def has_phases(hp: dict[str, Any]) -> bool:
     return hp["n_aux_epochs"] > 0
 
 
-@pytest.mark.parametrize(
-    ("family", "wanted", "mistake"),
-    [
-        ("e2e_ppo", lambda hp: hp["staleness"] and hp["staleness_loss"] == "decoupled", swap_policies),
-        ("e2e_ppo", lambda hp: has_ewma(hp) and hp["clip_param"], swap_policies),
-        ("e2e_ppo", lambda hp: has_ewma(hp) and hp["kl_penalty"], swap_policies),
-        ("e2e_ppo", lambda hp: has_ewma(hp) and hp["clip_param"], drop_debiasing),
-        ("e2e_ppo", lambda hp: has_ewma(hp) and hp["kl_penalty"], drop_debiasing),
-        ("e2e_ppg", has_phases, reverse_kl),
-        ("e2e_ppg", has_phases, share_optimizer),
-        ("e2e_ppg", has_phases, refresh_old_policy),
-        ("e2e_ppg", lambda hp: has_phases(hp) and has_ewma(hp), forget_reset),
-        ("e2e_ppg", lambda hp: has_phases(hp) and hp["arch"] == "detach", do_not_detach),
-    ],
-)
-def test_trajectories_notice_mistakes(family, wanted, mistake, default_dtype, monkeypatch):
+MISTAKES: list[tuple[str, str, Callable[[dict[str, Any]], Any], Callable[[pytest.MonkeyPatch], None]]] = [
+    ("e2e_ppo", "reference", lambda hp: hp["staleness"] and hp["staleness_loss"] == "decoupled", swap_policies),
+    ("e2e_ppo", "reference", lambda hp: has_ewma(hp) and hp["clip_param"], swap_policies),
+    ("e2e_ppo", "reference", lambda hp: has_ewma(hp) and hp["kl_penalty"], swap_policies),
+    ("e2e_ppo", "reference", lambda hp: has_ewma(hp) and hp["clip_param"], drop_debiasing),
+    ("e2e_ppo", "dense", lambda hp: has_ewma(hp) and hp["kl_penalty"], drop_debiasing),
+    ("e2e_ppo", "dense", lambda hp: hp["clip_param"], negate(dense, "policy_loss_gradient")),
+    ("e2e_ppo", "dense", lambda hp: hp["clip_param"], negate(dense, "value_loss_gradient")),
+    ("e2e_ppo", "dense", lambda hp: hp["clip_param"], negate(CategoricalForm, "gradients")),
+    ("e2e_ppg", "reference", has_phases, reverse_kl),
+    ("e2e_ppg", "reference", has_phases, share_optimizer),
+    ("e2e_ppg", "reference", has_phases, refresh_old_policy),
+    ("e2e_ppg", "reference", lambda hp: has_phases(hp) and has_ewma(hp), forget_reset),
+    ("e2e_ppg", "reference", lambda hp: has_phases(hp) and hp["arch"] == "detach", do_not_detach),
+]
+
+
+@pytest.mark.filterwarnings("ignore:The policy's parameters were changed outside of training")
+@pytest.mark.parametrize(("family", "way", "wanted", "mistake"), MISTAKES)
+def test_trajectories_notice_mistakes(family, way, wanted, mistake, default_dtype, monkeypatch):
     cases = [load_case(family, case_id) for case_id in case_ids(family)]
-    suitable = [case for case in cases if case.dtype == th.float64 and wanted(case.hyperparameters)]
+    cases = [case for case in cases if case.dtype == th.float64 and WAYS[way].claims(case.hyperparameters)]
+    suitable = [case for case in cases if wanted(case.hyperparameters)]
     if not suitable:
         pytest.skip("no recording in this folder can show it")
     case = max(suitable, key=lambda case: case.hyperparameters["lr"])
     default_dtype(case.dtype)
-    run = (GoldenPhasicRun if family == "e2e_ppg" else GoldenRun)(family, case, feed=True)
-    mistake(run, monkeypatch)
-    run.run()
-    with pytest.raises(AssertionError):
+    mistake(monkeypatch)
+    run = repeated(family, case, way)
+    with pytest.raises(AssertionError, match="Not equal to tolerance"):
         assert_trajectory(run, rtol=1e-7, atol=1e-10)
