@@ -333,7 +333,7 @@ _CLOSED_FORMS: dict[type[Any], Any] = {
     DiagGaussianDistribution: lambda _: GaussianForm(),
 }
 # Distributions with a closed form
-CLOSED_FORM_DISTRIBUTIONS = (*_CLOSED_FORMS, SoftplusDiagGaussianDistribution)
+CLOSED_FORM_DISTRIBUTIONS: tuple[type[Any], ...] = (*_CLOSED_FORMS, SoftplusDiagGaussianDistribution)
 
 
 def closed_form(action_dist: Any) -> ClosedForm | None:
