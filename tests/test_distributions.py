@@ -171,7 +171,9 @@ class DerivedFromThat(WithForm):
 
 
 @pytest.mark.parametrize(
-    "distribution", [Derived(2), DerivedFromThat(2), StateDependentNoiseDistribution(2), object()], ids=repr
+    "distribution",
+    [Derived(2), DerivedFromThat(2), StateDependentNoiseDistribution(2), object()],
+    ids=lambda each: type(each).__name__,
 )
 def test_other_distributions_have_no_closed_form(distribution: Any) -> None:
     assert closed_form(distribution) is None
