@@ -280,27 +280,6 @@ def test_quantities_that_ppo_logs_keep_their_meaning(env):
     } | {"train/advantage_std"}
 
 
-class ExtraLoss(PPOEWMA):
-    """Adds a constant and a multiple of the mean value."""
-
-    weight = 0.0
-
-    def extra_loss(self, evaluation, minibatch):
-        return 7 + self.weight * evaluation.values.mean()
-
-
-def test_extra_loss_is_added():
-    plain = make().learn(32)
-    constant = ExtraLoss("MlpPolicy", "CartPole-v1", **QUICK).learn(32)
-    assert logged(constant)["train/loss"] == pytest.approx(logged(plain)["train/loss"] + 7, rel=1e-5)
-    for parameter, expected in zip(parameters(constant.policy), parameters(plain.policy), strict=True):
-        th.testing.assert_close(parameter, expected)
-    model = ExtraLoss("MlpPolicy", "CartPole-v1", **QUICK)
-    model.weight = 1000.0
-    assert model.learn(32).policy.value_net.bias.item() < plain.policy.value_net.bias.item()
-    assert "the algorithm adds a term to the loss" in model.explain_engine()
-
-
 @pytest.mark.parametrize(
     ("kwargs", "engine", "line"),
     [
