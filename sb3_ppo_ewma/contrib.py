@@ -18,7 +18,7 @@ from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.type_aliases import MaybeCallback
 from stable_baselines3.common.utils import obs_as_tensor
 
-from sb3_ppo_ewma._engine.recognition import replaced_in, replaced_method
+from sb3_ppo_ewma._engine.recognition import hooks, replaced_in, replaced_method
 from sb3_ppo_ewma.evaluation import PolicyEvaluation
 from sb3_ppo_ewma.ppo_ewma import EwmaMixin
 from sb3_ppo_ewma.rollouts import Rollout, observations_at
@@ -125,7 +125,11 @@ def _evaluates_in_its_own_way(policy: Any, sb3s: type[Any]) -> bool:
     names = ("evaluate_actions", "extract_features", "get_distribution", "_get_action_dist_from_latent")
     cls = type(policy)
     is_changed = any(getattr(cls, name, None) is not getattr(sb3s, name) for name in names)
-    return is_changed or replaced_method(policy) is not None or replaced_in([policy.mlp_extractor]) is not None
+    return (
+        is_changed
+        or replaced_method(policy) is not None
+        or (replaced_in([policy.mlp_extractor]) or hooks([policy.mlp_extractor])) is not None
+    )
 
 
 class RecurrentPPOEWMA(EwmaMixin, RecurrentPPO):

@@ -312,12 +312,15 @@ class EwmaMixin(SavedStateMixin):
 
     def train(self) -> None:
         """Update policy and value function with the next rollout; while a queue of stale rollouts fills, do nothing."""
+        self._check_own_parameters()  # a callback may have set them
+        check_built_parameters(self)
         rollout = self._next_rollout()
         self._n_rollouts += 1
         if rollout is None:
             return
         self.policy.set_training_mode(True)
-        self._update_learning_rate(self._optimizers())
+        optimizers = self._optimizers()
+        self._update_learning_rate(optimizers if len(optimizers) > 1 else optimizers[0])
         follow_policy(self)
         iteration = make_iteration(self, rollout)
         advantage_std = iteration.normalizer.include(rollout.buffer.advantages)
@@ -346,6 +349,7 @@ class EwmaMixin(SavedStateMixin):
         :return: False if training ends with this epoch: ``target_kl`` forbade a step, or it could not be made
         """
         iteration.statistics.begin_epoch()
+        iteration.batch_size = self.batch_size
         finished = all(engine.step(minibatch, objective) for minibatch in engine.minibatches())
         engine.end_epoch()
         if iteration.exceeded_kl is not None and self.verbose >= 1:
@@ -380,8 +384,8 @@ class EwmaMixin(SavedStateMixin):
         return max(value, 0.0)
 
     def _update_learning_rate(self, optimizers: list[th.optim.Optimizer] | th.optim.Optimizer) -> None:
-        learning_rate = self._scheduled("learning_rate", self.lr_schedule)
-        self.logger.record("train/learning_rate", learning_rate)
+        self.logger.record("train/learning_rate", self._scheduled("learning_rate", self.lr_schedule))
+        learning_rate = self._scheduled("learning_rate", self.lr_schedule)  # twice, as SB3: a schedule may count
         for optimizer in optimizers if isinstance(optimizers, list) else [optimizers]:
             update_learning_rate(optimizer, learning_rate)
 

@@ -114,7 +114,7 @@ def naming_non_finite(model: Any) -> Iterator[None]:
     """
     try:
         yield
-    except Exception as error:
+    except (ValueError, RuntimeError, AssertionError, ArithmeticError) as error:
         if model._last_obs is not None and not is_finite(model._last_obs):
             raise ValueError("NaN or Inf in the observations that the environment returned") from error
         for name, parameter in model.policy.named_parameters():

@@ -1,6 +1,7 @@
 """The forward pass of collection, faster, for policies that are recognised, anew at every call."""
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
@@ -9,8 +10,17 @@ from torch import nn
 from torch.nn import functional as F
 
 from sb3_ppo_ewma._engine.dense_networks import chains, unknown_networks
-from sb3_ppo_ewma._engine.recognition import hooks, methods, unknown_distribution, unknown_policy
+from sb3_ppo_ewma._engine.recognition import (
+    has_global_hooks,
+    hooks,
+    methods,
+    unknown_distribution,
+    unknown_policy,
+)
 from sb3_ppo_ewma._engine.standard import StandardPolicy
+
+# Methods of the policy's class that the faster forward pass stands in for
+_METHODS = ("forward", "extract_features", "_get_action_dist_from_latent", "__call__", "_call_impl")
 
 
 def unknown_collection(policy: Any) -> str | None:
@@ -50,9 +60,11 @@ class FastForward:
     def __init__(self, policy: Any) -> None:
         self._policy = policy
         self._standard = StandardPolicy(policy)
-        self._forward = type(policy).forward
+        self._methods = [getattr(type(policy), name) for name in _METHODS]
         self._distribution = policy.action_dist, type(policy.action_dist)
+        extractors = (policy.features_extractor, policy.pi_features_extractor, policy.vf_features_extractor)
         self._watched = _Watched([policy, policy.mlp_extractor])
+        self._flattening = _Watched([module for extractor in extractors for module in extractor.modules()])
         self._dense = None if unknown_networks(policy) else _DenseForward(policy)
 
     def __call__(self, obs: Any, deterministic: bool = False) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
@@ -65,10 +77,12 @@ class FastForward:
         if not (self._watched.is_unchanged() and self._is_unchanged()):
             return cast(tuple[th.Tensor, th.Tensor, th.Tensor], policy._call_impl(obs, deterministic))
         dense = self._dense
-        if dense is not None and dense.watched.is_unchanged():
+        if dense is not None and dense.watched.is_unchanged() and self._flattening.is_unchanged():
             outputs, values = dense.outputs(standard.features(obs))
         else:
-            outputs, values = standard.outputs(obs)
+            latent_pi, latent_vf = standard.latents(obs)
+            values, outputs = policy.value_net(latent_vf), policy.action_net(latent_pi)  # in SB3's order
+        policy.action_dist.distribution = LazyDistribution(policy, outputs)
         parameters = standard.parameters(outputs)
         actions = (standard.form.mode if deterministic else standard.form.sample)(parameters)
         shaped = actions.reshape((-1, *policy.action_space.shape))
@@ -77,11 +91,61 @@ class FastForward:
     def _is_unchanged(self) -> bool:
         policy, distribution = self._policy, self._policy.action_dist
         return (
-            type(policy).forward is self._forward
+            all(getattr(type(policy), name) is known for name, known in zip(_METHODS, self._methods, strict=True))
+            and not has_global_hooks()
             and (distribution, type(distribution)) == self._distribution
             and methods(type(distribution)).isdisjoint(vars(distribution))
             and self._standard.is_current()
         )
+
+
+class LazyDistribution:
+    """
+    Takes the place of the torch distribution that SB3's ``forward`` leaves in ``policy.action_dist``. It is built when
+    somebody reads it.
+
+    :param policy: the policy
+    :param outputs: outputs of its ``action_net``
+    """
+
+    def __init__(self, policy: Any, outputs: th.Tensor) -> None:
+        self._policy, self._outputs = policy, outputs
+
+    def _build(self) -> Any:
+        own = self._policy.action_dist
+        log_std = getattr(self._policy, "log_std", None)
+        built = copy.copy(own)
+        built.proba_distribution(*([self._outputs] if log_std is None else [self._outputs, log_std]))
+        if vars(own)["distribution"] is self:
+            own.distribution = built.distribution
+        return built.distribution
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self._build(), name)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._build())
+
+    def __getitem__(self, index: int) -> Any:
+        return self._build()[index]
+
+    def __len__(self) -> int:
+        return len(self._build())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copy.deepcopy(self._build(), memo)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _identity, (self._build(),)
+
+
+def _identity(value: Any) -> Any:
+    return value
 
 
 class _Watched:
@@ -123,9 +187,7 @@ class _DenseForward:
     def __init__(self, policy: Any) -> None:
         self._chains = [[_call(module) for module in chain] for chain in chains(policy)]
         sequences = [policy.mlp_extractor.policy_net, policy.mlp_extractor.value_net]
-        self.watched = _Watched(
-            [policy.features_extractor, *sequences, *(m for chain in chains(policy) for m in chain)]
-        )
+        self.watched = _Watched([*sequences, *(m for chain in chains(policy) for m in chain)])
 
     def outputs(self, features: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         """
@@ -150,7 +212,10 @@ def _call(module: nn.Module) -> Callable[[th.Tensor], th.Tensor]:
 
         def linear(inputs: th.Tensor) -> th.Tensor:
             parameters = state["_parameters"]
-            return F.linear(inputs, parameters["weight"], parameters["bias"])
+            weight = parameters.get("weight")
+            if weight is None:  # a plain tensor took the parameter's place
+                return cast(th.Tensor, module(inputs))
+            return F.linear(inputs, weight, parameters.get("bias"))
 
         return linear
     return th.tanh if isinstance(module, nn.Tanh) else th.relu

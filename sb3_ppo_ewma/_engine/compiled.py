@@ -322,6 +322,7 @@ class CompiledEngine(StandardEngine):
         # Copies of the policy with π_prox's and π_behav's tensors: a graph cannot put them in place of others.
         self._shadows: dict[int, StandardPolicy] = {}
         self._series: dict[tuple[int, bool], StepSeries] = {}
+        iteration.optimizer.zero_grad()
         self._seen: set[Any] = set()
 
     def step(self, minibatch: Any, objective: Objective) -> bool:

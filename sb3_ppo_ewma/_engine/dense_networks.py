@@ -3,6 +3,7 @@ The dense networks of SB3's ``MlpPolicy`` as matrix products with a backward pas
 modules and the recording of a graph cost more than the arithmetic.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -160,8 +161,8 @@ def unknown_networks(policy: Any) -> str | None:
     for extractor in extractors:
         if type(extractor) not in _EXTRACTORS:
             return f"the features extractor is a {type(extractor).__name__}"
-        if next(extractor.parameters(), None) is not None:
-            return "the features extractor has parameters"
+        if not all(_flattens(module) for module in extractor.modules() if type(module) not in _EXTRACTORS):
+            return "the features extractor does more than flatten"
     sequences = (policy.mlp_extractor.policy_net, policy.mlp_extractor.value_net)
     if not all(type(sequence) is nn.Sequential for sequence in sequences):
         return "the networks of the mlp_extractor are not an nn.Sequential"
@@ -175,7 +176,8 @@ def unknown_networks(policy: Any) -> str | None:
             if index % 2 == 0 and (type(module) is not nn.Linear or module.bias is None):
                 return f"a layer is a {type(module).__name__}, not an nn.Linear with bias"
         layers += chain
-    modules = [*extractors, policy.mlp_extractor, *sequences, *layers]
+    flattening = [module for extractor in extractors for module in extractor.modules()]
+    modules = [*flattening, policy.mlp_extractor, *sequences, *layers]
     if any(module._compiled_call_impl is not None for module in modules):
         return "a module is compiled"
     return replaced_in(modules) or hooks(modules)
@@ -187,8 +189,10 @@ def unknown_parameters(policy: Any) -> str | None:
     :return: why the parameters of its networks cannot be trained as one tensor, ``None`` if they can
     """
     parameters, optimizer = DensePolicy(policy).parameters, policy.optimizer
-    if len(set(map(id, parameters))) < len(parameters):
-        return "layers share parameters"
+    if "log_std" in vars(policy) or "log_std" in policy._buffers:
+        return "log_std is not a parameter"
+    if len(set(map(id, parameters))) < len(parameters) or _overlap(parameters):
+        return "layers share parameters or memory"
     if not all(type(parameter) is nn.Parameter and parameter.requires_grad for parameter in parameters):
         return "parameters are frozen or not an nn.Parameter"
     if len({(parameter.dtype, parameter.device) for parameter in parameters}) > 1:
@@ -201,6 +205,22 @@ def unknown_parameters(policy: Any) -> str | None:
         return "the optimizer does not have all parameters"
     counts = {float(state["step"]) if (state := optimizer.state.get(parameter)) else 0.0 for parameter in parameters}
     return "the optimizer has made different numbers of steps with different parameters" if len(counts) > 1 else None
+
+
+def _flattens(module: nn.Module) -> bool:
+    if isinstance(module, nn.ModuleDict):
+        return True
+    return type(module) is nn.Flatten and (module.start_dim, module.end_dim) == (1, -1)
+
+
+def _overlap(tensors: Sequence[th.Tensor]) -> bool:
+    """
+    :param tensors: tensors on one device
+    :return: whether two of them have memory in common, or one has gaps
+    """
+    spans = sorted((each.data_ptr(), each.data_ptr() + each.numel() * each.element_size()) for each in tensors)
+    is_disjoint = all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
+    return not (is_disjoint and all(each.is_contiguous() for each in tensors))
 
 
 def _parameters(chain: Sequence[nn.Module]) -> list[th.Tensor]:

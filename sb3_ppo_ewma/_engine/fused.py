@@ -5,6 +5,7 @@ import operator
 from typing import Any, ClassVar, cast
 
 import torch as th
+from torch import nn
 from torch.optim import optimizer as torch_optimizer
 
 from sb3_ppo_ewma._engine.iteration import Iteration
@@ -16,6 +17,7 @@ from sb3_ppo_ewma.training_log import STEP
 # Moments of Adam below these move no parameter by a digit, unless epsilon is smaller still.
 _NEGLIGIBLE = {"exp_avg": 1e-25, "exp_avg_sq": 1e-36}
 _SMALLEST_EPS = 1e-10
+_CLIP_GRAD_NORM = nn.utils.clip_grad_norm_
 # Gradient steps after which they are cleared at the end of an epoch; at the end of a training they always are
 _CLEARED_EVERY = 128
 _UNUSUAL_SETTINGS = ("amsgrad", "maximize", "capturable", "differentiable", "decoupled_weight_decay")
@@ -51,6 +53,9 @@ class FusedEngine(ReferenceEngine):
         optimizer: th.optim.Optimizer,
         average: ParameterEwma | None,
     ) -> bool:
+        if id(optimizer) not in self._fused and unusual_adam(optimizer) is not None:
+            with th.enable_grad():  # replaced since the engine was chosen
+                return super().update(loss, statistics, optimizer, average)
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         statistics[STEP] = checked = self.clip_and_step(gradients, loss, optimizer)
         self.iteration.statistics.add(statistics)
@@ -147,15 +152,21 @@ class _FusedGroup:
         self._optimizer = optimizer
         self._group = group
         self._parameters: list[th.Tensor] = []
+        self._states: list[dict[str, th.Tensor]] = []
         self._tensors: tuple[list[th.Tensor], ...] = ()
 
     def step(self, divisor: th.Tensor | None, made: th.Tensor | None) -> None:
         parameters = [parameter for parameter in self._group["params"] if parameter.grad is not None]
         if not parameters:
             return
-        if len(parameters) != len(self._parameters) or any(map(operator.is_not, parameters, self._parameters)):
+        known = self._optimizer.state
+        if (
+            len(parameters) != len(self._parameters)
+            or any(map(operator.is_not, parameters, self._parameters))
+            or any(known.get(parameter) is not state for parameter, state in zip(parameters, self._states, strict=True))
+        ):
             states = [adam_state(self._optimizer, parameter) for parameter in parameters]
-            self._parameters = parameters
+            self._parameters, self._states = parameters, states
             self._tensors = tuple([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step"))
         exp_avgs, exp_avg_sqs, steps = self._tensors
         gradients = [cast(th.Tensor, parameter.grad) for parameter in parameters]
@@ -217,6 +228,8 @@ def unusual_adam(optimizer: th.optim.Optimizer) -> str | None:
     :param optimizer: any optimiser
     :return: why :class:`FusedAdam` cannot take the place of its ``step()``, ``None`` if it can
     """
+    if nn.utils.clip_grad_norm_ is not _CLIP_GRAD_NORM:
+        return "torch.nn.utils.clip_grad_norm_ was replaced"
     if type(optimizer) is not th.optim.Adam:
         return f"the optimizer is {type(optimizer).__name__}, not torch.optim.Adam"
     if not hasattr(th, "_fused_adam_"):
@@ -235,6 +248,10 @@ def unusual_adam(optimizer: th.optim.Optimizer) -> str | None:
             return f"the optimizer has {', '.join(unusual) or 'learning rate or betas that are not plain numbers'}"
         if not all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in group["params"]):
             return "the optimizer has parameters that fused Adam does not support"
+        for parameter in group["params"]:
+            state = optimizer.state.get(parameter)
+            if state and state["exp_avg"].stride() != parameter.stride():
+                return "a parameter's memory layout changed since the optimizer made its state"
     return None
 
 

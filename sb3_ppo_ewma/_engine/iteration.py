@@ -101,7 +101,8 @@ class Iteration:
     """
     The objects and numbers that one training works with. They do not change while it lasts.
 
-    :param policy: the policy
+    :param model: the algorithm
+    :param policy: its policy
     :param evaluation: how its family evaluates it
     :param action_space: action space of the environment
     :param source: minibatches of the rollout
@@ -123,6 +124,7 @@ class Iteration:
     :param exceeded_kl: the KL divergence that ended the training, ``None``: none has
     """
 
+    model: Any
     policy: Any
     evaluation: PolicyEvaluation
     action_space: spaces.Space[Any]
@@ -168,6 +170,14 @@ class Iteration:
         self.policy.set_training_mode(True)
         self.normalizer.include(buffer.advantages)
         self.source.update_targets()  # type: ignore[union-attr]  # there is one while a rollout is trained on
+
+    def read_settings(self) -> None:
+        """Read what SB3 reads at every minibatch from the algorithm again: code of the user may have changed it."""
+        model = self.model
+        self.coefficients = self.coefficients._replace(ent_coef=model.ent_coef, vf_coef=model.vf_coef)
+        self.optimizer, self.value_optimizer = model.policy.optimizer, model.value_optimizer
+        self.max_grad_norm, self.max_kl = model.max_grad_norm, _max_kl(model)
+        self.normalizer.enabled = model.normalize_advantage
 
     def optimizer_of(self, objective: Objective) -> th.optim.Optimizer:
         """
@@ -244,12 +254,13 @@ def make_iteration(model: Any, rollout: Rollout | None) -> Iteration:
     recent = ParameterEwma(uncompiled(model.policy)) if is_recent_prox or is_recent_behav else None
     process_group = None if model._data_parallel is None else model._data_parallel.group
     return Iteration(
+        model=model,
         policy=model.policy,
         evaluation=model.policy_evaluation,
         action_space=model.action_space,
         source=None if rollout is None else _minibatch_source(model, rollout),
         batch_size=model.batch_size,
-        coefficients=_coefficients(model),
+        coefficients=_coefficients(model, is_scheduled=rollout is not None),
         normalizer=AdvantageNormalizer(model.normalize_advantage, model.advantage_moments, process_group),
         optimizer=model.policy.optimizer,
         max_grad_norm=model.max_grad_norm,
@@ -259,7 +270,7 @@ def make_iteration(model: Any, rollout: Rollout | None) -> Iteration:
         prox=model.policy_ewma if model.policy_ewma is not None else recent if is_recent_prox else None,
         behav=recent if is_recent_behav else None,
         analytic_kl=is_analytic,
-        max_kl=None if model.target_kl is None else 1.5 * model.target_kl,
+        max_kl=_max_kl(model),
         extra_loss=model.extra_loss,
         process_group=process_group,
     )
@@ -269,18 +280,33 @@ def _minibatch_source(model: Any, rollout: Rollout) -> MinibatchSource:
     buffer = rollout.buffer
     samples_class = model.samples_classes.get(type(buffer))
     is_changed = replaced_method(buffer) is not None or patched_classes() is not None
-    if model.engine == "reference" or samples_class is None or is_changed:
+    # A buffer that is not full is refused by its own get().
+    if model.engine == "reference" or samples_class is None or is_changed or not buffer.full:
+        return BufferMinibatches(buffer)
+    targets = (buffer.values, buffer.log_probs, buffer.advantages, buffer.returns)
+    dtypes = {th.from_numpy(target).dtype for target in targets}
+    if dtypes != {next(model.policy.parameters()).dtype}:
         return BufferMinibatches(buffer)
     return device_minibatches(buffer, samples_class)
 
 
-def _coefficients(model: Any) -> Coefficients:
+def _coefficients(model: Any, is_scheduled: bool) -> Coefficients:
+    """
+    :param model: the algorithm
+    :param is_scheduled: whether to ask the schedules, which may count how often they are asked
+    :return: hyper-parameters of the loss
+    """
     # Schedules may end slightly below 0 when the last rollout overshoots; only constants switch the clip off.
+    has_clip, has_value_clip = not is_clip_off(model.clip_range), model.clip_range_vf is not None
     return Coefficients(
-        None if is_clip_off(model.clip_range) else model._scheduled("clip_range", model.clip_range),
-        None if model.clip_range_vf is None else model._scheduled("clip_range_vf", model.clip_range_vf),
+        model._scheduled("clip_range", model.clip_range) if is_scheduled and has_clip else None,
+        model._scheduled("clip_range_vf", model.clip_range_vf) if is_scheduled and has_value_clip else None,
         model.ent_coef,
         model.vf_coef,
         model.kl_coef,
         model.max_importance_ratio,
     )
+
+
+def _max_kl(model: Any) -> float | None:
+    return None if model.target_kl is None else 1.5 * model.target_kl

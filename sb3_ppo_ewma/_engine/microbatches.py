@@ -20,7 +20,7 @@ from sb3_ppo_ewma._engine.iteration import (
     Objective,
 )
 from sb3_ppo_ewma._engine.standard import StandardEngine
-from sb3_ppo_ewma.evaluation import Evaluation, Minibatch
+from sb3_ppo_ewma.evaluation import Evaluation
 
 # Bytes of the largest output of a layer. Of 4, 8, 16 and 32 MiB, 8 was best for both Nature CNN and IMPALA's network.
 _LARGEST_OUTPUT = 2**23
@@ -39,16 +39,23 @@ class MicrobatchEngine(StandardEngine):
         super().__init__(iteration)
         self._size: int | None = None
 
-    def backward(self, minibatch: Minibatch, objective: Objective) -> tuple[th.Tensor, dict[str, th.Tensor]]:
-        coefficients = self.iteration.coefficients
+    def step(self, minibatch: Any, objective: Objective) -> bool:
+        iteration = self.iteration
+        coefficients, optimizer = iteration.coefficients, iteration.optimizer_of(objective)
+        optimizer.zero_grad()
+        prepared = iteration.prepare(minibatch)
         evaluations = []
-        for share, part in self._parts(minibatch.samples.observations, minibatch):
+        for share, part in self._parts(prepared.samples.observations, prepared):
             evaluation = self.evaluate(part, objective)
             loss, _ = self.loss(evaluation, part, objective, coefficients)
             (share * loss).backward()  # type: ignore[no-untyped-call]  # torch has no annotation here
             evaluations.append(evaluation)
         with th.no_grad():
-            return self.loss(_joined(Evaluation, evaluations), minibatch, objective, coefficients)
+            loss, statistics = self.loss(_joined(Evaluation, evaluations), prepared, objective, coefficients)
+        if self.exceeds_max_kl(statistics):
+            iteration.statistics.add(statistics)
+            return False
+        return self.update(loss, statistics, optimizer, iteration.average if objective.policy else None)
 
     def auxiliary_backward(
         self, minibatch: AuxiliaryMinibatch, coefficients: AuxiliaryCoefficients

@@ -6,6 +6,7 @@ Anything unknown is a reason: methods overridden in a class or replaced in an in
 from collections.abc import Iterable
 from typing import Any
 
+import torch as th
 from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
 from stable_baselines3.common.distributions import (
     BernoulliDistribution,
@@ -25,7 +26,7 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 
 from sb3_ppo_ewma import policies
-from sb3_ppo_ewma.distributions import CLOSED_FORM_DISTRIBUTIONS, closed_form
+from sb3_ppo_ewma.distributions import CLOSED_FORM_DISTRIBUTIONS, GaussianForm, closed_form
 from sb3_ppo_ewma.networks import ImpalaCNN, ResidualBlock, SmallGridCNN
 from sb3_ppo_ewma.policies import DetachedCriticMlpExtractor, Trunk
 
@@ -78,8 +79,6 @@ _ORIGINALS: list[tuple[Any, str, Any]] = [
     for name, function in vars(cls).items()
     if name in _RELIED_ON or (cls in CLOSED_FORM_DISTRIBUTIONS and callable(function))
 ]
-
-
 _METHODS: dict[Any, frozenset[str]] = {}
 
 
@@ -128,7 +127,7 @@ def unknown_policy(policy: Any) -> str | None:
         return f"{replaced} of the policy was replaced"
     if type(policy.mlp_extractor) not in _MLP_EXTRACTORS:
         return f"the mlp_extractor is a {type(policy.mlp_extractor).__name__}"
-    return replaced_in([policy.mlp_extractor])
+    return replaced_in([policy.mlp_extractor]) or hooks([policy.mlp_extractor])
 
 
 def unknown_distribution(policy: Any) -> str | None:
@@ -137,8 +136,13 @@ def unknown_distribution(policy: Any) -> str | None:
     :return: why its distribution has no closed form that can be used, ``None`` if it has one
     """
     distribution = policy.action_dist
-    if closed_form(distribution) is None:
+    form = closed_form(distribution)
+    if form is None:
         return f"{type(distribution).__name__} has no closed form"
+    if isinstance(form, GaussianForm):
+        log_std = getattr(policy, "log_std", None)
+        if not isinstance(log_std, th.Tensor) or log_std.shape != (distribution.action_dim,):
+            return "log_std is not a tensor with an entry for each action"
     replaced = replaced_method(distribution) if isinstance(distribution, Distribution) else None
     return None if replaced is None else f"{replaced} of the action distribution was replaced"
 
@@ -180,9 +184,14 @@ def hooks(modules: Iterable[nn.Module]) -> str | None:
         for parameter in module._parameters.values():
             if any(getattr(parameter, name, None) for name in PARAMETER_HOOKS):
                 return f"a parameter of a {type(module).__name__} has hooks"
-    if any(getattr(torch_module, name) for name in _GLOBAL_HOOKS):
-        return "torch has global module hooks"
-    return None
+    return "torch has global module hooks" if has_global_hooks() else None
+
+
+def has_global_hooks() -> bool:
+    """
+    :return: whether torch has hooks of all modules
+    """
+    return any(getattr(torch_module, name) for name in _GLOBAL_HOOKS)
 
 
 def patched_classes() -> str | None:
@@ -209,4 +218,4 @@ def takes_channels_last(extractor: nn.Module) -> bool:
     :return: whether it computes the same from images whose channels are last in memory
     """
     modules = list(extractor.modules())
-    return all(type(module) in KNOWN_MODULES for module in modules) and replaced_in(modules) is None
+    return all(type(module) in KNOWN_MODULES for module in modules) and (replaced_in(modules) or hooks(modules)) is None

@@ -46,26 +46,18 @@ class ReferenceEngine:
 
     def step(self, minibatch: Any, objective: Objective) -> bool:
         iteration = self.iteration
-        optimizer = iteration.optimizer_of(objective)
-        optimizer.zero_grad()
-        loss, statistics = self.backward(iteration.prepare(minibatch), objective)
+        iteration.read_settings()
+        prepared = iteration.prepare(minibatch)
+        evaluation = self.evaluate(prepared, objective)
+        iteration.read_settings()
+        loss, statistics = self.loss(evaluation, prepared, objective, iteration.coefficients)
         if self.exceeds_max_kl(statistics):
             iteration.statistics.add(statistics)
             return False
-        return self.update(loss, statistics, optimizer, iteration.average if objective.policy else None)
-
-    def backward(self, minibatch: Minibatch, objective: Objective) -> tuple[th.Tensor, dict[str, th.Tensor]]:
-        """
-        Put the gradient of the loss into the parameters.
-
-        :param minibatch: samples
-        :param objective: the losses to minimise
-        :return: detached loss, statistics
-        """
-        evaluation = self.evaluate(minibatch, objective)
-        loss, statistics = self.loss(evaluation, minibatch, objective, self.iteration.coefficients)
+        optimizer = iteration.optimizer_of(objective)
+        optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]  # torch has no annotation here
-        return loss.detach(), statistics
+        return self.update(loss.detach(), statistics, optimizer, iteration.average if objective.policy else None)
 
     def evaluate(self, minibatch: Minibatch, objective: Objective) -> Evaluation:
         """

@@ -30,6 +30,7 @@ from sb3_ppo_ewma._engine.recognition import (
 from sb3_ppo_ewma._engine.reference import ReferenceEngine
 from sb3_ppo_ewma._engine.standard import StandardEngine
 from sb3_ppo_ewma.evaluation import PolicyEvaluation
+from sb3_ppo_ewma.rollouts import DeviceMinibatches
 
 
 class Question(NamedTuple):
@@ -121,6 +122,18 @@ def _not_images_on_cpu(policy: Any) -> str | None:
     return None if has_convolutions(policy) else "the policy has no convolutions"
 
 
+def _other_minibatches(question: Question) -> str | None:
+    source = question.iteration.source
+    if source is None or type(source) is DeviceMinibatches:
+        return None
+    return "minibatches come from the rollout buffer's own get()"
+
+
+def _tensor_coefficients(question: Question) -> str | None:
+    is_tensor = any(isinstance(each, th.Tensor) for each in question.iteration.coefficients)
+    return "a coefficient of the loss is a tensor" if is_tensor else None
+
+
 def _not_compiled(question: Question) -> str | None:
     if not question.torch_compile:
         return "torch_compile=False"
@@ -132,6 +145,8 @@ def _not_compiled(question: Question) -> str | None:
     return None if groups == {1} else "the optimizer has several parameter groups"
 
 
+BUFFER = Requirement(_other_minibatches, "SB3's rollout buffer, complete and in the dtype of the policy")
+NUMBERS = Requirement(_tensor_coefficients, "coefficients that are numbers")
 AUTOMATIC = Requirement(_not_automatic, "engine='auto'")
 ADAM = Requirement(_unusual_optimizer, "SB3's default optimizer, for all parameters")
 POLICY = Requirement(
@@ -145,12 +160,15 @@ NO_EXTRA_LOSS = Requirement(_extra_loss)
 IMAGES_ON_CPU = Requirement(lambda question: _not_images_on_cpu(question.iteration.policy))
 COMPILED = Requirement(_not_compiled, "torch_compile=True")
 
+# No code of the user runs between the minibatches of a training.
+_FIXED = (NO_EXTRA_LOSS, NUMBERS, BUFFER)
+
 # From the fastest to the slowest, with what each relies on: settings first, which explain the most
 ENGINES: tuple[tuple[Any, tuple[Requirement, ...]], ...] = (
-    (CompiledDenseEngine, (AUTOMATIC, COMPILED, ONE_LOSS, SAMPLED_KL, NO_EXTRA_LOSS, ADAM, POLICY, DENSE)),
-    (CompiledEngine, (AUTOMATIC, COMPILED, ADAM, POLICY, MODULES, NO_EXTRA_LOSS)),
-    (DenseEngine, (AUTOMATIC, ONE_LOSS, SAMPLED_KL, NO_EXTRA_LOSS, ADAM, POLICY, DENSE)),
-    (MicrobatchEngine, (AUTOMATIC, ADAM, POLICY, MODULES, IMAGES_ON_CPU, NO_EXTRA_LOSS)),
+    (CompiledDenseEngine, (AUTOMATIC, COMPILED, ONE_LOSS, SAMPLED_KL, *_FIXED, ADAM, POLICY, DENSE)),
+    (CompiledEngine, (AUTOMATIC, COMPILED, *_FIXED, ADAM, POLICY, MODULES)),
+    (DenseEngine, (AUTOMATIC, ONE_LOSS, SAMPLED_KL, *_FIXED, ADAM, POLICY, DENSE)),
+    (MicrobatchEngine, (AUTOMATIC, *_FIXED, ADAM, POLICY, MODULES, IMAGES_ON_CPU)),
     (StandardEngine, (AUTOMATIC, ADAM, POLICY)),
     (FusedEngine, (AUTOMATIC, ADAM)),
     (ReferenceEngine, ()),

@@ -31,8 +31,8 @@ class StandardPolicy:
         self.policy = policy
         self.form = cast(ClosedForm, closed_form(policy.action_dist))
         self._space, self._normalize_images = policy.observation_space, policy.normalize_images
-        channels_last = takes_channels_last(policy.pi_features_extractor)
-        channels_last = channels_last and takes_channels_last(policy.vf_features_extractor)
+        extractors = (policy.features_extractor, policy.pi_features_extractor, policy.vf_features_extractor)
+        channels_last = all(map(takes_channels_last, extractors))
         parts = self._space.spaces if isinstance(self._space, spaces.Dict) else {"": self._space}
         # Made once: SB3 compares the bounds of all pixels at every call.
         self._preprocess = {

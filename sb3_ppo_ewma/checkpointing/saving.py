@@ -86,11 +86,13 @@ class SavedStateMixin(OnPolicyAlgorithm):
 
     def get_parameters(self) -> dict[str, StateDict]:
         """
-        Return the parameters as in SB3, with the own states of this class.
+        Return the parameters as in SB3, with the own states of this class but those of the run itself, as random number
+        generators, which only files have.
 
         :return: state dictionaries by name
         """
-        return {**own_state_dicts(self, self._own_states), **super().get_parameters()}
+        names = [name for name in self._own_states if name not in self._silent_states]
+        return {**own_state_dicts(self, names), **super().get_parameters()}
 
     def set_parameters(
         self,
