@@ -22,7 +22,7 @@ PYTEST := $(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help train test test-all lint type build format install clean
+.PHONY: help train test test-fast test-all lint type build format install clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /|/' | awk -F'|' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -33,6 +33,9 @@ train: $(VENV)/.installed-zoo ## install what training needs, train ALGO on ENV_
 
 test: $(VENV)/.installed-dev ## install everything, run the tests but the slow ones
 	$(PYTEST) $(PYTEST_ARGS)
+
+test-fast: $(VENV)/.installed-dev ## the tests that take less than a second and start no process, in two minutes
+	$(PYTEST) -m "not slow and not long" $(PYTEST_ARGS)
 
 test-all: $(VENV)/.installed-dev ## all tests, also the slow ones
 	$(PYTEST) -m "" $(PYTEST_ARGS)

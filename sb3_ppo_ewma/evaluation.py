@@ -109,7 +109,8 @@ class PolicyEvaluation:
 def averaged_parameters(policy: Any, average: ParameterEwma) -> Iterator[None]:
     """
     Within this context the policy is π_prox: it has the average's parameters, and is in evaluation mode, in which it
-    collected. Afterwards it is as it was: running statistics and attributes that its modules changed are put back.
+    collected. Afterwards it is as it was: buffers and attributes that its modules assigned are put back. A list or
+    dictionary that a module changed in place stays changed.
 
     :param policy: the policy
     :param average: the average of its parameters
