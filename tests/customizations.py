@@ -376,7 +376,7 @@ class Forward:
 
     def forward(self: Any, obs: Any, deterministic: bool = False) -> Any:
         actions, values, log_prob = super().forward(obs, deterministic)
-        return actions, values + 0.5, log_prob
+        return actions, values + 0.3, log_prob
 
 
 class EntropyBonus:
