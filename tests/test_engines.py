@@ -21,8 +21,8 @@ from tests.battery.helpers import assert_same, copy_parameters
 from tests.engines import ENGINES, IMAGE, Case, Result, generate, needs_compiler, train
 
 N_CASES, N_COMPILED = 520, 24
-# The last two have a softplus standard deviation in the dense engine.
-SAMPLE = (*range(65), 112, 271)
+# The last four have nn.ReLU or a softplus standard deviation in the dense engine.
+SAMPLE = (*range(66), 210, 112, 271)
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 
