@@ -137,6 +137,19 @@ def test_the_cases_cover_every_engine(compilable: list[int]) -> None:
     assert all(compiled[engine] >= 5 for engine in ENGINES[:2]), compiled
 
 
+@pytest.mark.parametrize("engine", ["auto", "reference"])
+def test_what_a_policy_has_beside_its_networks_is_averaged_too(engine: str) -> None:
+    kwargs = {"n_steps": 16, "batch_size": 4, "n_epochs": 1, "n_policy_iterations": 5, "prox_decay": 0.5, "seed": 0}
+    model = PPGEWMA("MlpPolicy", SpaceEnv(), **kwargs, engine=engine, device="cpu")
+    assert model.current_engine == ("dense" if engine == "auto" else "reference")
+    index = model.policy_ewma.names.index("aux_value_net.bias")
+    model.policy_ewma.averages[index].fill_(3.0)
+    model.learn(16)
+    # Only the phase trains it: it is 0, and 3 has the weight ½⁴ of 1 + ½ + ¼ + ⅛ + ½⁴ after 4 steps
+    assert model.policy.aux_value_net.bias.item() == 0
+    assert model.policy_ewma.averages[index].item() == pytest.approx(3 / 31)
+
+
 # ---------------------------------------------------------------------- minibatches in parts
 
 
