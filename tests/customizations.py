@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
-from unittest.mock import patch
 
 import numpy as np
 import torch as th
@@ -104,7 +103,7 @@ def more_value(method: Any) -> Any:
 
 
 def freeze(*parts: str) -> Callable[[Any], None]:
-    """:return: freezes all parameters with one of these in their names"""
+    """:return: freezes all parameters with one of these in their names; torch refuses a loss without any"""
 
     def change(model: Any) -> None:
         for name, parameter in model.policy.named_parameters():
@@ -234,8 +233,10 @@ def transpose_in_memory(model: Any) -> None:
 
 
 def load_from_vector(model: Any) -> None:
-    with patch.object(th, "FloatTensor", th.tensor):  # single precision, whatever the parameters have
-        model.policy.load_from_vector(model.policy.parameters_to_vector() * 0.9)
+    parameters = list(model.policy.parameters())
+    model.policy.load_from_vector(model.policy.parameters_to_vector() * 0.9)
+    for parameter in parameters:
+        parameter.data = parameter.data.to(th.get_default_dtype())  # SB3 makes single precision of all
 
 
 def load_state(model: Any) -> None:
@@ -375,7 +376,7 @@ class Forward:
 
     def forward(self: Any, obs: Any, deterministic: bool = False) -> Any:
         actions, values, log_prob = super().forward(obs, deterministic)
-        return actions, values + 0.5, log_prob
+        return actions, values + 0.3, log_prob
 
 
 class EntropyBonus:
@@ -426,11 +427,11 @@ CUSTOMIZATIONS: dict[str, Customization] = {
     ),
     "hook of a parameter": Customization(double_gradient),
     "hook after accumulation": Customization(clear_gradient),
-    "critic frozen": Customization(freeze("value_net", "vf_")),
-    "actor frozen": Customization(freeze("policy_net", "action_net", "log_std")),
+    "critic frozen": Customization(freeze("value_net.0", "value_net.weight", "vf_")),
+    "actor frozen": Customization(freeze("policy_net", "action_net.weight", "log_std")),
     "log_std frozen": Customization(freeze("log_std"), only="box"),
     "one layer frozen": Customization(freeze("policy_net.0", "features_extractor.cnn.0")),
-    "frozen later": Customization(freeze("value_net"), moment="rollout start"),
+    "frozen later": Customization(freeze("value_net.weight"), moment="rollout start"),
     "groups": Customization(give_groups),
     "order reversed": Customization(reverse_order),
     "one left out": Customization(leave_out),

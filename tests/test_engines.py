@@ -5,7 +5,7 @@ the tolerance.
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import gymnasium as gym
@@ -21,11 +21,12 @@ from tests.battery.helpers import assert_same, copy_parameters
 from tests.engines import ENGINES, IMAGE, Case, Result, generate, needs_compiler, train
 
 N_CASES, N_COMPILED = 520, 24
-SAMPLE = range(65)
+# The last four have nn.ReLU or a softplus standard deviation in the dense engine.
+SAMPLE = (*range(66), 210, 112, 271)
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 
-def marked(numbers: range, sample: Any) -> list[Any]:
+def marked(numbers: range, sample: Sequence[int]) -> list[Any]:
     """:return: parameters of a test, of which only the sample is run without the slow tests"""
     return [pytest.param(n, marks=() if n in sample else pytest.mark.slow, id=str(generate(n))) for n in numbers]
 
@@ -134,6 +135,19 @@ def test_the_cases_cover_every_engine(compilable: list[int]) -> None:
     assert all(counts[engine] >= 40 for engine in ENGINES[2:]), counts
     compiled = Counter(generate(n).engine(torch_compile=True) for n in compilable)
     assert all(compiled[engine] >= 5 for engine in ENGINES[:2]), compiled
+
+
+@pytest.mark.parametrize("engine", ["auto", "reference"])
+def test_what_a_policy_has_beside_its_networks_is_averaged_too(engine: str) -> None:
+    kwargs = {"n_steps": 16, "batch_size": 4, "n_epochs": 1, "n_policy_iterations": 5, "prox_decay": 0.5, "seed": 0}
+    model = PPGEWMA("MlpPolicy", SpaceEnv(), **kwargs, engine=engine, device="cpu")
+    assert model.current_engine == ("dense" if engine == "auto" else "reference")
+    index = model.policy_ewma.names.index("aux_value_net.bias")
+    model.policy_ewma.averages[index].fill_(3.0)
+    model.learn(16)
+    # Only the phase trains it: it is 0, and 3 has the weight ½⁴ of 1 + ½ + ¼ + ⅛ + ½⁴ after 4 steps
+    assert model.policy.aux_value_net.bias.item() == 0
+    assert model.policy_ewma.averages[index].item() == pytest.approx(3 / 31)
 
 
 # ---------------------------------------------------------------------- minibatches in parts
