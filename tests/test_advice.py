@@ -334,6 +334,7 @@ def advice(cls: type[PPO], env: Any, n_iterations: int, **kwargs: Any) -> set[st
     return set(callback.found)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("cls", [PPO, PPOEWMA])
 def test_learning_rate_too_low(cls: type[PPO]) -> None:
     assert advice(cls, "CartPole-v1", 30, learning_rate=1e-7) == {"clip_fraction_low"}
@@ -351,6 +352,7 @@ def test_rewards_that_are_large_now_and_then(advantage_decay: float | None, foun
     assert advice(PPOEWMA, lambda: NoiseEnv(64), 12, advantage_decay=advantage_decay) == found
 
 
+@pytest.mark.long
 def test_stale_data() -> None:
     ill = {"learning_rate": 0.03, "n_epochs": 10, "max_importance_ratio": 10.0, "staleness": 16}
     young = advice(PPOEWMA, "Pendulum-v1", 28, **ill, prox_decay=0.5)
@@ -360,22 +362,26 @@ def test_stale_data() -> None:
     assert not {"importance_cap", "kl_high"} & old
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("cls", [PPO, PPOEWMA])
 def test_large_steps_of_a_gaussian_policy(cls: type[PPO]) -> None:
     found = advice(cls, "Pendulum-v1", 40, learning_rate=0.03, n_epochs=10, ent_coef=-1.0)
     assert {"std_collapse", "kl_high", "clip_fraction_high"} <= found
 
 
+@pytest.mark.long
 def test_entropy_collapses() -> None:
     assert "entropy_collapse" in advice(PPOEWMA, "CartPole-v1", 24, learning_rate=0.1, ent_coef=-10.0)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("cls", "arguments"), [(PPG, {"n_policy_iterations": 99}), (PPOEWMA, {})])
 def test_critic_that_learns_nothing(cls: type[PPO], arguments: dict[str, Any]) -> None:
     # Returns of −500, values that begin at 0
     assert "explained_variance_low" in advice(cls, "Pendulum-v1", 32, n_steps=256, batch_size=128, **arguments)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("cls", [PPO, PPOEWMA])
 def test_nothing_is_said_of_a_good_run(cls: type[PPO], capsys: pytest.CaptureFixture[str]) -> None:
     env = make_vec_env("CartPole-v1", 8, seed=1)
@@ -418,6 +424,7 @@ def test_log_interval_and_order_of_the_log() -> None:
         assert lines == {1: [False] * 6 + [True] * 2, 3: [False] * 2, None: []}[log_interval]
 
 
+@pytest.mark.long
 def test_from_a_yaml_file_of_the_zoo(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

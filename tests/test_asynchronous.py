@@ -24,7 +24,10 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv,
 
 from sb3_ppo_ewma import PPGEWMA, PPOEWMA, EnvPoolVecEnv, MaskablePPOEWMA, RecurrentPPOEWMA
 
-pytestmark = pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="needs fork()")
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="needs fork()"),
+]
 
 ROOT = Path(__file__).parents[1]
 N_ENVS, N_STEPS = 2, 32

@@ -178,6 +178,7 @@ def displacement(optimizer_class, rate, batch_size, noise, n_samples=2**15):
     return parameters.detach()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("optimizer", "noise"), [(th.optim.Adam, 300.0), (th.optim.SGD, 10.0)])
 def test_learning_rate(optimizer, noise):
     settings = {**SETTINGS, "policy_kwargs": {"optimizer_class": optimizer}, "learning_rate": 1e-3}
@@ -389,6 +390,7 @@ def test_defaults():
     assert with_defaults(PPGEWMA, {"normalize_advantage": False})["advantage_decay"] is None
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("algorithm", [PPOEWMA, PPGEWMA])
 @pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1"])
 def test_training_with_one_environment_and_minibatches_of_one_sample(algorithm, env_id):

@@ -13,6 +13,8 @@ import yaml
 from benchmarks.comparison import run as comparison
 from benchmarks.metadata import REPOSITORY
 
+pytestmark = pytest.mark.long
+
 report = pytest.importorskip("benchmarks.comparison.report", reason="needs rliable", exc_type=ImportError)
 
 ALGOS = ["ppo", "ppo_ewma", "ppg", "ppg_ewma"]

@@ -14,6 +14,8 @@ from benchmarks.experiments.runs import COLUMNS, RETURNS, Table, Variant
 from benchmarks.experiments.training import Result, train
 from tests.test_benchmarks import execute
 
+pytestmark = pytest.mark.long
+
 report = pytest.importorskip("benchmarks.experiments.report", reason="needs rliable", exc_type=ImportError)
 
 NAMES = ["ewma", "defaults", "one_epoch", "staleness", "invariance", "center_of_mass", "tuned"]

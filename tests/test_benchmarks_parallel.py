@@ -10,6 +10,8 @@ from benchmarks.parallel import asynchronous, throughput
 from benchmarks.speed.cases import CASES, ENTRIES, case_settings, entry_settings
 from tests.test_benchmarks import execute
 
+pytestmark = pytest.mark.long
+
 RESULTS = Path(asynchronous.__file__).parent / "results"
 
 

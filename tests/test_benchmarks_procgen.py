@@ -21,6 +21,8 @@ from benchmarks.procgen.training import Checkpoints, Plan, Run  # noqa: E402
 from tests import ends_of_processes  # noqa: E402
 from tests.test_envpool_vec_env import needs_procgen  # noqa: E402
 
+pytestmark = pytest.mark.long
+
 TINY = {name: value for name, value in program.QUICK.items() if name != "policy_kwargs"}
 TINY |= {"policy_kwargs": "dict(features_extractor_kwargs=dict(channels=[2], features_dim=4))"}
 ITERATION = TINY["n_envs"] * TINY["n_steps"]  # 128 steps

@@ -17,6 +17,8 @@ from benchmarks.speed import report, run, worker
 from benchmarks.speed.cases import CASES, ENTRIES, case_settings, entry_settings, quick
 from benchmarks.speed.worker import Chunk, EntryError
 
+pytestmark = pytest.mark.long
+
 
 def settings_of(case: str, entry: str) -> dict:
     small = quick(CASES[case])

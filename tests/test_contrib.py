@@ -189,6 +189,7 @@ def test_signature(cls, plain):
     assert all(p.kind is p.KEYWORD_ONLY for name, p in ours.items() if name not in theirs)
 
 
+@pytest.mark.long
 def test_missing_sb3_contrib_is_said_in_one_sentence():
     code = (
         "import sys; sys.modules['sb3_contrib'] = None\n"

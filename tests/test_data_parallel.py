@@ -19,6 +19,8 @@ from sb3_ppo_ewma import PPOEWMA
 from sb3_ppo_ewma._parallel.normalization import pooled
 from tests import ranks
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def on_same_data(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], list[dict[str, Any]]]:

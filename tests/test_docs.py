@@ -26,6 +26,8 @@ from sb3_ppo_ewma.zoo.command_line import SCRIPTS
 from sb3_ppo_ewma.zoo.search_space import SEARCH_SPACES
 from tests.test_packaging import PACKAGE
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).parents[1]
 DASH = "[\u2010-\u2014\u2212]"  # hyphens, dashes and the minus sign, but not the ASCII one
 README = (ROOT / "README.md").read_text()

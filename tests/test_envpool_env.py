@@ -9,6 +9,8 @@ from sb3_ppo_ewma import make_envpool_vec_env
 from sb3_ppo_ewma.envs.envpool_env import PROCGEN, EnvPoolAtariEnv, EnvPoolEnv
 from tests.test_envpool_vec_env import envpool, equal, needs_procgen, rows
 
+pytestmark = pytest.mark.long
+
 
 @pytest.mark.filterwarnings("ignore:.*Box observation space m")
 @pytest.mark.parametrize("task_id", ["CartPole-v1", "MiniGrid-Empty-5x5-v0", "Taxi-v3"])

@@ -24,6 +24,8 @@ from stable_baselines3.common.vec_env import VecEnv, VecMonitor, VecNormalize, V
 from sb3_ppo_ewma import PPOEWMA
 from sb3_ppo_ewma.envs.envpool_vec_env import EnvPoolVecEnv, make_envpool_vec_env
 
+pytestmark = pytest.mark.long
+
 envpool = pytest.importorskip("envpool")
 
 

@@ -59,6 +59,7 @@ def parameters(model: Any) -> th.Tensor:
     return th.nn.utils.parameters_to_vector(model.policy.parameters()).detach()
 
 
+@pytest.mark.long
 def test_engines_are_those_on_the_page(names: dict[str, Any]) -> None:
     assert names["expected"] == ["standard", "fused", "dense", "fused"]
     assert names["printed"] == names["expected"]
@@ -184,6 +185,7 @@ def test_distribution_trains_as_by_the_reference(
     assert "train/std" not in logs[0]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("has_form", [True, False], ids=["closed form", "without"])
 def test_auxiliary_phase_measures_the_divergence(
     names: dict[str, Any], has_form: bool, monkeypatch: pytest.MonkeyPatch

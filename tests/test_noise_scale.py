@@ -121,6 +121,7 @@ def test_value_loss_has_the_noise_scale_of_the_returns():
     assert model.logger.name_to_value["noise_scale/value"] == pytest.approx(256 / 59, rel=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("n_epochs_value", "name", "expected"), [(2, "policy", 12), (None, "joint", 13)])
 def test_linear_gaussian_bandit_has_its_noise_scale(n_epochs_value, name, expected):
     # a ~ N(0, 1), Â = R = a. Gradients of a sample: −a·a of the mean, with expectation −1 and variance 3 − 1 = 2;
@@ -257,6 +258,7 @@ def run(callback: NoiseScaleCallback | None, name: str, **changed: Any) -> dict[
     return state(model.learn(4 * model.n_steps * model.n_envs, callback, log_interval=None))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", sorted(RUNS.keys() - {"seeded"}))  # all are seeded here
 def test_training_is_the_same_to_the_bit(name):
     callback = NoiseScaleCallback(n_batches=4)

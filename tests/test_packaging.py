@@ -28,6 +28,8 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib  # pytest brings it
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "sb3_ppo_ewma"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

@@ -180,6 +180,7 @@ def train(**policy_kwargs: Any) -> dict[str, th.Tensor]:
     return dict(model.learn(5 * 16).policy.state_dict())
 
 
+@pytest.mark.long
 def test_without_weights_in_the_trunk_the_architectures_coincide() -> None:
     dual, shared, detach = (train(critic_arch=critic_arch) for critic_arch in ARCHITECTURES)
     assert_same(dual, shared)

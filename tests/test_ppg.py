@@ -432,6 +432,7 @@ def test_weights_of_zero_switch_terms_off(vf_true_coef):
     assert all(th.equal(value, values[0]) for value in values) == (vf_true_coef == 0)
 
 
+@pytest.mark.long
 def test_auxiliary_phase_improves_the_values(monkeypatch):
     model = make(n_aux_epochs=20, aux_learning_rate=3e-3)
     statistics = spy_on_minibatches(model, monkeypatch)

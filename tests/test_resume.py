@@ -12,6 +12,8 @@ import torch as th
 
 from tests.resume import PHASIC, RUNS, go_on, phases, resume, start, stop
 
+pytestmark = pytest.mark.long
+
 ROOT = pathlib.Path(__file__).parent.parent
 
 

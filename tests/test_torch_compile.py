@@ -17,6 +17,8 @@ from tests.battery.envs import OBSERVATION_SPACES, SpaceEnv
 from tests.battery.helpers import copy_parameters, record_log
 from tests.engines import MaskedEnv, needs_compiler
 
+pytestmark = pytest.mark.long
+
 
 def make(cls: Any = PPOEWMA, policy: str = "MlpPolicy", env: Any = None, **kwargs: Any) -> Any:
     """:return: a small model"""

@@ -16,6 +16,8 @@ from rl_zoo3.utils import StoreDict
 from sb3_ppo_ewma import ImpalaCNN, zoo
 from sb3_ppo_ewma.zoo import command_line
 
+pytestmark = pytest.mark.long
+
 TRAIN = ["train", "--algo", "ppo_ewma", "--env", "CartPole-v1"]
 PPG = ["train", "--algo", "ppg", "--env", "CartPole-v1"]
 SCRIPTS = [

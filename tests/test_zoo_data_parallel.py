@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import yaml
 from stable_baselines3.common.monitor import load_results
 
 from sb3_ppo_ewma import PPOEWMA, zoo
+
+pytestmark = pytest.mark.long
 
 zoo.register()
 

@@ -15,6 +15,8 @@ from huggingface_sb3 import EnvironmentName, ModelName
 
 from sb3_ppo_ewma import zoo
 
+pytestmark = pytest.mark.long
+
 TRAIN = ["--algo", "ppo_ewma", "-f", "logs", "-n", "64", "--eval-freq", "-1", "--device", "cpu", "--seed", "0"]
 SMALL = ["n_envs:1", "n_steps:32", "batch_size:16", "n_epochs:1"]
 

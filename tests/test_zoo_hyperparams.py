@@ -13,6 +13,8 @@ from rl_zoo3.exp_manager import ExperimentManager
 from sb3_ppo_ewma import zoo
 from sb3_ppo_ewma.zoo.algorithms import ALGORITHMS, hyperparameter_file
 
+pytestmark = pytest.mark.long
+
 zoo.register()
 FILES = {algo: yaml.safe_load(hyperparameter_file(algo).read_text()) for algo in ALGORITHMS}
 ONE_EPOCH, TUNED = (

@@ -18,6 +18,8 @@ from torch import nn
 from sb3_ppo_ewma import PPG, PPGEWMA, PPOEWMA, RecurrentPPOEWMA, SmallGridCNN, zoo
 from sb3_ppo_ewma.ewma import center_of_mass_from_decay
 
+pytestmark = pytest.mark.long
+
 SEARCH = ["train", "--algo", "ppo_ewma", "--env", "CartPole-v1", "-n", "64", "-optimize", "--n-evaluations", "1"]
 QUICK = ["--no-optim-plots", "--eval-episodes", "1", "--device", "cpu", "--seed", "0", "-f", "logs"]
 STUDY = ["--study-name", "study"]

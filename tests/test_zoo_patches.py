@@ -37,6 +37,8 @@ from sb3_ppo_ewma import zoo
 from sb3_ppo_ewma.zoo import patches
 from sb3_ppo_ewma.zoo.patches import _replace, child_commands
 
+pytestmark = pytest.mark.long
+
 zoo.register()
 push_to_hub: Any = importlib.import_module("huggingface_sb3.push_to_hub")
 # A trial of the zoo's search space for PPO

@@ -14,6 +14,8 @@ from sb3_ppo_ewma.zoo.algorithms import hyperparameter_file
 from sb3_ppo_ewma.zoo.rescaling import rescaled
 from tests.test_envpool_vec_env import needs_procgen
 
+pytestmark = pytest.mark.long
+
 zoo.register()
 VARIANTS = ["ppo", *(f"{algo}{suffix}" for algo in ("ppo_ewma", "ppg", "ppg_ewma") for suffix in ("", "_kl"))]
 FILES = sorted(f"{variant}_{n_envs}" for variant in VARIANTS for n_envs in (256, 64))

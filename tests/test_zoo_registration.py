@@ -14,6 +14,8 @@ from rl_zoo3.exp_manager import ExperimentManager
 from sb3_ppo_ewma import PPG, PPGEWMA, PPOEWMA, RecurrentPPOEWMA, zoo
 from sb3_ppo_ewma.zoo import algorithms
 
+pytestmark = pytest.mark.long
+
 
 def test_register_changes_the_shared_dictionaries_once():
     zoo.register()

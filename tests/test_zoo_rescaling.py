@@ -14,6 +14,8 @@ from sb3_ppo_ewma.zoo import options
 from sb3_ppo_ewma.zoo.algorithms import ONE_EPOCH, hyperparameter_file
 from sb3_ppo_ewma.zoo.rescaling import as_yaml, rescaled
 
+pytestmark = pytest.mark.long
+
 zoo.register()
 
 ENTRY = {

@@ -15,6 +15,8 @@ from sb3_ppo_ewma import PPG, PPOEWMA, ImpalaCNN, SmallGridCNN, zoo
 from sb3_ppo_ewma.zoo import child_processes
 from sb3_ppo_ewma.zoo.patches import script_patches
 
+pytestmark = pytest.mark.long
+
 # Small, on one environment, with an evaluation and a checkpoint every 64 steps
 SHORT = ["-n", "128", "--eval-freq", "64", "--eval-episodes", "2", "--save-freq", "64", "--seed", "0"]
 SMALL = ["n_envs:1", "n_steps:32", "batch_size:16", "n_epochs:1"]

@@ -15,6 +15,8 @@ from sb3_ppo_ewma import EnvPoolVecEnv, zoo
 from sb3_ppo_ewma.zoo import options
 from tests.test_envpool_vec_env import needs_procgen
 
+pytestmark = pytest.mark.long
+
 pytest.importorskip("envpool")
 zoo.register()
 

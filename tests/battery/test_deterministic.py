@@ -37,6 +37,7 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", CASES)
 def test_same_seed_same_run(algo: Algorithm, case: str) -> None:
     make, kwargs = CASES[case]

@@ -11,6 +11,8 @@ from stable_baselines3.common.evaluation import evaluate_policy
 
 from tests.battery.algorithms import Algorithm
 
+pytestmark = pytest.mark.long
+
 ENVS: dict[str, gym.Env[Any, Any]] = {
     "discrete": IdentityEnv(2),
     "multidiscrete": IdentityEnvMultiDiscrete(2),

@@ -166,6 +166,7 @@ def test_same_seed_same_run() -> None:
     assert_same(*runs)
 
 
+@pytest.mark.long
 def test_learns_with_masks() -> None:
     """Of 20 actions, 15 are invalid: without masks, or without learning, a fifth of the steps at most is right."""
     np.random.seed(0)

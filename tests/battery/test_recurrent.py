@@ -139,6 +139,7 @@ class MemoryEnv(SpaceEnv):
         return observation, float(truncated and action == self.bit), terminated, truncated, info
 
 
+@pytest.mark.long
 def test_learns_to_remember() -> None:
     """Without memory, half of the episodes succeed."""
     env = DummyVecEnv(copies(MemoryEnv, 8))

@@ -127,6 +127,7 @@ def test_an_unfinished_episode_is_bootstrapped(algo: Algorithm) -> None:
     assert collected.returns == pytest.approx([1.0, 2.0, 4.0])
 
 
+@pytest.mark.long
 def test_infinite_horizon(algo: Algorithm) -> None:
     # One state, a reward of 1 in every step, episodes cut after 8 steps: the value is 1/(1 − γ) = 5 only if the
     # cut is no end.

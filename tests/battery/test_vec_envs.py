@@ -26,6 +26,8 @@ from tests.battery.algorithms import Algorithm
 from tests.battery.envs import OBSERVATION_SPACES, VECTOR, SpaceEnv, copies
 from tests.battery.helpers import assert_same, assert_trained, copy_parameters
 
+pytestmark = pytest.mark.long
+
 
 def image_env() -> SpaceEnv:
     """:return: images with the channels last"""
