@@ -121,7 +121,7 @@ def decoupled_policy_loss(
     # log max(π_behav, π_θ/M)
     behav = log_prob_behav
     if max_importance_ratio is not None:
-        behav = th.maximum(behav, log_prob.detach() - _log(max_importance_ratio))
+        behav = th.maximum(behav, log_prob.detach() - log_of(max_importance_ratio))
     # (π_θ/π_behav)·Â
     objective = advantages * bounded_exp(log_prob - behav)
     if clip_range is not None:
@@ -158,7 +158,7 @@ def ratio_statistics(
         low, high = log_clip_limits(clip_range)
         clip_fraction = ((log_ratio_prox < low) | (log_ratio_prox > high)).to(dtype).mean(-1)
     if max_importance_ratio is not None:
-        cap_fraction = (log_ratio_behav > _log(max_importance_ratio)).to(dtype).mean(-1)
+        cap_fraction = (log_ratio_behav > log_of(max_importance_ratio)).to(dtype).mean(-1)
     log_ratio_max = log_ratio_behav.amax(-1)
     # A common factor of the weights cancels: the largest becomes 1, and nothing overflows.
     weights = th.exp(bounded_log_ratio(log_ratio_behav) - bounded_log_ratio(log_ratio_max).unsqueeze(-1))
@@ -363,7 +363,11 @@ def bounded_log_ratio(log_ratio: th.Tensor) -> th.Tensor:
     return th.clamp(log_ratio, -bound, bound)
 
 
-def _log(value: Coefficient) -> Coefficient:
+def log_of(value: Coefficient) -> Coefficient:
+    """
+    :param value: a number, or a tensor that stands for one
+    :return: its logarithm
+    """
     return th.log(value) if isinstance(value, th.Tensor) else math.log(value)
 
 

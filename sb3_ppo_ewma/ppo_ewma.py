@@ -319,12 +319,13 @@ class EwmaMixin(SavedStateMixin):
         if rollout is None:
             return
         self.policy.set_training_mode(True)
-        optimizers = self._optimizers()
-        self._update_learning_rate(optimizers if len(optimizers) > 1 else optimizers[0])
         follow_policy(self)
+        optimizers = self._optimizers()
+        # Overrides written for SB3's PPO expect its one optimiser.
+        self._update_learning_rate(optimizers if len(optimizers) > 1 else optimizers[0])
         iteration = make_iteration(self, rollout)
         advantage_std = iteration.normalizer.include(rollout.buffer.advantages)
-        engine = self._engines.engine_for(self, iteration, self._optimizers())
+        engine = self._engines.engine_for(self, iteration, optimizers)
         try:
             for index, objective in enumerate(self._objectives()):
                 if index > 0 and self.recompute_advantages:

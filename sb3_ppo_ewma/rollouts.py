@@ -144,14 +144,6 @@ class MinibatchSource(Protocol):
         """
         ...
 
-    def blocks(self, batch_size: int | None, features_dim: int) -> Iterator[tuple[Any, int]]:
-        """
-        :param batch_size: as for :meth:`minibatches`
-        :param features_dim: number of features of a sample, which limits how many samples come together
-        :return: one epoch of samples, each with the number of minibatches of one size that they are
-        """
-        ...
-
     def update_targets(self) -> None:
         """Take notice that advantages and returns in the buffer have changed."""
 
@@ -172,14 +164,6 @@ class BufferMinibatches:
         :return: one epoch
         """
         return self._buffer.get(batch_size)
-
-    def blocks(self, batch_size: int | None, features_dim: int) -> Iterator[tuple[Any, int]]:
-        """
-        :param batch_size: number of samples, ``None``: all
-        :param features_dim: number of features of a sample
-        :return: one epoch, minibatch by minibatch
-        """
-        return ((samples, 1) for samples in self.minibatches(batch_size))
 
     def update_targets(self) -> None:
         """Nothing to do: every minibatch is read from the buffer."""

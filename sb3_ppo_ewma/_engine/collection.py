@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from sb3_ppo_ewma._engine.dense_networks import chains, unknown_networks
 from sb3_ppo_ewma._engine.recognition import (
+    FILLED_BY_SB3,
     has_global_hooks,
     hooks,
     methods,
@@ -28,6 +29,8 @@ def unknown_collection(policy: Any) -> str | None:
     :param policy: any policy
     :return: why its forward pass cannot be replaced by a faster one, ``None`` if it can
     """
+    if not isinstance(policy.action_dist, FILLED_BY_SB3):
+        return f"{type(policy.action_dist).__name__} is not a distribution of SB3"
     return unknown_policy(policy) or unknown_distribution(policy) or hooks([policy])
 
 
@@ -45,6 +48,9 @@ def fast_forward(policy: Any) -> Iterator[None]:
     finally:
         if policy._compiled_call_impl is stand_in:  # unless somebody has compiled it since
             policy._compiled_call_impl = None
+        left = getattr(policy.action_dist, "distribution", None)
+        if type(left) is LazyDistribution:
+            left.build()
 
 
 class FastForward:
@@ -111,7 +117,10 @@ class LazyDistribution:
     def __init__(self, policy: Any, outputs: th.Tensor) -> None:
         self._policy, self._outputs = policy, outputs
 
-    def _build(self) -> Any:
+    def build(self) -> Any:
+        """
+        :return: the distribution, which is then in ``policy.action_dist``
+        """
         own = self._policy.action_dist
         log_std = getattr(self._policy, "log_std", None)
         built = copy.copy(own)
@@ -123,25 +132,29 @@ class LazyDistribution:
     def __bool__(self) -> bool:
         return True
 
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:  # what isinstance() asks
+        return type(self.build())
+
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        return getattr(self._build(), name)
+        return getattr(self.build(), name)
 
     def __iter__(self) -> Iterator[Any]:
-        return iter(self._build())
+        return iter(self.build())
 
     def __getitem__(self, index: int) -> Any:
-        return self._build()[index]
+        return self.build()[index]
 
     def __len__(self) -> int:
-        return len(self._build())
+        return len(self.build())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return copy.deepcopy(self._build(), memo)
+        return copy.deepcopy(self.build(), memo)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _identity, (self._build(),)
+        return _identity, (self.build(),)
 
 
 def _identity(value: Any) -> Any:
@@ -213,9 +226,10 @@ def _call(module: nn.Module) -> Callable[[th.Tensor], th.Tensor]:
         def linear(inputs: th.Tensor) -> th.Tensor:
             parameters = state["_parameters"]
             weight = parameters.get("weight")
-            if weight is None:  # a plain tensor took the parameter's place
+            bias = parameters.get("bias")
+            if weight is None or bias is None:  # a plain tensor took the parameter's place
                 return cast(th.Tensor, module(inputs))
-            return F.linear(inputs, weight, parameters.get("bias"))
+            return F.linear(inputs, weight, bias)
 
         return linear
     return th.tanh if isinstance(module, nn.Tanh) else th.relu

@@ -5,7 +5,6 @@ operations.
 """
 
 import itertools
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple, cast
 
@@ -20,7 +19,7 @@ from sb3_ppo_ewma._engine.reference import is_on, total_loss
 from sb3_ppo_ewma._engine.standard import StandardEngine
 from sb3_ppo_ewma.distributions import Parameters, to_policy_actions
 from sb3_ppo_ewma.ewma import ParameterEwma
-from sb3_ppo_ewma.losses import Coefficient
+from sb3_ppo_ewma.rollouts import DeviceMinibatches
 from sb3_ppo_ewma.training_log import STEP
 
 # Numbers of outputs from which on statistics do not wait any longer
@@ -29,7 +28,7 @@ _MOST_WAITING = 2**20
 
 class DenseMinibatch(NamedTuple):
     """
-    What a step takes.
+    Samples of one gradient step.
 
     :param features: (batch, features_dim)
     :param actions: actions in the form the distribution expects
@@ -82,7 +81,7 @@ class DenseEngine(StandardEngine):
         self._networks = [self._dense.networks(self._views(tensor)) for tensor in tensors]
         if self._stack is not None:
             self._stacked_actors, _, self._stacked_log_std = self._dense.networks(self._views(self._stack))
-        self._gradient = th.empty_like(tensors[0])
+        self._gradient = th.zeros_like(tensors[0])
         self._gradient_views = self._views(self._gradient)
         # By minibatch, epoch and per-sample values of the statistics, which are computed for many minibatches at once
         self._waiting: list[tuple[int, dict[str, th.Tensor]]] = []
@@ -125,7 +124,7 @@ class DenseEngine(StandardEngine):
 
     def minibatches(self) -> Iterator[Any]:
         iteration = self.iteration
-        source: Any = iteration.source
+        source = cast(DeviceMinibatches, iteration.source)
         prox = iteration.prox if iteration.prox is not iteration.average else None
         for samples, n_minibatches in source.blocks(iteration.batch_size, max(1, self._shapes[0][1])):
             actions = to_policy_actions(iteration.action_space, samples.actions)
@@ -153,11 +152,13 @@ class DenseEngine(StandardEngine):
     @th.no_grad()
     def step(self, minibatch: Any, objective: Objective) -> bool:
         iteration = self.iteration
+        last_gradient = None if iteration.max_kl is None else self._gradient.clone()
         gradient, finite, values = self.gradient(minibatch, iteration.coefficients)
-        self.trained.grad = gradient
         self.wait_with(values)
         if self.exceeds_max_kl(values):
+            self._gradient.copy_(cast(th.Tensor, last_gradient))  # SB3 makes none for a step it refuses
             return False
+        self.trained.grad = gradient
         values[STEP] = checked = self.clip_and_step([gradient], finite, self.dense_optimizer)
         if not self.was_made(checked):
             return False
@@ -225,7 +226,7 @@ class DenseEngine(StandardEngine):
             own_layers = [features, *(layer[0] for layer in both[1:])]
             return own_layers, [each[0] for each in parameters], log_prob, log_prob_average
         log_probs: list[th.Tensor | None] = [None, None]
-        for i, tensor in ((1, self.average), (0, self.trained)):  # in this order: layers and parameters are the last's
+        for i, tensor in ((1, self.average), (0, self.trained)):  # the trained policy last: its layers are returned
             if tensor is not None:
                 actor, _, log_std = self._networks_with(tensor)
                 layers = actor.forward(features)
@@ -300,7 +301,6 @@ class DenseEngine(StandardEngine):
     @th.no_grad()
     def synchronize(self) -> None:
         super().synchronize()
-        self.add_statistics()
         th._foreach_copy_(self._own_parameters, self._views(self.trained))
         if self.average is not None:
             th._foreach_copy_(self._averages, self._views(self.average))
@@ -310,8 +310,14 @@ class DenseEngine(StandardEngine):
         for parameter, gradient in zip(self._own_parameters, gradients, strict=True):
             parameter.grad = gradient
         state = self.dense_optimizer.state.get(self.trained)
-        if not state or state["step"] == 0:
-            return
+        if state and state["step"] > 0:
+            self._write_moments(state)
+        self.add_statistics()
+
+    def _write_moments(self, state: dict[str, th.Tensor]) -> None:
+        """
+        :param state: state of the optimiser of the one tensor
+        """
         views = zip(self._views(state["exp_avg"]), self._views(state["exp_avg_sq"]), strict=True)
         moments = dict(zip(map(id, self._own_parameters), views, strict=True))
         own = self.iteration.optimizer
@@ -340,7 +346,7 @@ def policy_loss_gradient(
     :param coefficients: hyper-parameters of the loss
     :return: per-sample values of the statistics; (batch,) derivative of the loss with respect to log π_θ
     """
-    log_cap = None if coefficients.max_importance_ratio is None else _log(coefficients.max_importance_ratio)
+    log_cap = None if coefficients.max_importance_ratio is None else losses.log_of(coefficients.max_importance_ratio)
     log_ratio_prox, log_ratio_behav = log_prob - log_prob_prox, log_prob - log_prob_behav
     behav = log_prob_behav if log_cap is None else th.maximum(log_prob_behav, log_prob - cast(float, log_cap))
     exponent = log_prob - behav
@@ -399,10 +405,6 @@ def _groups_of_one_size(
         list(group)
         for _, group in itertools.groupby(waiting, key=lambda each: (len(each[1]["objective"]), each[1].keys()))
     )
-
-
-def _log(value: Coefficient) -> Coefficient:
-    return th.log(value) if isinstance(value, th.Tensor) else math.log(value)
 
 
 def _flat(tensors: Sequence[th.Tensor]) -> th.Tensor:

@@ -12,6 +12,7 @@ from stable_baselines3.common.torch_layers import CombinedExtractor, FlattenExtr
 from torch import nn
 
 from sb3_ppo_ewma._engine.recognition import PARAMETER_HOOKS, hooks, replaced_in
+from sb3_ppo_ewma.distributions import GaussianForm, closed_form
 
 _EXTRACTORS = (FlattenExtractor, CombinedExtractor)
 _ONE = th.ones((), device="cpu")
@@ -191,6 +192,8 @@ def unknown_parameters(policy: Any) -> str | None:
     parameters, optimizer = DensePolicy(policy).parameters, policy.optimizer
     if "log_std" in vars(policy) or "log_std" in policy._buffers:
         return "log_std is not a parameter"
+    if "log_std" in policy._parameters and not isinstance(closed_form(policy.action_dist), GaussianForm):
+        return "the action distribution does not use log_std"
     if len(set(map(id, parameters))) < len(parameters) or _overlap(parameters):
         return "layers share parameters or memory"
     if not all(type(parameter) is nn.Parameter and parameter.requires_grad for parameter in parameters):

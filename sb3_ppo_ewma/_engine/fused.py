@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim import optimizer as torch_optimizer
 
 from sb3_ppo_ewma._engine.iteration import Iteration
+from sb3_ppo_ewma._engine.recognition import replaced_method
 from sb3_ppo_ewma._engine.reference import ReferenceEngine
 from sb3_ppo_ewma.evaluation import Minibatch, averaged_parameters
 from sb3_ppo_ewma.ewma import ParameterEwma
@@ -17,9 +18,17 @@ from sb3_ppo_ewma.training_log import STEP
 # Moments of Adam below these move no parameter by a digit, unless epsilon is smaller still.
 _NEGLIGIBLE = {"exp_avg": 1e-25, "exp_avg_sq": 1e-36}
 _SMALLEST_EPS = 1e-10
-_CLIP_GRAD_NORM = nn.utils.clip_grad_norm_
 # Gradient steps after which they are cleared at the end of an epoch; at the end of a training they always are
 _CLEARED_EVERY = 128
+_CLIP_GRAD_NORM = nn.utils.clip_grad_norm_
+
+
+def _adam_step() -> Any:
+    step: Any = th.optim.Adam.step
+    return step.__wrapped__ if getattr(step, "hooked", None) else step  # torch wraps it when it is first used
+
+
+_ADAM_STEP = _adam_step()
 _UNUSUAL_SETTINGS = ("amsgrad", "maximize", "capturable", "differentiable", "decoupled_weight_decay")
 
 
@@ -53,7 +62,7 @@ class FusedEngine(ReferenceEngine):
         optimizer: th.optim.Optimizer,
         average: ParameterEwma | None,
     ) -> bool:
-        if id(optimizer) not in self._fused and unusual_adam(optimizer) is not None:
+        if id(optimizer) not in self._fused and unusual_optimizer(optimizer, self.iteration.policy) is not None:
             with th.enable_grad():  # replaced since the engine was chosen
                 return super().update(loss, statistics, optimizer, average)
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
@@ -223,13 +232,31 @@ def gradient_norm(gradients: list[th.Tensor]) -> th.Tensor:
     return norm
 
 
+def unusual_optimizer(optimizer: th.optim.Optimizer, policy: nn.Module) -> str | None:
+    """
+    :param optimizer: any optimiser
+    :param policy: the policy it trains
+    :return: why :class:`FusedEngine` cannot make its steps, ``None`` if it can
+    """
+    replaced = replaced_method(optimizer)
+    if replaced is not None:
+        return f"{replaced} of the optimizer was replaced"
+    own = {id(parameter): parameter for parameter in policy.parameters()}
+    trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    if not trained <= own.keys():
+        return "the optimizer has parameters that are not the policy's"
+    if any(parameter.requires_grad and key not in trained for key, parameter in own.items()):
+        return "the optimizer does not have all parameters of the policy"
+    return unusual_adam(optimizer)
+
+
 def unusual_adam(optimizer: th.optim.Optimizer) -> str | None:
     """
     :param optimizer: any optimiser
     :return: why :class:`FusedAdam` cannot take the place of its ``step()``, ``None`` if it can
     """
-    if nn.utils.clip_grad_norm_ is not _CLIP_GRAD_NORM:
-        return "torch.nn.utils.clip_grad_norm_ was replaced"
+    if nn.utils.clip_grad_norm_ is not _CLIP_GRAD_NORM or _adam_step() is not _ADAM_STEP:
+        return "torch.nn.utils.clip_grad_norm_ or torch.optim.Adam.step was replaced"
     if type(optimizer) is not th.optim.Adam:
         return f"the optimizer is {type(optimizer).__name__}, not torch.optim.Adam"
     if not hasattr(th, "_fused_adam_"):
@@ -246,6 +273,8 @@ def unusual_adam(optimizer: th.optim.Optimizer) -> str | None:
             or not all(isinstance(beta, float | int) for beta in group["betas"])
         ):
             return f"the optimizer has {', '.join(unusual) or 'learning rate or betas that are not plain numbers'}"
+        if len({(parameter.device, parameter.dtype) for parameter in group["params"]}) > 1:
+            return "the optimizer's parameters differ in dtype or device"
         if not all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in group["params"]):
             return "the optimizer has parameters that fused Adam does not support"
         for parameter in group["params"]:

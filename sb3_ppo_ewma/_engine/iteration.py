@@ -15,7 +15,13 @@ from sb3_ppo_ewma.evaluation import Evaluation, Minibatch, PolicyEvaluation
 from sb3_ppo_ewma.ewma import ParameterEwma
 from sb3_ppo_ewma.losses import Coefficient
 from sb3_ppo_ewma.policies import uncompiled
-from sb3_ppo_ewma.rollouts import BufferMinibatches, MinibatchSource, Rollout, device_minibatches
+from sb3_ppo_ewma.rollouts import (
+    BufferMinibatches,
+    DeviceMinibatches,
+    MinibatchSource,
+    Rollout,
+    device_minibatches,
+)
 from sb3_ppo_ewma.training_log import TrainingStatistics
 
 # Smallest batch for evaluating a whole rollout without gradients
@@ -99,7 +105,8 @@ class AuxiliaryEvaluation(NamedTuple):
 @dataclass
 class Iteration:
     """
-    The objects and numbers that one training works with. They do not change while it lasts.
+    The objects and numbers that one training works with. :meth:`read_settings` reads again what SB3 reads at every
+    minibatch; the rest stays as it is while the training lasts.
 
     :param model: the algorithm
     :param policy: its policy
@@ -251,7 +258,8 @@ def make_iteration(model: Any, rollout: Rollout | None) -> Iteration:
     is_recent_prox = is_analytic or (model._is_stale and model.staleness_mode != "behavior")
     is_recent_prox = is_recent_prox and model.policy_ewma is None
     # Policy at the start of the iteration
-    recent = ParameterEwma(uncompiled(model.policy)) if is_recent_prox or is_recent_behav else None
+    needs_recent = rollout is not None and (is_recent_prox or is_recent_behav)
+    recent = ParameterEwma(uncompiled(model.policy)) if needs_recent else None
     process_group = None if model._data_parallel is None else model._data_parallel.group
     return Iteration(
         model=model,
@@ -278,16 +286,30 @@ def make_iteration(model: Any, rollout: Rollout | None) -> Iteration:
 
 def _minibatch_source(model: Any, rollout: Rollout) -> MinibatchSource:
     buffer = rollout.buffer
-    samples_class = model.samples_classes.get(type(buffer))
-    is_changed = replaced_method(buffer) is not None or patched_classes() is not None
     # A buffer that is not full is refused by its own get().
-    if model.engine == "reference" or samples_class is None or is_changed or not buffer.full:
+    if model.engine == "reference" or unknown_buffer(model, buffer) is not None or not buffer.full:
         return BufferMinibatches(buffer)
+    # Processes that train together must all make the same exchanges: none falls back alone.
+    make = device_minibatches if model._data_parallel is None else DeviceMinibatches
+    return make(buffer, model.samples_classes[type(buffer)])
+
+
+def unknown_buffer(model: Any, buffer: Any) -> str | None:
+    """
+    :param model: the algorithm
+    :param buffer: its rollout buffer
+    :return: why its minibatches cannot be gathered on the device, ``None`` if they can
+    """
+    if type(buffer) not in model.samples_classes:
+        return f"the rollout buffer is a {type(buffer).__name__}"
+    replaced = replaced_method(buffer)
+    if replaced is not None:
+        return f"{replaced} of the rollout buffer was replaced"
     targets = (buffer.values, buffer.log_probs, buffer.advantages, buffer.returns)
     dtypes = {th.from_numpy(target).dtype for target in targets}
     if dtypes != {next(model.policy.parameters()).dtype}:
-        return BufferMinibatches(buffer)
-    return device_minibatches(buffer, samples_class)
+        return "the rollout buffer has another dtype than the policy"
+    return patched_classes()
 
 
 def _coefficients(model: Any, is_scheduled: bool) -> Coefficients:

@@ -48,17 +48,17 @@ _FREE = {
     *("__annotate_func__", "__weakref__", "__dict__", "features_extractor_class"),
 }
 # Distributions that SB3's policies fill; with any other, a policy must override the method that does
-_FILLED_BY_SB3 = (
+FILLED_BY_SB3 = (
     *(DiagGaussianDistribution, StateDependentNoiseDistribution, CategoricalDistribution),
     *(MultiCategoricalDistribution, BernoulliDistribution),
 )
 _MLP_EXTRACTORS = (MlpExtractor, DetachedCriticMlpExtractor)
-ACTIVATIONS = (nn.ReLU, nn.Tanh, nn.ELU, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.Sigmoid, nn.Softplus)
+_ACTIVATIONS = (nn.ReLU, nn.Tanh, nn.ELU, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.Sigmoid, nn.Softplus)
 _CONTAINERS = (
     *(nn.Sequential, nn.ModuleDict, NatureCNN, CombinedExtractor, FlattenExtractor, MlpExtractor),
     *(ImpalaCNN, ResidualBlock, SmallGridCNN, Trunk, DetachedCriticMlpExtractor),
 )
-_LAYERS = (nn.Linear, nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d, nn.Flatten, nn.Identity, *ACTIVATIONS)
+_LAYERS = (nn.Linear, nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d, nn.Flatten, nn.Identity, *_ACTIVATIONS)
 # Modules that compute each sample by itself, from inputs and parameters alone
 KNOWN_MODULES = frozenset((*_CONTAINERS, *_LAYERS))
 
@@ -112,7 +112,7 @@ def unknown_policy(policy: Any) -> str | None:
     if known is None:
         return f"{cls.__name__} is not derived from ActorCriticPolicy"
     free = _FREE
-    if not isinstance(policy.action_dist, _FILLED_BY_SB3) and closed_form(policy.action_dist) is not None:
+    if not isinstance(policy.action_dist, FILLED_BY_SB3) and closed_form(policy.action_dist) is not None:
         free = {*_FREE, "_get_action_dist_from_latent"}  # the closed form is declared to compute the same
     for base in cls.__mro__ if cls is not known else ():
         overridden = (
@@ -122,9 +122,9 @@ def unknown_policy(policy: Any) -> str | None:
             return f"{base.__name__} overrides {overridden[0]}"
     if not (policy._compiled_call_impl is None or hasattr(policy._compiled_call_impl, "stands_in_for_forward")):
         return "the policy is compiled"
-    replaced = replaced_method(policy)
-    if replaced is not None:
-        return f"{replaced} of the policy was replaced"
+    replaced_names = methods(cls).intersection(vars(policy)) - _FREE
+    if replaced_names:
+        return f"{min(replaced_names)} of the policy was replaced"
     if type(policy.mlp_extractor) not in _MLP_EXTRACTORS:
         return f"the mlp_extractor is a {type(policy.mlp_extractor).__name__}"
     return replaced_in([policy.mlp_extractor]) or hooks([policy.mlp_extractor])

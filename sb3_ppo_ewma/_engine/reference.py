@@ -49,7 +49,7 @@ class ReferenceEngine:
         iteration.read_settings()
         prepared = iteration.prepare(minibatch)
         evaluation = self.evaluate(prepared, objective)
-        iteration.read_settings()
+        iteration.read_settings()  # again: code of the user may have run in the policy's forward pass
         loss, statistics = self.loss(evaluation, prepared, objective, iteration.coefficients)
         if self.exceeds_max_kl(statistics):
             iteration.statistics.add(statistics)
@@ -265,7 +265,7 @@ def total_loss(policy_loss: Any, value_loss: Any, entropy_loss: Any, kl: Any, co
     :param coefficients: their weights
     :return: the loss
     """
-    _, _, ent_coef, vf_coef, kl_coef, _ = coefficients
+    ent_coef, vf_coef, kl_coef = coefficients.ent_coef, coefficients.vf_coef, coefficients.kl_coef
     # L = L_π + c_v·L_V + c_e·L_H + β·KL(π_prox ‖ π_θ)
     loss = policy_loss + vf_coef * value_loss + ent_coef * entropy_loss + kl_coef * kl
     return loss

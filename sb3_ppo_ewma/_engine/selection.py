@@ -15,14 +15,13 @@ from sb3_ppo_ewma._engine.collection import fast_forward, unknown_collection
 from sb3_ppo_ewma._engine.compiled import CompilationError, CompiledDenseEngine, CompiledEngine, Graphs
 from sb3_ppo_ewma._engine.dense import DenseEngine
 from sb3_ppo_ewma._engine.dense_networks import unknown_networks, unknown_parameters
-from sb3_ppo_ewma._engine.fused import FusedEngine, unusual_adam
-from sb3_ppo_ewma._engine.iteration import Engine, Iteration
+from sb3_ppo_ewma._engine.fused import FusedEngine, unusual_optimizer
+from sb3_ppo_ewma._engine.iteration import Engine, Iteration, unknown_buffer
 from sb3_ppo_ewma._engine.microbatches import MicrobatchEngine
 from sb3_ppo_ewma._engine.recognition import (
     has_convolutions,
     hooks,
     patched_classes,
-    replaced_method,
     unknown_distribution,
     unknown_modules,
     unknown_policy,
@@ -70,16 +69,8 @@ def _not_automatic(question: Question) -> str | None:
 
 
 def _unusual_optimizer(question: Question) -> str | None:
-    trained: set[int] = set()
-    for optimizer in question.optimizers:
-        replaced = replaced_method(optimizer)
-        reason = unusual_adam(optimizer) if replaced is None else f"{replaced} of the optimizer was replaced"
-        if reason is not None:
-            return reason
-        trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        if any(each.requires_grad and id(each) not in trained for each in question.iteration.policy.parameters()):
-            return "the optimizer does not have all parameters of the policy"
-    return None
+    policy = question.iteration.policy
+    return next((reason for each in question.optimizers if (reason := unusual_optimizer(each, policy))), None)
 
 
 def _unknown_policy(question: Question) -> str | None:
@@ -113,7 +104,8 @@ def _analytic_kl(question: Question) -> str | None:
 
 
 def _extra_loss(question: Question) -> str | None:
-    return None if question.iteration.extra_loss is None else "the algorithm adds a term to the loss"
+    has_none = question.iteration.extra_loss is None or question.is_auxiliary
+    return None if has_none else "the algorithm adds a term to the loss"
 
 
 def _not_images_on_cpu(policy: Any) -> str | None:
@@ -123,10 +115,13 @@ def _not_images_on_cpu(policy: Any) -> str | None:
 
 
 def _other_minibatches(question: Question) -> str | None:
-    source = question.iteration.source
-    if source is None or type(source) is DeviceMinibatches:
+    iteration = question.iteration
+    if question.is_auxiliary or type(iteration.source) is DeviceMinibatches:
         return None
-    return "minibatches come from the rollout buffer's own get()"
+    if iteration.source is None:
+        return unknown_buffer(iteration.model, iteration.model.rollout_buffer)
+    reason = unknown_buffer(iteration.model, iteration.model.rollout_buffer)
+    return reason or "the rollout does not fit onto the device, or is not complete"
 
 
 def _tensor_coefficients(question: Question) -> str | None:
@@ -137,8 +132,9 @@ def _tensor_coefficients(question: Question) -> str | None:
 def _not_compiled(question: Question) -> str | None:
     if not question.torch_compile:
         return "torch_compile=False"
-    if question.graphs is not None and question.graphs.failure is not None:
-        return question.graphs.failure
+    graphs = question.graphs
+    if graphs is not None and graphs.failure is not None and graphs.mode == _mode(question.torch_compile):
+        return graphs.failure
     if question.iteration.process_group is not None:
         return "data-parallel training averages gradients outside of graphs"
     groups = {len(optimizer.param_groups) for optimizer in question.optimizers}
@@ -245,7 +241,7 @@ class EngineSelector:
             try:
                 engine = choice.engine(iteration, self._graphs_of(model))
             except CompilationError as error:
-                self._graphs = Graphs.failed(_mode(model), str(error))
+                self._graphs = Graphs.failed(_mode(model.torch_compile), str(error))
                 return self.engine_for(model, iteration, optimizers, is_auxiliary)
         if not is_auxiliary:
             self._announce(model, choice)
@@ -298,8 +294,8 @@ class EngineSelector:
             self._warn_once(f"{given} is slower than the default for a policy with convolutions on a CPU")
 
     def _graphs_of(self, model: Any) -> Graphs:
-        if self._graphs is None or self._graphs.mode != _mode(model):
-            self._graphs = Graphs(_mode(model))
+        if self._graphs is None or self._graphs.mode != _mode(model.torch_compile):
+            self._graphs = Graphs(_mode(model.torch_compile))
         return self._graphs
 
     def _announce(self, model: Any, choice: Choice) -> None:
@@ -312,5 +308,5 @@ class EngineSelector:
             warn_caller(message)
 
 
-def _mode(model: Any) -> str | None:
-    return None if model.torch_compile is True else str(model.torch_compile)
+def _mode(torch_compile: bool | str) -> str | None:
+    return None if torch_compile is True else str(torch_compile)

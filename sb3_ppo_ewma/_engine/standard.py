@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from sb3_ppo_ewma._engine.fused import FusedEngine
 from sb3_ppo_ewma._engine.iteration import AuxiliaryEvaluation, AuxiliaryMinibatch, Iteration, Objective
 from sb3_ppo_ewma._engine.recognition import takes_channels_last
-from sb3_ppo_ewma.distributions import ClosedForm, Parameters, closed_form
+from sb3_ppo_ewma.distributions import ClosedForm, GaussianForm, Parameters, closed_form
 from sb3_ppo_ewma.evaluation import Evaluation, Minibatch, averaged_parameters
 from sb3_ppo_ewma.ewma import ParameterEwma
 
@@ -151,7 +151,10 @@ class StandardEngine(FusedEngine):
 
     def old_parameters(self, observations: Any) -> list[th.Tensor]:
         parameters = self.standard.parameters(self.standard.action_outputs(observations))
-        return [each.expand(len(parameters[0]), -1) for each in parameters]
+        if isinstance(self.form, GaussianForm):
+            mean, std = parameters
+            return [mean, std.expand_as(mean)]
+        return parameters
 
 
 def preprocessing(

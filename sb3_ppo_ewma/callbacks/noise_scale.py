@@ -25,6 +25,8 @@ from sb3_ppo_ewma.following import follow_policy
 from sb3_ppo_ewma.ppo_ewma import EwmaMixin
 from sb3_ppo_ewma.rollouts import Rollout
 
+# What a logger has collected for its next dump
+_RECORDS = ("name_to_value", "name_to_count", "name_to_excluded")
 # By name in the log
 _LOSSES = {
     "joint": Objective(policy=True, value=True),
@@ -243,11 +245,15 @@ def _unchanged(model: EwmaMixin) -> Iterator[None]:
     policy = model.policy
     buffers = [buffer.clone() for buffer in policy.buffers()]
     was_training, progress = policy.training, model._current_progress_remaining
+    records = {name: dict(getattr(model.logger, name)) for name in _RECORDS}
     try:
         with preserved_generators(model.device):
             yield
     finally:
         model._current_progress_remaining = progress
+        for name, record in records.items():
+            getattr(model.logger, name).clear()
+            getattr(model.logger, name).update(record)
         policy.set_training_mode(was_training)
         with th.no_grad():
             for buffer, before in zip(policy.buffers(), buffers, strict=True):

@@ -205,7 +205,8 @@ def _start_afresh(state: OwnState, policy: Any) -> None:
     if isinstance(state, th.optim.Optimizer):
         # Some optimisers fill their state when they are built, so clearing it is not enough.
         learning_rate = state.defaults["lr"]
-        fresh = policy.optimizer_class(policy.parameters(), lr=learning_rate, **policy.optimizer_kwargs)
+        parameters = [parameter for group in policy.optimizer.param_groups for parameter in group["params"]]
+        fresh = policy.optimizer_class(parameters, lr=learning_rate, **policy.optimizer_kwargs)
         state.load_state_dict(fresh.state_dict())
     elif isinstance(state, Resettable):
         state.reset()
