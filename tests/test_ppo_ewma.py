@@ -578,9 +578,9 @@ def test_get_and_set_parameters_carry_everything():
     other.set_parameters(copy.deepcopy(model.get_parameters()))
     assert all_equal(parameters(other.policy_ewma), parameters(model.policy_ewma))
     assert other.advantage_moments.moments() == model.advantage_moments.moments()
-    names = {"policy", "policy.optimizer", "policy_ewma", "advantage_moments", "value_optimizer", "generators"}
+    names = {"policy", "policy.optimizer", "policy_ewma", "advantage_moments", "value_optimizer"}
     assert set(model.get_parameters()) == names
-    assert set(make(prox_decay=None).get_parameters()) == {"policy", "policy.optimizer", "generators"}
+    assert set(make(prox_decay=None).get_parameters()) == {"policy", "policy.optimizer"}
 
 
 def test_loading_does_not_rewind_the_generators_but_an_explicit_seed_does(tmp_path):

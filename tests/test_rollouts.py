@@ -350,7 +350,6 @@ def test_blocks_have_at_least_one_minibatch():
 def test_minibatches_of_the_buffer_itself():
     own = BufferMinibatches(random_buffer())
     assert [len(samples.returns) for samples in own.minibatches(5)] == [5, 5, 2]
-    assert [(len(samples.returns), n) for samples, n in own.blocks(5, 2)] == [(5, 1), (5, 1), (2, 1)]
 
 
 @pytest.mark.parametrize("is_on_device", [False, True])

@@ -117,6 +117,7 @@ class LazyDistribution:
     def __init__(self, policy: Any, outputs: th.Tensor) -> None:
         self._policy, self._outputs = policy, outputs
 
+    @th.no_grad()
     def build(self) -> Any:
         """
         :return: the distribution, which is then in ``policy.action_dist``

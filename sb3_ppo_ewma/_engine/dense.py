@@ -304,11 +304,10 @@ class DenseEngine(StandardEngine):
         th._foreach_copy_(self._own_parameters, self._views(self.trained))
         if self.average is not None:
             th._foreach_copy_(self._averages, self._views(self.average))
-        # As an ordinary training leaves them behind; a compiled one has none
-        self.iteration.optimizer.zero_grad()
-        gradients = [None] * len(self._sizes) if self.trained.grad is None else self._gradient_views
-        for parameter, gradient in zip(self._own_parameters, gradients, strict=True):
-            parameter.grad = gradient
+        if self.trained.grad is not None:  # as an ordinary training leaves them behind, if it made a step
+            self.iteration.optimizer.zero_grad()
+            for parameter, gradient in zip(self._own_parameters, self._gradient_views, strict=True):
+                parameter.grad = gradient
         state = self.dense_optimizer.state.get(self.trained)
         if state and state["step"] > 0:
             self._write_moments(state)

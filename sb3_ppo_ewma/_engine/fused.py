@@ -45,6 +45,7 @@ class FusedEngine(ReferenceEngine):
         super().__init__(iteration)
         self.parameters: list[th.Tensor] = list(iteration.policy.parameters())
         self._fused: dict[int, FusedAdam] = {}
+        self._foreign: dict[int, list[th.Tensor]] = {}
         self._optimizers: dict[int, th.optim.Optimizer] = {}
         self._divisor = th.ones((), dtype=th.float64, device="cpu")
         self.n_steps_since_clearing = 0
@@ -62,8 +63,12 @@ class FusedEngine(ReferenceEngine):
         optimizer: th.optim.Optimizer,
         average: ParameterEwma | None,
     ) -> bool:
-        if id(optimizer) not in self._fused and unusual_optimizer(optimizer, self.iteration.policy) is not None:
-            with th.enable_grad():  # replaced since the engine was chosen
+        is_replaced = (
+            id(optimizer) not in self._fused and unusual_optimizer(optimizer, self.iteration.policy) is not None
+        )
+        # Gradients of parameters that are not the policy's are not clipped.
+        if is_replaced or any(parameter.grad is not None for parameter in self._foreign_parameters(optimizer)):
+            with th.enable_grad():
                 return super().update(loss, statistics, optimizer, average)
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         statistics[STEP] = checked = self.clip_and_step(gradients, loss, optimizer)
@@ -105,6 +110,17 @@ class FusedEngine(ReferenceEngine):
             with the next minibatch
         """
         return checked.device.type != "cpu" or math.isfinite(checked)
+
+    def _foreign_parameters(self, optimizer: th.optim.Optimizer) -> list[th.Tensor]:
+        """
+        :param optimizer: any optimiser
+        :return: its parameters that are not the policy's
+        """
+        if id(optimizer) not in self._foreign:
+            own = set(map(id, self.parameters))
+            parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+            self._foreign[id(optimizer)] = [parameter for parameter in parameters if id(parameter) not in own]
+        return self._foreign[id(optimizer)]
 
     def _fused_adam(self, optimizer: th.optim.Optimizer) -> "FusedAdam":
         if id(optimizer) not in self._fused:
@@ -241,11 +257,8 @@ def unusual_optimizer(optimizer: th.optim.Optimizer, policy: nn.Module) -> str |
     replaced = replaced_method(optimizer)
     if replaced is not None:
         return f"{replaced} of the optimizer was replaced"
-    own = {id(parameter): parameter for parameter in policy.parameters()}
     trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    if not trained <= own.keys():
-        return "the optimizer has parameters that are not the policy's"
-    if any(parameter.requires_grad and key not in trained for key, parameter in own.items()):
+    if any(parameter.requires_grad and id(parameter) not in trained for parameter in policy.parameters()):
         return "the optimizer does not have all parameters of the policy"
     return unusual_adam(optimizer)
 

@@ -42,6 +42,7 @@ class MicrobatchEngine(StandardEngine):
     def step(self, minibatch: Any, objective: Objective) -> bool:
         iteration = self.iteration
         coefficients, optimizer = iteration.coefficients, iteration.optimizer_of(objective)
+        last_gradients = [parameter.grad for parameter in self.parameters]
         optimizer.zero_grad()
         prepared = iteration.prepare(minibatch)
         evaluations = []
@@ -53,6 +54,8 @@ class MicrobatchEngine(StandardEngine):
         with th.no_grad():
             loss, statistics = self.loss(_joined(Evaluation, evaluations), prepared, objective, coefficients)
         if self.exceeds_max_kl(statistics):
+            for parameter, gradient in zip(self.parameters, last_gradients, strict=True):
+                parameter.grad = gradient  # SB3 makes none for a step it refuses
             iteration.statistics.add(statistics)
             return False
         return self.update(loss, statistics, optimizer, iteration.average if objective.policy else None)
