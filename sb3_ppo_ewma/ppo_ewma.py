@@ -161,7 +161,7 @@ class EwmaMixin(SavedStateMixin):
         given = {**self._sb3_defaults, **given}
         arguments |= given
         if not arguments["normalize_advantage"] and advantage_decay == self._default_advantage_decay:
-            advantage_decay = None  # SB3's switch goes before a default of ours
+            advantage_decay = None  # SB3's switch overrides a default of ours
         self.prox_decay = prox_decay
         self.kl_coef = kl_coef
         self.kl_estimator: KlEstimator = kl_estimator
@@ -192,8 +192,6 @@ class EwmaMixin(SavedStateMixin):
             self.normalize_advantage = True
         if arguments["_init_setup_model"]:
             self._setup_model()
-
-    # ------------------------------------------------------------------ construction
 
     def _check_own_parameters(self) -> None:
         check_ewma_parameters(self)
@@ -238,8 +236,6 @@ class EwmaMixin(SavedStateMixin):
         optimizer = policy.optimizer_class(parameters, lr=schedule(1), **policy.optimizer_kwargs)
         return cast(th.optim.Optimizer, optimizer)
 
-    # ------------------------------------------------------------------ what users read, and may override
-
     @property
     def proximal_policy(self) -> ActorCriticPolicy | None:
         """
@@ -282,11 +278,9 @@ class EwmaMixin(SavedStateMixin):
         """
         return self._engines.choose(self, make_iteration(self, None), self._optimizers()).explanation()
 
-    # ------------------------------------------------------------------ collection
-
     def collect_rollouts(self, *args: Any, **kwargs: Any) -> bool:
         """
-        As in the algorithm this is mixed into; an error that comes from a NaN or Inf says so.
+        As in the algorithm this is mixed into. An error that a NaN or Inf caused names it.
 
         :param args: arguments of the algorithm's method
         :param kwargs: arguments of the algorithm's method
@@ -307,8 +301,6 @@ class EwmaMixin(SavedStateMixin):
         with naming_non_finite(self):
             rollout.check_finite()
         return rollout if self.stale_rollouts is None else self.stale_rollouts.exchange(rollout)
-
-    # ------------------------------------------------------------------ training
 
     def train(self) -> None:
         """Update policy and value function with the next rollout; while a queue of stale rollouts fills, do nothing."""
@@ -370,13 +362,7 @@ class EwmaMixin(SavedStateMixin):
         return [self.policy.optimizer, *([] if self.value_optimizer is None else [self.value_optimizer])]
 
     def _end_iteration(self, rollout: Rollout) -> None:
-        """
-        Called at the end of every training, for algorithms that do more.
-
-        :param rollout: the rollout that was trained on
-        """
-
-    # ------------------------------------------------------------------ schedules
+        """Called with its rollout at the end of every training, for algorithms that do more."""
 
     def _scheduled(self, name: str, schedule: Schedule) -> float:
         value = schedule(self._current_progress_remaining)
@@ -389,8 +375,6 @@ class EwmaMixin(SavedStateMixin):
         learning_rate = self._scheduled("learning_rate", self.lr_schedule)  # twice, as SB3: a schedule may count
         for optimizer in optimizers if isinstance(optimizers, list) else [optimizers]:
             update_learning_rate(optimizer, learning_rate)
-
-    # ------------------------------------------------------------------ learning, saving, loading
 
     def _setup_learn(self, *args: Any, **kwargs: Any) -> Any:
         # load() and attributes set by hand bypass the constructor.
