@@ -5,6 +5,7 @@ process it starts. Environments are carried over with their state, as pickles.
 
 import pathlib
 import pickle
+import random
 import sys
 import warnings
 from typing import Any
@@ -203,9 +204,11 @@ def resume(name: str, folder: pathlib.Path, with_rollouts: bool = True) -> BaseA
 
 
 def go_on(model: BaseAlgorithm) -> dict[str, dict]:
-    """Train the second half and return all parameters, averages, moments, optimisers and kept rollouts."""
+    """Train the second half and return parameters, averages, optimisers, kept rollouts and the next random numbers."""
     model.learn(3 * N_STEPS * model.n_envs, reset_num_timesteps=False)
-    return {**model.get_parameters(), "phases": phases(model)}
+    lstm_state = model.lstm_state.state_dict() if isinstance(model, RecurrentPPOEWMA) else {}
+    draws = {"torch": th.rand(4), "numpy": np.random.rand(4).tolist(), "python": random.random()}
+    return {**model.get_parameters(), "lstm_state": lstm_state, "phases": phases(model), "draws": draws}
 
 
 def phases(model: BaseAlgorithm) -> dict[str, Any]:

@@ -104,7 +104,7 @@ def test_rewards_are_normalised_as_before_the_checkpoint(train, tmp_path, monkey
     class Watching(training.Recorder):
         def _on_training_start(self):
             super()._on_training_start()
-            counts.append((self.training_env.ret_rms.count, self.model.policy_ewma.total_weight.item()))
+            counts.append((self.training_env.ret_rms.count, self.model.policy_ewma.total_weight))
 
     monkeypatch.setattr(training, "Recorder", Watching)
     train(run, 3 * ITERATION)

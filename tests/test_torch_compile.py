@@ -182,7 +182,7 @@ FALLBACKS: dict[str, tuple[str, dict[str, Any]]] = {
     "settings": ("amsgrad", {"policy_kwargs": {"net_arch": [4], "optimizer_kwargs": {"amsgrad": True}}}),
     "gSDE": ("StateDependentNoiseDistribution", {"use_sde": True}),
     "recurrent": (
-        "RecurrentEvaluation",
+        "RecurrentRolloutBuffer",
         {"cls": RecurrentPPOEWMA, "policy": "MlpLstmPolicy", "policy_kwargs": {"lstm_hidden_size": 4}},
     ),
     "maskable": ("MaskableEvaluation", {"cls": MaskablePPOEWMA, "env": MaskedEnv(action_space="discrete")}),

