@@ -35,7 +35,7 @@ test: $(VENV)/.installed-dev ## install everything, run the tests but the slow o
 	$(PYTEST) $(PYTEST_ARGS)
 
 test-fast: $(VENV)/.installed-dev ## the tests that take less than a second and start no process, in two minutes
-	$(PYTEST) -m "not slow and not long" $(PYTEST_ARGS)
+	$(PYTEST) -m "not slow and not long" --ignore-glob="*_zoo_*" --ignore-glob="*_benchmarks*" $(PYTEST_ARGS)
 
 test-all: $(VENV)/.installed-dev ## all tests, also the slow ones
 	$(PYTEST) -m "" $(PYTEST_ARGS)

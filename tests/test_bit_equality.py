@@ -311,6 +311,7 @@ def test_without_ewma(family: str, name: str, monkeypatch: pytest.MonkeyPatch) -
         assert ITERATIONS <= reference.model._n_updates < ITERATIONS * reference.model.n_epochs
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("family", "name"), ALL_CASES)
 def test_with_ewma_and_the_behavior_policy_in_its_place(
     family: str, name: str, monkeypatch: pytest.MonkeyPatch

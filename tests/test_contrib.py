@@ -48,6 +48,7 @@ def make_maskable(env=InvalidActionEnvDiscrete, policy="MlpPolicy", **kwargs) ->
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kwargs", OPTIONS)
 @pytest.mark.parametrize("make", [make_recurrent, make_maskable])
 def test_training_saving_and_loading(make, kwargs, tmp_path):

@@ -174,6 +174,7 @@ def test_ragged_minibatches_in_parts(name: str) -> None:
     assert_equal_training(own, reference, case)
 
 
+@pytest.mark.long
 def test_size_of_a_part(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
     conv2d = nn.functional.conv2d

@@ -114,6 +114,7 @@ def test_value_epochs_and_auxiliary_phase_do_not_call_it() -> None:
     assert model.n_calls == 2 * 2 * 4  # rollouts, policy epochs, minibatches
 
 
+@pytest.mark.long
 def test_smoothness_is_learned(names: dict[str, Any]) -> None:
     cls = names["SmoothPPOEWMA"]
     observations = th.as_tensor(np.random.default_rng(0).normal(size=(256, 3)), dtype=th.float32)

@@ -102,6 +102,7 @@ def test_features_extractor(algo: Algorithm, share: bool) -> None:
     assert model.policy.pi_features_extractor.scale == 2.0
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("space", ["image_channels_last", "dict"])
 @pytest.mark.parametrize("share", [True, False], ids=["shared", "unshared"])
 def test_extractors_of_images(algo: Algorithm, space: str, share: bool) -> None:

@@ -42,6 +42,7 @@ def assert_finite(model: Any) -> None:
     assert all(th.isfinite(p).all() for policy in policies if policy is not None for p in policy.parameters())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("quantity", ["observation", "reward"])
 @pytest.mark.parametrize("step", [3, 16 + 5, 16 + 15, 32])

@@ -41,6 +41,7 @@ def make(space: str = "vector", action_space: Any = "discrete", **overrides: Any
     return RecurrentPPOEWMA(POLICIES[space], env, **{**QUICK, **overrides}, policy_kwargs=policy_kwargs)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("space", POLICIES)
 def test_networks(space: str, network: str, tmp_path: pathlib.Path) -> None:

@@ -50,6 +50,7 @@ def observations(env: Any, n: int = 6) -> Any:
     return np.stack(samples)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("action_space", "use_sde"), ACTIONS_AND_SDE, ids=lambda value: str(value))
 @pytest.mark.parametrize("space", SPACES)
 def test_every_policy(algo: Algorithm, space: str, action_space: str, use_sde: bool, tmp_path: pathlib.Path) -> None:

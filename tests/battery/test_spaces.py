@@ -17,6 +17,7 @@ from tests.battery.envs import ACTION_SPACES, OBSERVATION_SPACES, VECTOR, SpaceE
 from tests.battery.helpers import assert_same, assert_trained, copy_parameters
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("action_space", ACTION_SPACES)
 @pytest.mark.parametrize("observation_space", OBSERVATION_SPACES)
 def test_trains_on_every_pair_of_spaces(algo: Algorithm, observation_space: str, action_space: str) -> None:
@@ -41,6 +42,7 @@ IMPALA_SPACES = {
 IMPALA_PAIRS = [("channels_last", name) for name in ACTION_SPACES] + [("channels_first", "box"), ("grid", "discrete")]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("observation_space", "action_space"), IMPALA_PAIRS)
 def test_impala_policy(own_algo: Algorithm, observation_space: str, action_space: str) -> None:
     env = SpaceEnv(IMPALA_SPACES[observation_space], action_space)
