@@ -8,10 +8,9 @@ import torch as th
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ProgressBarCallback
 
 from sb3_ppo_ewma._engine.iteration import AuxiliaryCoefficients, AuxiliaryMinibatch, Engine, Iteration
+from sb3_ppo_ewma.evaluation import EVALUATION_BATCH_SIZE
 from sb3_ppo_ewma.rollouts import PhaseBuffer
 
-# Smallest batch for evaluating all samples without gradients
-_EVALUATION_BATCH_SIZE = 256
 # How often a long phase shows how far it is
 _REPORTS_PER_EPOCH = 20
 
@@ -109,7 +108,7 @@ class AuxiliaryPhase:
         """
         self._policy.set_training_mode(False)
         blocks: list[th.Tensor] = []
-        step = max(self._batch_size, _EVALUATION_BATCH_SIZE)
+        step = max(self._batch_size, EVALUATION_BATCH_SIZE)
         for start in range(0, buffer.n_samples, step):
             chosen = slice(start, start + step)
             parameters = self._engine.old_parameters(buffer.observations(chosen, self._device))

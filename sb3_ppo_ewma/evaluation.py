@@ -12,6 +12,9 @@ from stable_baselines3.common.utils import obs_as_tensor
 from sb3_ppo_ewma.ewma import ParameterEwma
 from sb3_ppo_ewma.rollouts import Rollout, observations_at
 
+# Smallest batch for evaluating many samples without gradients
+EVALUATION_BATCH_SIZE = 256
+
 
 class Minibatch(NamedTuple):
     """

@@ -11,7 +11,7 @@ from sb3_ppo_ewma._arguments import is_clip_off
 from sb3_ppo_ewma._engine.recognition import patched_classes, replaced_method
 from sb3_ppo_ewma.advantages import AdvantageNormalizer
 from sb3_ppo_ewma.distributions import to_policy_actions
-from sb3_ppo_ewma.evaluation import Evaluation, Minibatch, PolicyEvaluation
+from sb3_ppo_ewma.evaluation import EVALUATION_BATCH_SIZE, Evaluation, Minibatch, PolicyEvaluation
 from sb3_ppo_ewma.ewma import ParameterEwma
 from sb3_ppo_ewma.losses import Coefficient
 from sb3_ppo_ewma.policies import uncompiled
@@ -23,9 +23,6 @@ from sb3_ppo_ewma.rollouts import (
     device_minibatches,
 )
 from sb3_ppo_ewma.training_log import TrainingStatistics
-
-# Smallest batch for evaluating a whole rollout without gradients
-_EVALUATION_BATCH_SIZE = 256
 
 
 class Objective(NamedTuple):
@@ -170,7 +167,7 @@ class Iteration:
         self.policy.set_training_mode(False)
         buffer, predict = rollout.buffer, self.evaluation.predict_values
         size = buffer.buffer_size * buffer.n_envs
-        step = max(_EVALUATION_BATCH_SIZE, self.batch_size or size)
+        step = max(EVALUATION_BATCH_SIZE, self.batch_size or size)
         values = [predict(self.policy, buffer, slice(i, i + step)).flatten() for i in range(0, size, step)]
         last_values = self.evaluation.predict_last_values(self.policy, rollout)
         rollout.replace_values(th.cat(values).cpu().numpy(), last_values)

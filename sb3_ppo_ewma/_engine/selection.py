@@ -118,10 +118,10 @@ def _other_minibatches(question: Question) -> str | None:
     iteration = question.iteration
     if question.is_auxiliary or type(iteration.source) is DeviceMinibatches:
         return None
-    if iteration.source is None:
-        return unknown_buffer(iteration.model, iteration.model.rollout_buffer)
     reason = unknown_buffer(iteration.model, iteration.model.rollout_buffer)
-    return reason or "the rollout does not fit onto the device, or is not complete"
+    if reason is None and iteration.source is not None:
+        return "the rollout does not fit onto the device, or is not complete"
+    return reason
 
 
 def _tensor_coefficients(question: Question) -> str | None:
@@ -173,7 +173,7 @@ ENGINES: tuple[tuple[Any, tuple[Requirement, ...]], ...] = (
 
 class Choice(NamedTuple):
     """
-    The answer.
+    The chosen engine, and why the faster ones were not.
 
     :param engine: class of the engine
     :param declined: by name of each faster engine, the first reason against it and the remedy
