@@ -17,6 +17,10 @@ import yaml
 # Parts of a training whose episodes are averaged
 N_PARTS = 20
 FINAL_PARTS = 2
+# Environments that play the test episodes side by side
+N_TEST_ENVS = 10
+# Added to the seed of a run for its test episodes
+TEST_SEED = 10_000
 # What is logged of training, averaged over its iterations
 DIAGNOSTICS = ("train/clip_fraction", "train/approx_kl", "train/approx_kl_prox", "train/importance_cap_fraction",
                "train/entropy_loss", "noise_scale/policy", "noise_scale/joint")  # fmt: skip
@@ -30,31 +34,38 @@ class Result:
     :param returns: (N_PARTS,) mean return of the episodes that ended in each part of the training, NaN where none did
     :param diagnostics: by name
     :param wall_seconds: that it took
+    :param test_return: mean return of the test episodes after training, NaN without any
     """
 
     returns: list[float]
     diagnostics: dict[str, float] = field(default_factory=dict)
     wall_seconds: float = math.nan
+    test_return: float = math.nan
 
     @property
     def final_return(self) -> float:
-        """Mean of the last tenth of training."""
+        """Mean of the test episodes or, without any, of the last tenth of training."""
+        if not math.isnan(self.test_return):
+            return self.test_return
         return float(np.nanmean(self.returns[-FINAL_PARTS:]))
 
 
-def train(algo: str, env_id: str, settings: dict[str, Any], seed: int) -> Result:
+def train(algo: str, env_id: str, settings: dict[str, Any], seed: int, n_test_episodes: int = 0) -> Result:
     """
     :param algo: name of an algorithm of the zoo
     :param env_id: environment
     :param settings: as an entry of the zoo's files
     :param seed: of the run
-    :return: what its training episodes returned
+    :param n_test_episodes: episodes that the trained policy plays, with the actions it samples
+    :return: what its training and its test episodes returned
     """
     # Here, so that the libraries are not imported to read results.
     import torch as th
     from rl_zoo3.exp_manager import ExperimentManager
     from stable_baselines3.common.callbacks import BaseCallback
+    from stable_baselines3.common.evaluation import evaluate_policy
     from stable_baselines3.common.utils import set_random_seed
+    from stable_baselines3.common.vec_env import sync_envs_normalization, unwrap_vec_normalize
 
     from sb3_ppo_ewma.zoo import register
 
@@ -100,6 +111,16 @@ def train(algo: str, env_id: str, settings: dict[str, Any], seed: int) -> Result
         recorder = Recorder(manager.n_timesteps)
         manager.callbacks.append(recorder)
         manager.learn(model)
+        wall_seconds, test_return = time.monotonic() - began, math.nan
+        if n_test_episodes:
+            envs = manager.create_envs(N_TEST_ENVS, eval_env=True, no_log=True)
+            envs.seed(seed + TEST_SEED)
+            statistics = unwrap_vec_normalize(envs)
+            if statistics is not None:
+                sync_envs_normalization(model.get_env(), envs)
+                statistics.training = statistics.norm_reward = False
+            mean, _ = evaluate_policy(model, envs, n_test_episodes, deterministic=False)
+            test_return = float(mean)
         with np.errstate(invalid="ignore"):
             returns = recorder.sums / recorder.counts
         diagnostics = {
@@ -107,7 +128,7 @@ def train(algo: str, env_id: str, settings: dict[str, Any], seed: int) -> Result
             for name, values in recorder.logged.items()
             if values
         }
-    return Result([float(value) for value in returns], diagnostics, time.monotonic() - began)
+    return Result([float(value) for value in returns], diagnostics, wall_seconds, test_return)
 
 
 def use_one_thread() -> None:

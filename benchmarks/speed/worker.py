@@ -143,7 +143,7 @@ class Stopwatch:
 
     def __init__(self, settings: dict[str, Any], device: str) -> None:
         # Trained without compilation, the entry would not be what it says.
-        warnings.filterwarnings("error", message="torch_compile=")
+        warnings.filterwarnings("error", message="torch_compile=.* has no effect")
         self._model = build_model(settings, device)
         self._steps = settings["n_iterations"] * self._model.n_steps * self._model.n_envs
         self._wait = _device_barrier(self._model, settings, device)
