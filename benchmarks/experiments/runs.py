@@ -12,7 +12,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -43,16 +43,19 @@ class Variant:
     :param name: of this variant among those of the environment
     :param algo: name of an algorithm in the zoo
     :param settings: complete, as an entry of the zoo's files
+    :param n_test_episodes: episodes after training, whose mean is the final return; 0: it is that of training
     """
 
     env: str
     name: str
     algo: str
     settings: dict[str, Any]
+    n_test_episodes: int = 0
 
     @property
     def recorded(self) -> dict[str, Any]:
-        return {"algo": self.algo, **self.settings}
+        tests = {"n_test_episodes": self.n_test_episodes} if self.n_test_episodes else {}
+        return {"algo": self.algo, **self.settings, **tests}
 
 
 def zoo_settings(algo: str, env_id: str, folder: Path = REPOSITORY / "zoo_hyperparams") -> dict[str, Any]:
@@ -171,7 +174,7 @@ def execute(
     if not args.report:
         if args.quick:
             variants = [
-                Variant(v.env, v.name, v.algo, {**v.settings, **quick})
+                replace(v, settings={**v.settings, **quick})
                 for v in variants
                 if v.env == QUICK_ENV and (quick_names is None or v.name in quick_names)
             ]
@@ -226,8 +229,8 @@ def _results(
     for start in range(0, len(pending), n_together):
         with ProcessPoolExecutor(n_jobs, mp_context=get_context("spawn")) as executor:
             futures = {
-                executor.submit(train, variant.algo, variant.env, variant.settings, seed): (variant, seed)
-                for variant, seed in pending[start : start + n_together]
+                executor.submit(train, v.algo, v.env, v.settings, seed, v.n_test_episodes): (v, seed)
+                for v, seed in pending[start : start + n_together]
             }
             try:
                 for future in as_completed(futures):
