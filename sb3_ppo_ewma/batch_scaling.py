@@ -1,15 +1,14 @@
 """
-Batch size-invariance: rescale hyper-parameters so that training behaves the same with another number of environments.
+Hyper-parameters for another number of environments, with which training behaves the same as a function of environment
+steps.
 
-With ratio = new / old number of environments, both batches are multiplied by ratio, the samples of an iteration and the
-samples of a gradient step. The same number of environment steps then has 1/ratio times the iterations and gradient
-steps. The learning rate compensates for that. Quantities counted in iterations or gradient steps are divided by ratio,
-so that they stay the same in environment steps.
+With ratio = new / old number of environments, the strategy ``"samples"`` divides ``n_steps`` by ratio: an iteration has
+as many samples, and everything that is made of them stays what it was. Only where rollouts would be too short to look
+ahead does an iteration grow, by whole minibatches. The strategy ``"paper"`` keeps ``n_steps`` and multiplies both
+batches by ratio, the samples of an iteration and those of a gradient step, and adjusts the rest for it. It holds for
+one policy epoch, for advantages that are not normalised per minibatch, and below the critical batch size.
 
-This holds for one policy epoch, for advantages that are not normalised per minibatch, and below the critical batch
-size.
-
-Source: Hilton, Cobbe, Schulman 2022, https://arxiv.org/abs/2110.00641
+Source of ``"paper"``: Hilton, Cobbe, Schulman 2022, https://arxiv.org/abs/2110.00641; ``"samples"`` is ours.
 """
 
 import inspect
@@ -17,32 +16,43 @@ import math
 import warnings
 from collections.abc import Mapping
 from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch as th
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.type_aliases import Schedule
 
-from sb3_ppo_ewma._arguments import check_integer, check_number, check_schedule
+from sb3_ppo_ewma._arguments import check_choice, check_integer, check_number, check_schedule
 from sb3_ppo_ewma._parallel.process_group import world_size
+from sb3_ppo_ewma.checkpointing.saving import SavedStateMixin
 from sb3_ppo_ewma.ewma import (
+    MOST_CENTERS_OF_MASS,
     center_of_mass_from_decay,
     decay_from_center_of_mass,
     decay_from_span,
     default_center_of_mass,
     span_from_decay,
 )
-from sb3_ppo_ewma.ppg import default_aux_batch_size
-from sb3_ppo_ewma.ppo_ewma import EwmaMixin
+from sb3_ppo_ewma.rollouts import default_aux_batch_size
+
+Strategy = Literal["samples", "paper"]
 
 _PAPER = "Hilton et al. 2022"
-# Hyper-parameters that the rules read: those that every algorithm has, and those that only some have
-_REQUIRED = ("n_envs", "n_steps", "batch_size", "n_epochs", "learning_rate", "prox_decay", "advantage_decay")
+_SAME_SAMPLES = "as many samples"
+# Hyper-parameters that the rules of each strategy read
+_REQUIRED: dict[str, tuple[str, ...]] = {
+    "samples": ("n_envs", "n_steps", "batch_size", "n_epochs", "gamma", "gae_lambda", "prox_decay", "advantage_decay"),
+    "paper": ("n_envs", "n_steps", "batch_size", "n_epochs", "learning_rate", "prox_decay", "advantage_decay"),
+}
+# Those that only some algorithms have, or that need not be given
 _OPTIONAL = ("n_policy_iterations", "aux_batch_size", "aux_learning_rate", "max_grad_norm")
+# The shortest rollout in steps, and in 1/(1 − γλ) steps, the mean number of steps that an advantage looks ahead
+_SHORTEST_ROLLOUT = 8
+_SHORTEST_LOOK_AHEAD = 2
 # Hyper-parameters that data-parallel training divides between its processes, with their units
 _DIVIDED = {"n_envs": "environments", "batch_size": "samples", "aux_batch_size": "samples"}
 # Arguments of the constructor that are not hyper-parameters
-_NOT_HYPERPARAMETERS = ("policy", "env", "_init_setup_model")
+_NOT_HYPERPARAMETERS = ("policy", "env", "tuned_for_n_envs", "_init_setup_model")
 # optimizer_kwargs of this package's policies where the user gives none
 _DEFAULT_ADAM_KWARGS = {"eps": 1e-5}
 # A floating-point ratio becomes the nearest fraction with at most this denominator.
@@ -109,7 +119,7 @@ class ScaledSchedule:
         return f"{self.factor:.4g} * {self.schedule!r}"
 
 
-# === Rules ===
+# === The paper's rules ===
 # One function per quantity; ratio = new batch / old batch
 
 
@@ -198,6 +208,7 @@ def rescale(
     hyperparameters: Mapping[str, Any],
     ratio: float | Fraction,
     *,
+    strategy: Strategy = "samples",
     adam_betas: bool = False,
     critical_batch_size: float | None = None,
 ) -> Rescaled:
@@ -205,41 +216,59 @@ def rescale(
     Rescale hyper-parameters so that training behaves the same, as a function of environment steps, when the number of
     environments is multiplied by ``ratio``.
 
-    Adam's learning rate is multiplied by √ratio, SGD's by ratio. The centre of mass of ``prox_decay``, the span of
-    ``advantage_decay``, ``n_policy_iterations`` and ``staleness`` are divided by ratio, ``max_grad_norm`` by √ratio.
-    The auxiliary phase keeps its minibatches and its learning rate. ``prox_decay="auto"`` and ``aux_batch_size=None``,
-    which depend on the number of environments, become the numbers they stand for.
+    ``strategy="samples"``, for any settings: ``n_steps`` is divided by ratio, nothing else changes. Rollouts do not
+    become shorter than 8 steps (:func:`shortest_rollout`): an iteration then has more samples, in more minibatches of
+    the same size. ``prox_decay`` keeps its age in gradient steps, but is at least as old as a fifth of an iteration;
+    the span of ``advantage_decay``, ``n_policy_iterations`` and ``staleness`` are divided by as much as the iteration
+    has grown. With ``prox_decay=None`` or ``target_kl``, which are about whole iterations, iterations never grow.
 
-    >>> import math
-    >>> from sb3_ppo_ewma.batch_scaling import rescale
-    >>> paper = dict(n_envs=256, n_steps=256, batch_size=8192, n_epochs=1, learning_rate=5e-4, prox_decay=8 / 9,
-    ...              advantage_decay=0.0, n_policy_iterations=32, aux_batch_size=4096)
-    >>> small = rescale(paper, 1 / 64).hyperparameters
-    >>> small["n_envs"], small["batch_size"], small["n_policy_iterations"], round(small["learning_rate"], 7)
-    (4, 128, 2048, 6.25e-05)
+    ``strategy="paper"``, for one epoch: Adam's learning rate is multiplied by √ratio, SGD's by ratio. The centre of
+    mass of ``prox_decay``, the span of ``advantage_decay``, ``n_policy_iterations`` and ``staleness`` are divided by
+    ratio, ``max_grad_norm`` by √ratio. The auxiliary phase keeps its minibatches and its learning rate.
 
-    Source: Hilton et al. 2022, https://arxiv.org/abs/2110.00641. The rules for ``staleness`` and ``max_grad_norm`` are
-    ours.
+    ``"auto"`` and ``None``, which depend on the number of samples, become the numbers they stand for where that
+    changes.
+
+    >>> from sb3_ppo_ewma.batch_scaling import rescale, with_defaults
+    >>> from sb3_ppo_ewma import PPOEWMA
+    >>> lunar_lander = with_defaults(PPOEWMA, dict(n_envs=16, n_steps=1024, n_epochs=4, gamma=0.999, gae_lambda=0.98))
+    >>> new = rescale(lunar_lander, 64 / 16).hyperparameters
+    >>> new["n_envs"], new["n_steps"], new["batch_size"]
+    (64, 256, 64)
+
+    Source of ``"paper"``: Hilton et al. 2022, https://arxiv.org/abs/2110.00641, but for ``staleness`` and
+    ``max_grad_norm``, whose rules are ours; ``"samples"``: ``n_envs.md`` in ``benchmarks/experiments/results``.
 
     :param hyperparameters: ``n_envs`` and keyword arguments of an algorithm, from :func:`settings_of` or
         :func:`with_defaults`. Learning rates are numbers, schedules or the zoo's ``lin_NUMBER``
     :param ratio: new / old number of environments
-    :param adam_betas: whether to adjust β₁ and β₂ of Adam, which the paper did not need; with PPG also those of the
-        auxiliary phase, whose Adam has the policy's settings
-    :param critical_batch_size: critical batch size in samples, as :class:`~sb3_ppo_ewma.NoiseScaleCallback` estimates
-        it, or ``None`` if unknown; minibatches above it cause a warning
+    :param strategy: ``"samples"`` or ``"paper"``
+    :param adam_betas: with ``"paper"``, whether to adjust β₁ and β₂ of Adam, which the paper did not need; with PPG
+        also those of the auxiliary phase, whose Adam has the policy's settings
+    :param critical_batch_size: with ``"paper"``, critical batch size in samples, as
+        :class:`~sb3_ppo_ewma.NoiseScaleCallback` estimates it, or ``None`` if unknown; minibatches above it cause a
+        warning
     :return: new hyper-parameters and an explanation
     :raises TypeError: if an argument has the wrong type
-    :raises ValueError: if there is no rule: for several policy epochs, advantages normalised per minibatch, no EWMA,
-        ``target_kl``, an optimiser other than Adam and SGD, a schedule that cannot be scaled, a result that is not a
-        whole number, an advantage span below one iteration
+    :raises ValueError: if a result is not a whole number, with the nearest numbers of environments that are possible;
+        with ``"paper"`` also where there is no rule: for several policy epochs, advantages normalised per minibatch, no
+        EWMA, ``target_kl``, an optimiser other than Adam and SGD, a schedule that cannot be scaled, an advantage span
+        below one iteration
     """
     ratio = _checked_ratio(ratio)
-    old = _checked_hyperparameters(hyperparameters)
-    if critical_batch_size is not None:
-        check_number("critical_batch_size", critical_batch_size, 0)
-    changes = _apply_rules(old, ratio, adam_betas)
-    _warn_above_critical_batch_size({change.name: change.new for change in changes}, ratio, critical_batch_size)
+    check_choice("strategy", strategy, get_args(Strategy))
+    old = _checked_hyperparameters(hyperparameters, _REQUIRED[strategy])
+    if strategy == "samples":
+        if adam_betas or critical_batch_size is not None:
+            name = "adam_betas" if adam_betas else "critical_batch_size"
+            raise ValueError(f"{name} belongs to strategy='paper': strategy='samples' keeps the minibatches")
+        changes = _keep_samples(old, ratio)
+    else:
+        _check_papers_conditions(old)
+        if critical_batch_size is not None:
+            check_number("critical_batch_size", critical_batch_size, 0)
+        changes = _scale_batches(old, ratio, adam_betas)
+        _warn_above_critical_batch_size({change.name: change.new for change in changes}, ratio, critical_batch_size)
     return Rescaled({**old, **{change.name: change.new for change in changes}}, tuple(changes))
 
 
@@ -250,7 +279,7 @@ def settings_of(model: BaseAlgorithm) -> dict[str, Any]:
         training, those of a single process that does the work of all
     :raises TypeError: if ``model`` is of another class
     """
-    if not isinstance(model, EwmaMixin):
+    if not isinstance(model, SavedStateMixin):
         raise TypeError(f"model must be one of this package's algorithms, got {type(model).__name__}")
     names = [name for name in inspect.signature(type(model)).parameters if name not in _NOT_HYPERPARAMETERS]
     settings = {"n_envs": model.n_envs, **{name: getattr(model, name) for name in names if hasattr(model, name)}}
@@ -300,10 +329,11 @@ def with_defaults(algorithm: type[BaseAlgorithm], hyperparameters: Mapping[str, 
     :return: these hyper-parameters and the defaults of the others that the rules read
     :raises TypeError: if ``algorithm`` is not such a class
     """
-    if not (isinstance(algorithm, type) and issubclass(algorithm, EwmaMixin)):
+    if not (isinstance(algorithm, type) and issubclass(algorithm, SavedStateMixin)):
         raise TypeError(f"algorithm must be a class of this package's algorithms, got {algorithm!r}")
     parameters = inspect.signature(algorithm).parameters
-    defaults = {name: parameters[name].default for name in (*_REQUIRED, *_OPTIONAL) if name in parameters}
+    names = (*_REQUIRED["samples"], *_REQUIRED["paper"], *_OPTIONAL)
+    defaults = {name: parameters[name].default for name in names if name in parameters}
     if not hyperparameters.get("normalize_advantage", True):
         defaults["advantage_decay"] = None  # as the constructor does
     return {"n_envs": 1, **defaults, **hyperparameters}
@@ -317,14 +347,16 @@ def _checked_ratio(ratio: Any) -> Fraction:
     return Fraction(ratio).limit_denominator(_LARGEST_DENOMINATOR)
 
 
-def _checked_hyperparameters(hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
+def _checked_hyperparameters(hyperparameters: Mapping[str, Any], required: tuple[str, ...]) -> dict[str, Any]:
     """
     :param hyperparameters: the user's argument
+    :param required: names of those that the rules read
     :return: a copy
-    :raises ValueError: if they cannot be rescaled, with the reason
+    :raises TypeError: if one of those has the wrong type
+    :raises ValueError: if one is missing or out of its range
     """
     old = dict(hyperparameters)
-    missing = [name for name in _REQUIRED if name not in old]
+    missing = [name for name in required if name not in old]
     if missing:
         raise ValueError(
             f"hyperparameters must have {', '.join(missing)}: with_defaults(algorithm, hyperparameters) adds what is "
@@ -332,44 +364,193 @@ def _checked_hyperparameters(hyperparameters: Mapping[str, Any]) -> dict[str, An
         )
     for name in ("n_envs", "n_steps", "n_epochs"):
         check_integer(name, old[name], minimum=1)
-    if old["n_epochs"] != 1:
-        raise ValueError(
-            f"n_epochs={old['n_epochs']} cannot be rescaled: with several policy epochs, training depends on how an "
-            "iteration is divided into minibatches, which no other hyper-parameter compensates for; use n_epochs=1"
-        )
-    if old["prox_decay"] is None:
-        raise ValueError(
-            "prox_decay=None cannot be rescaled: without an EWMA, the proximal policy is the behaviour policy, whose "
-            "age in samples changes with the number of environments; use prox_decay='auto' or a number"
-        )
-    if old["advantage_decay"] is None and old.get("normalize_advantage", True):
-        raise ValueError(
-            "advantage_decay=None cannot be rescaled: it normalises advantages per minibatch, so that their scale "
-            "depends on its size; use advantage_decay=0.0, which normalises per iteration, or "
-            "normalize_advantage=False"
-        )
-    if old.get("target_kl") is not None:
-        raise ValueError(
-            f"target_kl={old['target_kl']} cannot be rescaled: it ends an iteration at a distance from the behaviour "
-            "policy, whose age depends on the number of environments; use target_kl=None"
-        )
+    for name in ("batch_size", "n_policy_iterations", "aux_batch_size"):
+        if old.get(name) is not None:
+            check_integer(name, old[name], minimum=1)
+    if old["prox_decay"] not in (None, "auto"):
+        check_number("prox_decay", old["prox_decay"], 0, 1)
+    if old["advantage_decay"] is not None:
+        check_number("advantage_decay", old["advantage_decay"], 0, 1)
     return old
 
 
-def _apply_rules(old: Mapping[str, Any], ratio: Fraction, adam_betas: bool) -> list[Change]:
+# === Strategy "samples" ===
+
+
+def shortest_rollout(hyperparameters: Mapping[str, Any]) -> int:
+    """
+    Advantages look 1/(1 − γλ) steps ahead on average, but not beyond the end of their rollout. Training bears that down
+    to 8 steps, also where advantages would look ahead further, and hardly below.
+
+    Source: ``n_envs.md`` in ``benchmarks/experiments/results``.
+
+    :param hyperparameters: with ``n_steps``, ``gamma`` and ``gae_lambda``
+    :return: steps that a rollout should have at least: 8, or 2/(1 − γλ) or ``n_steps`` if that is less; 1 with
+        ``prox_decay=None`` or ``target_kl``, with which iterations must not grow instead
+    """
+    if hyperparameters["prox_decay"] is None or hyperparameters.get("target_kl") is not None:
+        return 1
+    for name in ("gamma", "gae_lambda"):
+        check_number(name, hyperparameters[name], 0, 1, closed=True)
+    forgotten = 1 - hyperparameters["gamma"] * hyperparameters["gae_lambda"]
+    shortest = min(int(hyperparameters["n_steps"]), _SHORTEST_ROLLOUT)
+    return shortest if forgotten * shortest <= _SHORTEST_LOOK_AHEAD else math.ceil(_SHORTEST_LOOK_AHEAD / forgotten)
+
+
+def _keep_samples(old: Mapping[str, Any], ratio: Fraction) -> list[Change]:
+    n_envs = count("n_envs", old["n_envs"], ratio, "environments")
+    n_steps = _n_steps_for(old, n_envs)
+    if n_steps is None:
+        raise ValueError(_why_not_whole(old, n_envs))
+    n_samples = old["n_envs"] * old["n_steps"]
+    growth = Fraction(n_envs * n_steps, n_samples)
+    rule = f"÷ ratio: an iteration keeps its {n_samples} samples"
+    if growth > 1:
+        rule = f"as short as advantages allow: an iteration has {float(growth):.4g} times its {n_samples} samples"
+    changes = [
+        Change("n_envs", old["n_envs"], n_envs, "× ratio", f"ratio {ratio}"),
+        Change("n_steps", old["n_steps"], n_steps, rule, _SAME_SAMPLES),
+    ]
+    if old.get("use_sde") and old.get("sde_sample_freq", -1) < 0 and n_steps > old["n_steps"]:
+        rule = "noise is drawn as often as with each rollout before"
+        changes.append(Change("sde_sample_freq", old.get("sde_sample_freq", -1), old["n_steps"], rule, _SAME_SAMPLES))
+    return changes if growth == 1 else [*changes, *_grow_iteration(old, growth)]
+
+
+def _grow_iteration(old: Mapping[str, Any], growth: Fraction) -> list[Change]:
+    """
+    :param old: hyper-parameters
+    :param growth: samples of an iteration, new / old
+    :return: what is counted in iterations, or moves with them, for an iteration of more minibatches
+    """
+    n_samples = old["n_envs"] * old["n_steps"]
+    size = min(old["batch_size"] or n_samples, n_samples)
+    changes = [Change("batch_size", old["batch_size"], size, "kept, in samples", _SAME_SAMPLES)]
+    center = center_of_mass_from_decay(_decay_as_number(old))
+    iteration = float(growth) * old["n_epochs"] * math.ceil(n_samples / size)
+    new_center = max(center, min(center * float(growth), iteration / MOST_CENTERS_OF_MASS))
+    rule = f"centre of mass kept, at least 1/5 of an iteration: {center:.4g} → {new_center:.4g} gradient steps"
+    changes.append(Change("prox_decay", old["prox_decay"], decay_from_center_of_mass(new_center), rule, _SAME_SAMPLES))
+    if old["advantage_decay"] is not None:
+        span = span_from_decay(old["advantage_decay"])
+        new_span = max(span / float(growth), 1.0)
+        rule = f"span ÷ growth, at least 1: {span:.4g} → {new_span:.4g} iterations"
+        changes.append(
+            Change("advantage_decay", old["advantage_decay"], decay_from_span(new_span), rule, _SAME_SAMPLES)
+        )
+    for name in ("staleness", "n_policy_iterations"):
+        if old.get(name):
+            new = count(name, old[name], 1 / growth, "iterations")
+            changes.append(Change(name, old[name], new, "÷ growth", _SAME_SAMPLES))
+    if "n_policy_iterations" in old:
+        changes.append(_kept_aux_batch_size(old, n_samples, _SAME_SAMPLES))
+    return changes
+
+
+def _n_steps_for(old: Mapping[str, Any], n_envs: int) -> int | None:
+    """
+    :param old: hyper-parameters
+    :param n_envs: new number of environments
+    :return: length of a rollout with which all numbers are whole: as many samples as before; where that is too short,
+        the shortest that is not, or else the longest; ``None`` if there is none
+    """
+    n_samples = old["n_envs"] * old["n_steps"]
+    shortest = shortest_rollout(old)
+    if n_samples >= n_envs * shortest:
+        return None if n_samples % n_envs else n_samples // n_envs
+    if shortest == 1:  # iterations must not grow
+        return None
+    first = -(-n_samples // n_envs)
+    possible = [n_steps for n_steps in range(first, old["n_steps"] + 1) if _is_whole(old, n_envs * n_steps)]
+    return next((n_steps for n_steps in possible if n_steps >= shortest), possible[-1] if possible else None)
+
+
+def _is_whole(old: Mapping[str, Any], n_new_samples: int) -> bool:
+    n_samples = old["n_envs"] * old["n_steps"]
+    size = min(old["batch_size"] or n_samples, n_samples)
+    if n_samples % size == 0 and n_new_samples % size:
+        return False
+    growth = Fraction(n_new_samples, n_samples)
+    return all((old.get(name, 0) / growth).denominator == 1 for name in ("staleness", "n_policy_iterations"))
+
+
+def _why_not_whole(old: Mapping[str, Any], n_envs: int) -> str:
+    n_samples = old["n_envs"] * old["n_steps"]
+    origin = f"n_envs={old['n_envs']} times n_steps={old['n_steps']}"
+    if n_samples < n_envs and shortest_rollout(old) == 1:
+        name = "prox_decay=None" if old["prox_decay"] is None else f"target_kl={old['target_kl']}"
+        reason = f"{origin} are {n_samples} samples, fewer than environments, and with {name} an iteration cannot grow"
+    elif n_samples >= n_envs * shortest_rollout(old):
+        reason = f"{origin} are {n_samples} samples, which cannot be divided among {n_envs} environments"
+    else:
+        numbers = {name: old[name] for name in ("staleness", "n_policy_iterations") if old.get(name)}
+        parts = ", ".join([*(f"{name}={value}" for name, value in numbers.items()), f"batch_size={old['batch_size']}"])
+        reason = f"no n_steps up to {old['n_steps']} leaves {parts} whole for {n_envs} environments"
+    smaller = next((n for n in range(n_envs - 1, 0, -1) if _n_steps_for(old, n) is not None), None)
+    larger = next((n for n in range(n_envs + 1, 2 * n_envs + 1) if _n_steps_for(old, n) is not None), None)
+    nearest = " and ".join(str(n) for n in (smaller, larger) if n is not None)
+    return f"{reason}: the nearest number{'s'[: len(nearest.split()) > 1]} of environments possible: {nearest}"
+
+
+def _decay_as_number(old: Mapping[str, Any]) -> float:
+    if old["prox_decay"] != "auto":
+        return float(old["prox_decay"])
+    n_samples = old["n_envs"] * old["n_steps"]
+    is_stale = bool(old.get("staleness") or old.get("async_rollouts"))
+    return decay_from_center_of_mass(default_center_of_mass(n_samples, old["batch_size"], old["n_epochs"], is_stale))
+
+
+def _kept_aux_batch_size(old: Mapping[str, Any], n_samples: int, source: str) -> Change:
+    # A phase keeps its number of samples, and so its minibatches and its learning rate.
+    size = old.get("aux_batch_size")
+    return Change(
+        "aux_batch_size", size, default_aux_batch_size(n_samples) if size is None else size, "kept, as a number", source
+    )
+
+
+# === Strategy "paper" ===
+
+
+def _check_papers_conditions(old: Mapping[str, Any]) -> None:
+    """
+    :param old: hyper-parameters
+    :raises ValueError: if the paper's rules do not hold for them, with the reason
+    """
+    other = "; strategy='samples' has no such condition"
+    if old["n_epochs"] != 1:
+        raise ValueError(
+            f"n_epochs={old['n_epochs']} cannot be rescaled with strategy='paper': with several policy epochs, "
+            "training depends on how an iteration is divided into minibatches, which no other hyper-parameter "
+            f"compensates for{other}"
+        )
+    if old["prox_decay"] is None:
+        raise ValueError(
+            "prox_decay=None cannot be rescaled with strategy='paper': without an EWMA, the proximal policy is the "
+            f"behaviour policy, whose age in samples changes with the number of environments{other}"
+        )
+    if old["advantage_decay"] is None and old.get("normalize_advantage", True):
+        raise ValueError(
+            "advantage_decay=None cannot be rescaled with strategy='paper': it normalises advantages per minibatch, so "
+            "that their scale depends on its size; use advantage_decay=0.0, which normalises per iteration, or "
+            f"normalize_advantage=False{other}"
+        )
+    if old.get("target_kl") is not None:
+        raise ValueError(
+            f"target_kl={old['target_kl']} cannot be rescaled with strategy='paper': it ends an iteration at a "
+            f"distance from the behaviour policy, whose age depends on the number of environments{other}"
+        )
+
+
+def _scale_batches(old: Mapping[str, Any], ratio: Fraction, adam_betas: bool) -> list[Change]:
     n_envs, batch_size = old["n_envs"], old["batch_size"]
     n_samples = n_envs * old["n_steps"]
     new_envs = count("n_envs", n_envs, ratio, "environments")
     changes = [Change("n_envs", n_envs, new_envs, "× ratio", f"ratio {ratio}")]
     if batch_size is not None:
-        check_integer("batch_size", batch_size, minimum=1)
         new_batch_size = count("batch_size", batch_size, ratio, "samples")
         changes.append(Change("batch_size", batch_size, new_batch_size, "× ratio", _PAPER))
     changes += _optimizer_changes(old, ratio, adam_betas)
-    decay: Any = old["prox_decay"]
-    if decay == "auto":
-        decay = decay_from_center_of_mass(default_center_of_mass(n_samples, batch_size))
-    check_number("prox_decay", decay, 0, 1)
+    decay = _decay_as_number(old)
     new_decay = prox_decay(decay, float(ratio))
     centers = (
         f"centre of mass ÷ ratio: {center_of_mass_from_decay(decay):.4g} → "
@@ -377,7 +558,6 @@ def _apply_rules(old: Mapping[str, Any], ratio: Fraction, adam_betas: bool) -> l
     )
     changes.append(Change("prox_decay", old["prox_decay"], new_decay, centers, _PAPER))
     if old["advantage_decay"] is not None:
-        check_number("advantage_decay", old["advantage_decay"], 0, 1)
         new_decay = advantage_decay(old["advantage_decay"], float(ratio))
         spans = (
             f"span ÷ ratio: {span_from_decay(old['advantage_decay']):.4g} → {span_from_decay(new_decay):.4g} iterations"
@@ -387,7 +567,13 @@ def _apply_rules(old: Mapping[str, Any], ratio: Fraction, adam_betas: bool) -> l
         new_staleness = count("staleness", old["staleness"], 1 / ratio, "iterations")
         changes.append(Change("staleness", old["staleness"], new_staleness, "÷ ratio", "the same age in samples"))
     if "n_policy_iterations" in old:
-        changes += _auxiliary_phase_changes(old, ratio, n_samples)
+        n_iterations = old["n_policy_iterations"]
+        new_iterations = count("n_policy_iterations", n_iterations, 1 / ratio, "iterations")
+        changes.append(Change("n_policy_iterations", n_iterations, new_iterations, "÷ ratio", _PAPER))
+        changes.append(_kept_aux_batch_size(old, n_samples, _PAPER))
+        if "aux_learning_rate" in old:
+            rate = old["aux_learning_rate"]
+            changes.append(Change("aux_learning_rate", rate, rate, "kept", _PAPER))
     norm = old.get("max_grad_norm", math.inf)
     if norm < math.inf:
         new_norm = max_grad_norm(norm, float(ratio))
@@ -416,21 +602,6 @@ def _optimizer_changes(old: Mapping[str, Any], ratio: Fraction, adam_betas: bool
         new_kwargs = {**policy_kwargs, "optimizer_kwargs": {**(kwargs or _DEFAULT_ADAM_KWARGS), "betas": new_betas}}
         rule_in_words = f"Adam's betas to the power of ratio: {_format(betas)} → {_format(new_betas)}"
         changes.append(Change("policy_kwargs", old.get("policy_kwargs"), new_kwargs, rule_in_words, _PAPER))
-    return changes
-
-
-def _auxiliary_phase_changes(old: Mapping[str, Any], ratio: Fraction, n_samples: int) -> list[Change]:
-    n_iterations = old["n_policy_iterations"]
-    check_integer("n_policy_iterations", n_iterations, minimum=1)
-    new_iterations = count("n_policy_iterations", n_iterations, 1 / ratio, "iterations")
-    changes = [Change("n_policy_iterations", n_iterations, new_iterations, "÷ ratio", _PAPER)]
-    # The phase keeps its number of samples, and so its minibatches and its learning rate.
-    size = old.get("aux_batch_size")
-    new_size = default_aux_batch_size(n_samples) if size is None else size
-    changes.append(Change("aux_batch_size", size, new_size, "kept, as a number", _PAPER))
-    if "aux_learning_rate" in old:
-        rate = old["aux_learning_rate"]
-        changes.append(Change("aux_learning_rate", rate, rate, "kept", _PAPER))
     return changes
 
 

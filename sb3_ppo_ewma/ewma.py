@@ -46,7 +46,7 @@ def center_of_mass_from_decay(decay: float) -> float:
 
 # The clip moves on with the average: in an iteration of n centres of mass the policy may get some n clip ranges away
 # from its data. The paper has up to 3, and 5 are good too; 10 are too many, and so are 3 with data that is old already.
-_FEW_EPOCHS = 5
+MOST_CENTERS_OF_MASS = 5
 
 
 def default_center_of_mass(n_samples: int, batch_size: int | None, n_epochs: int = 1, is_stale: bool = False) -> float:
@@ -71,7 +71,7 @@ def default_center_of_mass(n_samples: int, batch_size: int | None, n_epochs: int
     n_minibatches = max(1, math.ceil(n_samples / (batch_size or n_samples)))
     if is_stale:
         return float(n_minibatches * n_epochs)
-    return n_minibatches * (n_epochs / 2 if n_epochs > _FEW_EPOCHS else 1.0)
+    return n_minibatches * (n_epochs / 2 if n_epochs > MOST_CENTERS_OF_MASS else 1.0)
 
 
 def decay_from_span(span: float) -> float:

@@ -16,22 +16,11 @@ from sb3_ppo_ewma._engine.iteration import AuxiliaryCoefficients, make_iteration
 from sb3_ppo_ewma.auxiliary_phase import AuxiliaryPhase, PhaseProgress
 from sb3_ppo_ewma.policies import PPGCnnPolicy, PPGImpalaPolicy, PPGMultiInputPolicy, PPGPolicy
 from sb3_ppo_ewma.ppo_ewma import EwmaMixin
-from sb3_ppo_ewma.rollouts import PhaseBuffer, Rollout
+from sb3_ppo_ewma.rollouts import PhaseBuffer, Rollout, default_aux_batch_size
 from sb3_ppo_ewma.training_log import log_phase
 
 SelfPhasic = TypeVar("SelfPhasic", bound="AuxiliaryPhaseMixin")
 SelfPPG = TypeVar("SelfPPG", bound="PPG")
-
-# The default batch size is this part of a rollout: in the paper, 16 of its 256 sequences.
-_AUX_MINIBATCHES = 16
-
-
-def default_aux_batch_size(n_samples: int) -> int:
-    """
-    :param n_samples: of a rollout
-    :return: samples in a minibatch of the auxiliary phase where no number is given
-    """
-    return max(1, n_samples // _AUX_MINIBATCHES)
 
 
 class AuxiliaryPhaseMixin(EwmaMixin):

@@ -12,6 +12,7 @@ from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.type_aliases import (
     DictRolloutBufferSamples,
+    GymEnv,
     MaybeCallback,
     RolloutBufferSamples,
     Schedule,
@@ -44,6 +45,7 @@ from sb3_ppo_ewma.networks import with_features_extractor
 from sb3_ppo_ewma.policies import ImpalaPolicy, copy_policy, uncompiled
 from sb3_ppo_ewma.rollouts import Rollout, StaleRollouts, naming_non_finite
 from sb3_ppo_ewma.training_log import log_training
+from sb3_ppo_ewma.tuned_settings import change_env, check_fits, fit_arguments, fit_to_envs, number_of_envs
 
 SelfPPOEWMA = TypeVar("SelfPPOEWMA", bound="PPOEWMA")
 
@@ -79,6 +81,8 @@ class EwmaMixin(SavedStateMixin):
     :param engine: ``"auto"``: make gradient steps and the forward passes of collection in the fastest way that equals
         the definition up to rounding; ``"reference"``: by the definition, with ``prox_decay=None`` equal to SB3 to the
         bit. :meth:`explain_engine` shows the choice and its reasons
+    :param tuned_for_n_envs: the number of environments that the hyper-parameters are for: with another one they are
+        rescaled to behave the same (:func:`~sb3_ppo_ewma.batch_scaling.rescale`); ``None``: for those of ``env``
     :param torch_compile: make each gradient step as one compiled graph, with the same results up to rounding; a string
         is a mode of ``torch.compile``. Compiling takes some seconds to a minute once. What cannot be compiled is
         trained without it, with a warning
@@ -104,6 +108,10 @@ class EwmaMixin(SavedStateMixin):
     clip_range_vf: Any
     normalize_advantage: bool
     target_kl: float | None
+
+    # Hyper-parameters as tuned, and what they are for the present number of environments; None: nothing is rescaled
+    tuned_hyperparameters: dict[str, Any] | None = None
+    fitted_hyperparameters: dict[str, Any] | None = None
 
     # Processes beside this one, set when learn() begins
     _collector: Collector | None = None
@@ -152,6 +160,7 @@ class EwmaMixin(SavedStateMixin):
         staleness: int = 0,
         staleness_mode: StalenessMode = "decoupled",
         engine: EngineChoice = "auto",
+        tuned_for_n_envs: int | None = None,
         torch_compile: bool | str = False,
         async_rollouts: int | None = None,
         async_timeout: float = 600.0,
@@ -172,13 +181,15 @@ class EwmaMixin(SavedStateMixin):
         self.staleness = staleness
         self.staleness_mode: StalenessMode = staleness_mode
         self.engine: EngineChoice = engine
+        self.tuned_for_n_envs = tuned_for_n_envs
         self.torch_compile = torch_compile
         self.async_rollouts = async_rollouts
         self.async_timeout = async_timeout
         self._check_own_parameters()
         check_sb3_arguments(arguments, advantage_decay)
 
-        # Only what was given is passed on: a class in between may have defaults of its own.
+        # Only what was given or rescaled is passed on: a class in between may have defaults of its own.
+        given |= fit_arguments(self, arguments)
         if "clip_range" in given:
             given["clip_range"] = checked_clip_range(given["clip_range"])
         if given.get("policy_kwargs"):
@@ -211,6 +222,7 @@ class EwmaMixin(SavedStateMixin):
     def _setup_model(self) -> None:
         if self.clip_range is None:  # load(..., clip_range=None) bypasses the constructor
             self.clip_range = CLIP_OFF
+        fit_to_envs(self)
         super()._setup_model()
         self.policy_ewma = None if self.prox_decay is None else ParameterEwma(uncompiled(self.policy))
         self.advantage_moments = None if self.advantage_decay is None else MomentsEwma(self.advantage_decay)
@@ -376,10 +388,23 @@ class EwmaMixin(SavedStateMixin):
         for optimizer in optimizers if isinstance(optimizers, list) else [optimizers]:
             update_learning_rate(optimizer, learning_rate)
 
+    def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
+        """
+        As in SB3. With ``tuned_for_n_envs``, the number of environments may be another one.
+
+        :param env: the new environment
+        :param force_reset: whether to reset it before training, which another number of environments always does
+        """
+        if self.tuned_for_n_envs is None or number_of_envs(env) == self.n_envs:
+            super().set_env(env, force_reset)
+        else:
+            change_env(self, env, super().set_env)
+
     def _setup_learn(self, *args: Any, **kwargs: Any) -> Any:
         # load() and attributes set by hand bypass the constructor.
         self._check_own_parameters()
         check_built_parameters(self)
+        check_fits(self)
         self._data_parallel = DataParallel.start(self)
         self._collector = Collector.prepare(self)
         setup_learn = super()._setup_learn

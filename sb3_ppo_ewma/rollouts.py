@@ -368,6 +368,18 @@ class StaleRollouts:
         return queue
 
 
+# The default batch size is this part of a rollout: in the paper, 16 of its 256 sequences.
+_AUX_MINIBATCHES = 16
+
+
+def default_aux_batch_size(n_samples: int) -> int:
+    """
+    :param n_samples: of a rollout
+    :return: samples in a minibatch of the auxiliary phase where no number is given
+    """
+    return max(1, n_samples // _AUX_MINIBATCHES)
+
+
 class PhaseBuffer:
     """
     Observations and value targets of the rollouts of a policy phase, each quantity in one preallocated block and in the

@@ -1,6 +1,7 @@
 """Rescaling: the rules by what they do, the paper's grid, refusals, and training down to one sample."""
 
 import copy
+import functools
 import math
 import pickle
 import warnings
@@ -37,10 +38,13 @@ SETTINGS = {**PAPER, "n_envs": 8, "n_steps": 32, "batch_size": 64, "prox_decay":
             "n_policy_iterations": 16, "aux_batch_size": 24, "gamma": 0.99}  # fmt: skip
 
 
+by_paper = functools.partial(rescale, strategy="paper")
+
+
 def quietly(*args, **kwargs):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        return rescale(*args, **kwargs).hyperparameters
+        return by_paper(*args, **kwargs).hyperparameters
 
 
 # === The paper's grid ===
@@ -56,7 +60,7 @@ def quietly(*args, **kwargs):
     ],
 )
 def test_the_papers_grid(n_envs, batch_size, learning_rate, center_of_mass, span, n_policy_iterations):
-    new = rescale(PAPER, n_envs / 256).hyperparameters
+    new = by_paper(PAPER, n_envs / 256).hyperparameters
     assert (new["n_envs"], new["n_steps"], new["batch_size"]) == (n_envs, 256, batch_size)
     assert new["learning_rate"] == pytest.approx(learning_rate, rel=1e-12)
     assert 1 / (1 - new["prox_decay"]) - 1 == pytest.approx(center_of_mass, rel=1e-9)
@@ -80,15 +84,15 @@ def test_there_and_back(ratio):
 
 
 def test_in_steps_or_at_once():
-    in_steps = rescale(rescale(PAPER, 1 / 4).hyperparameters, 1 / 16).hyperparameters
-    at_once = rescale(PAPER, 1 / 64).hyperparameters
+    in_steps = by_paper(by_paper(PAPER, 1 / 4).hyperparameters, 1 / 16).hyperparameters
+    at_once = by_paper(PAPER, 1 / 64).hyperparameters
     assert in_steps == pytest.approx(at_once, rel=1e-12)
 
 
 def test_nothing_else_changes_and_nothing_is_changed_in_place():
     settings = {**SETTINGS, "policy_kwargs": {"net_arch": [8]}, "seed": 3}
     before = copy.deepcopy(settings)
-    new = rescale(settings, 0.5).hyperparameters
+    new = by_paper(settings, 0.5).hyperparameters
     assert settings == before
     assert {name for name in new if new[name] != settings[name]} == {
         "n_envs", "batch_size", "learning_rate", "prox_decay", "advantage_decay", "n_policy_iterations",
@@ -96,7 +100,7 @@ def test_nothing_else_changes_and_nothing_is_changed_in_place():
 
 
 def test_explanation():
-    lines = rescale(PAPER, 1 / 256).explanation.splitlines()
+    lines = by_paper(PAPER, 1 / 256).explanation.splitlines()
     found = {line.split()[0]: " ".join(line.split()[1:]) for line in lines}
     assert found["n_envs"] == "256 → 1 × ratio ratio 1/256"
     assert found["prox_decay"] == "auto → 0.9995 centre of mass ÷ ratio: 8 → 2048 gradient steps Hilton et al. 2022"
@@ -133,7 +137,7 @@ def test_auto_of_a_model_has_the_same_age():
     model = PPOEWMA("MlpPolicy", env, n_steps=12, batch_size=20, n_epochs=1, advantage_decay=0.0)
     age = model.current_prox_decay / (1 - model.current_prox_decay) * 20
     for ratio in (1 / 4, 1 / 2):
-        new = rescale(settings_of(model), ratio).hyperparameters
+        new = by_paper(settings_of(model), ratio).hyperparameters
         small = PPOEWMA("MlpPolicy", make_vec_env("CartPole-v1", new.pop("n_envs")), **new)
         decay = small.current_prox_decay
         assert decay / (1 - decay) * small.batch_size == pytest.approx(age)
@@ -155,7 +159,7 @@ def test_advantage_span_in_samples():
 
 def test_advantage_moments_follow_a_change_as_fast_in_samples():
     means = []
-    for settings in (SETTINGS, rescale(SETTINGS, 1 / 8).hyperparameters):
+    for settings in (SETTINGS, by_paper(SETTINGS, 1 / 8).hyperparameters):
         moments = MomentsEwma(settings["advantage_decay"])
         n_samples = settings["n_envs"] * settings["n_steps"]
         for value, total in ((0.0, 400_000), (1.0, 2_560)):
@@ -182,7 +186,7 @@ def displacement(optimizer_class, rate, batch_size, noise, n_samples=2**15):
 @pytest.mark.parametrize(("optimizer", "noise"), [(th.optim.Adam, 300.0), (th.optim.SGD, 10.0)])
 def test_learning_rate(optimizer, noise):
     settings = {**SETTINGS, "policy_kwargs": {"optimizer_class": optimizer}, "learning_rate": 1e-3}
-    small = rescale(settings, 1 / 8).hyperparameters
+    small = by_paper(settings, 1 / 8).hyperparameters
     before = displacement(optimizer, 1e-3, 64, noise)
     after = displacement(optimizer, small["learning_rate"], small["batch_size"], noise)
     unadjusted = displacement(optimizer, 1e-3, small["batch_size"], noise)
@@ -194,12 +198,12 @@ def test_learning_rate(optimizer, noise):
 
 
 def test_adam_betas():
-    assert "policy_kwargs" not in rescale(SETTINGS, 0.5).hyperparameters
-    new = rescale(SETTINGS, 1 / 2, adam_betas=True).hyperparameters["policy_kwargs"]["optimizer_kwargs"]
+    assert "policy_kwargs" not in by_paper(SETTINGS, 0.5).hyperparameters
+    new = by_paper(SETTINGS, 1 / 2, adam_betas=True).hyperparameters["policy_kwargs"]["optimizer_kwargs"]
     # What two of the new steps forget is what one of the old ones does.
     assert [beta**2 for beta in new["betas"]] == pytest.approx([0.9, 0.999])
     given = {**SETTINGS, "policy_kwargs": {"optimizer_kwargs": {"betas": (0.5, 0.9), "eps": 1e-8}, "net_arch": [4]}}
-    new = rescale(given, 1 / 4, adam_betas=True).hyperparameters["policy_kwargs"]
+    new = by_paper(given, 1 / 4, adam_betas=True).hyperparameters["policy_kwargs"]
     assert new["net_arch"] == [4]
     assert new["optimizer_kwargs"]["eps"] == 1e-8
     assert [beta**4 for beta in new["optimizer_kwargs"]["betas"]] == pytest.approx([0.5, 0.9])
@@ -207,7 +211,7 @@ def test_adam_betas():
 
 def test_adam_betas_alone_change_nothing_else_of_the_optimizer():
     settings = with_defaults(PPOEWMA, {"n_envs": 2, "n_steps": 16, "n_epochs": 1, "advantage_decay": 0.0})
-    new = rescale(settings, 1, adam_betas=True).hyperparameters["policy_kwargs"]
+    new = by_paper(settings, 1, adam_betas=True).hyperparameters["policy_kwargs"]
     default, given = (
         PPOEWMA("MlpPolicy", make_vec_env("CartPole-v1", 2), n_steps=16, seed=0, policy_kwargs=kwargs).learn(64)
         for kwargs in (None, new)
@@ -221,7 +225,7 @@ def test_adam_betas_alone_change_nothing_else_of_the_optimizer():
     "learning_rate", ["lin_1e-3", LinearSchedule(1e-3, 0.0, 1.0), lambda progress: 1e-3 * progress]
 )
 def test_schedules(learning_rate):
-    scaled = rescale({**SETTINGS, "learning_rate": learning_rate}, 1 / 4).hyperparameters["learning_rate"]
+    scaled = by_paper({**SETTINGS, "learning_rate": learning_rate}, 1 / 4).hyperparameters["learning_rate"]
     if isinstance(scaled, str):
         assert scaled.startswith("lin_")
         assert float(scaled[4:]) == pytest.approx(5e-4)
@@ -235,13 +239,13 @@ def test_schedules(learning_rate):
 def test_as_many_gradients_are_clipped():
     settings = {**SETTINGS, "max_grad_norm": 0.5}
     shares = []
-    for each in (settings, rescale(settings, 1 / 8).hyperparameters):
+    for each in (settings, by_paper(settings, 1 / 8).hyperparameters):
         generator = th.Generator().manual_seed(0)
         gradients = th.randn(10_000, each["batch_size"], 8, generator=generator).mean(dim=1) * 1.5
         shares.append(float((gradients.norm(dim=1) > each["max_grad_norm"]).double().mean()))
     assert 0.3 < shares[0] < 0.7
     assert shares[1] == pytest.approx(shares[0], abs=0.03)
-    assert rescale({**SETTINGS, "max_grad_norm": math.inf}, 1 / 2).hyperparameters["max_grad_norm"] == math.inf
+    assert by_paper({**SETTINGS, "max_grad_norm": math.inf}, 1 / 2).hyperparameters["max_grad_norm"] == math.inf
 
 
 def test_a_scaled_schedule_is_saved(tmp_path):
@@ -257,10 +261,14 @@ def test_a_scaled_schedule_is_saved(tmp_path):
 @pytest.mark.parametrize(
     ("changed", "ratio", "reason"),
     [
-        ({"n_epochs": 4}, 0.5, "n_epochs=4 cannot be rescaled: with several policy epochs"),
-        ({"prox_decay": None}, 0.5, "prox_decay=None cannot be rescaled: without an EWMA"),
-        ({"advantage_decay": None}, 0.5, "advantage_decay=None cannot be rescaled: it normalises .* per minibatch"),
-        ({"target_kl": 0.01}, 0.5, "target_kl=0.01 cannot be rescaled"),
+        ({"n_epochs": 4}, 0.5, "n_epochs=4 cannot be rescaled with strategy='paper': with several policy epochs"),
+        ({"prox_decay": None}, 0.5, "prox_decay=None cannot be rescaled with strategy='paper': without an EWMA"),
+        (
+            {"advantage_decay": None},
+            0.5,
+            "advantage_decay=None cannot be rescaled with strategy='paper': it normalises .* per minibatch",
+        ),
+        ({"target_kl": 0.01}, 0.5, "target_kl=0.01 cannot be rescaled with strategy='paper'"),
         ({}, 1 / 3, "n_envs=8 times 1/3 is 2.667, not a whole number of environments"),
         ({"batch_size": 65}, 0.5, "batch_size=65 times 1/2 is 32.5, not a whole number of samples"),
         ({"n_policy_iterations": 3}, 2, "n_policy_iterations=3 times 1/2 is 1.5, not a whole number of iterations"),
@@ -296,29 +304,29 @@ def test_what_cannot_be_rescaled(changed, ratio, reason):
 )
 def test_wrong_types(changed, ratio, reason):
     with pytest.raises(TypeError, match=reason):
-        rescale({**SETTINGS, **changed}, ratio)
+        by_paper({**SETTINGS, **changed}, ratio)
 
 
 def test_what_is_missing_is_named():
     with pytest.raises(ValueError, match="must have n_envs, batch_size: with_defaults"):
-        rescale({name: value for name, value in SETTINGS.items() if name not in ("n_envs", "batch_size")}, 0.5)
+        by_paper({name: value for name, value in SETTINGS.items() if name not in ("n_envs", "batch_size")}, 0.5)
 
 
 def test_advantages_that_are_not_normalised_need_no_rule():
     settings = {**SETTINGS, "advantage_decay": None, "normalize_advantage": False}
-    assert rescale(settings, 0.5).hyperparameters["advantage_decay"] is None
+    assert by_paper(settings, 0.5).hyperparameters["advantage_decay"] is None
 
 
 def test_warning_of_the_critical_size():
     with pytest.warns(UserWarning, match="128 samples; that may be more than the critical batch size") as caught:
-        rescale(SETTINGS, 2)
+        by_paper(SETTINGS, 2)
     assert caught[0].filename == __file__
     with pytest.warns(UserWarning, match="the critical batch size is 100"):
-        rescale(SETTINGS, 2, critical_batch_size=100)
+        by_paper(SETTINGS, 2, critical_batch_size=100)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        rescale(SETTINGS, 2, critical_batch_size=128)
-        rescale(SETTINGS, 0.5)
+        by_paper(SETTINGS, 2, critical_batch_size=128)
+        by_paper(SETTINGS, 0.5)
 
 
 # === Models ===
@@ -328,7 +336,7 @@ def test_warning_of_the_critical_size():
 def test_settings_of_a_model_build_the_same_model(algorithm):
     kwargs = {"n_epochs": 1, "advantage_decay": 0.5, "learning_rate": 1e-3, "clip_range": 0.1, "gamma": 0.9}
     model = algorithm("MlpPolicy", make_vec_env("CartPole-v1", 2), n_steps=16, seed=1, **kwargs)
-    settings = rescale(settings_of(model), 1).hyperparameters
+    settings = by_paper(settings_of(model), 1).hyperparameters
     again = algorithm("MlpPolicy", make_vec_env("CartPole-v1", settings.pop("n_envs")), **settings)
     for name, value in kwargs.items():
         if name != "clip_range":
@@ -378,6 +386,8 @@ def test_defaults():
         "n_steps": 5,
         "batch_size": 64,
         "n_epochs": 1,
+        "gamma": 0.99,
+        "gae_lambda": 0.95,
         "learning_rate": 3e-4,
         "prox_decay": "auto",
         "advantage_decay": 0.0,
@@ -398,7 +408,7 @@ def test_training_with_one_environment_and_minibatches_of_one_sample(algorithm, 
     if algorithm is PPGEWMA:
         settings["n_policy_iterations"] = 1
     settings = with_defaults(algorithm, settings)
-    new = rescale(settings, 1 / 16).hyperparameters
+    new = by_paper(settings, 1 / 16).hyperparameters
     assert (new["n_envs"], new["batch_size"]) == (1, 1)
     model = algorithm("MlpPolicy", make_vec_env(env_id, new.pop("n_envs"), seed=0), seed=0, **new)
     before = [parameter.clone() for parameter in model.policy.parameters()]

@@ -496,7 +496,7 @@ def test_training_in_mixed_precision(algorithm, options, tmp_path):
                       policy_kwargs={"features_extractor_kwargs": extractor}, **own, **options)  # fmt: skip
     before = {name: value.clone() for name, value in model.policy.state_dict().items()}
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="torch_compile")  # has no effect
+        warnings.filterwarnings("error", message="torch_compile=.* has no effect")
         model.learn(32)
     after = model.policy.state_dict()
     assert {value.dtype for value in after.values()} == {th.float32}

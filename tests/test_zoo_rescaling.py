@@ -10,13 +10,15 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
 from sb3_ppo_ewma import PPOEWMA, zoo
+from sb3_ppo_ewma.batch_scaling import with_defaults
 from sb3_ppo_ewma.zoo import options
-from sb3_ppo_ewma.zoo.algorithms import ONE_EPOCH, hyperparameter_file
+from sb3_ppo_ewma.zoo.algorithms import ALGORITHMS
 from sb3_ppo_ewma.zoo.rescaling import as_yaml, rescaled
 
 pytestmark = pytest.mark.long
 
 zoo.register()
+FILES = sorted((Path(__file__).parents[1] / "zoo_hyperparams").glob("*.yml"))
 
 ENTRY = {
     "n_envs": 4,
@@ -38,6 +40,7 @@ def in_empty_folder(tmp_path, monkeypatch):
 
 
 CARTPOLE = ["--env", "CartPole-v1", "--conf-file", "entries.yml"]
+PAPER = ["--strategy", "paper"]
 TRAIN = ["train", *CARTPOLE, "-f", "logs", "--eval-freq", "-1", "--device", "cpu", "-n", "64"]
 
 
@@ -57,7 +60,7 @@ def saved_config(algo, number=1):
 
 
 def test_it_prints_a_table_and_an_entry_that_can_be_used(capsys):
-    zoo.main(["rescale", "--algo", "ppo_ewma", *CARTPOLE, "--n-envs", "1"])
+    zoo.main(["rescale", "--algo", "ppo_ewma", *CARTPOLE, "--n-envs", "1", *PAPER])
     table, _, text = capsys.readouterr().out.partition("\n\n")
     assert [line.split()[0] for line in table.splitlines()] == [
         "n_envs", "batch_size", "learning_rate", "prox_decay", "advantage_decay", "max_grad_norm",
@@ -76,13 +79,20 @@ def test_it_prints_a_table_and_an_entry_that_can_be_used(capsys):
     assert saved_config("ppo_ewma") == entry
 
 
+def test_by_default_an_iteration_keeps_its_samples(capsys):
+    zoo.main(["rescale", "--algo", "ppo_ewma", *CARTPOLE, "--n-envs", "2", "-params", "n_epochs:4"])
+    table, _, text = capsys.readouterr().out.partition("\n\n")
+    assert [line.split()[0] for line in table.splitlines()] == ["n_envs", "n_steps"]
+    assert yaml.safe_load(text)["CartPole-v1"] == {**ENTRY, "n_envs": 2, "n_steps": 16, "n_epochs": 4}
+
+
 def test_warnings_are_printed(capsys):
-    zoo.main(["rescale", "--algo", "ppo_ewma", *CARTPOLE, "--n-envs", "8"])
+    zoo.main(["rescale", "--algo", "ppo_ewma", *CARTPOLE, "--n-envs", "8", *PAPER])
     assert "\nWarning: A minibatch now has 16 samples; that may be more than the critical" in capsys.readouterr().out
 
 
 def test_parameters_of_the_command_line(capsys):
-    arguments = ["rescale", "--algo", "ppg_ewma", *CARTPOLE, "--n-envs", "2", "--adam-betas"]
+    arguments = ["rescale", "--algo", "ppg_ewma", *CARTPOLE, "--n-envs", "2", "--adam-betas", *PAPER]
     zoo.main([*arguments, "-params", "learning_rate:1e-4", "n_policy_iterations:5"])
     entry = yaml.safe_load(capsys.readouterr().out.partition("\n\n")[2])["CartPole-v1"]
     assert entry["learning_rate"] == pytest.approx(1e-4 / 2**0.5)
@@ -95,12 +105,13 @@ def test_parameters_of_the_command_line(capsys):
 def test_what_cannot_be_rescaled(capsys):
     arguments = ["rescale", "--algo", "ppo_ewma", *CARTPOLE]
     assert "n_envs must be >= 1, got 0" in refusal([*arguments, "--n-envs", "0"], capsys)
-    odd = [*arguments, "--n-envs", "3", "-params", "batch_size:6"]
+    assert "the nearest numbers of environments possible: 2 and 4" in refusal([*arguments, "--n-envs", "3"], capsys)
+    odd = [*arguments, "--n-envs", "3", "-params", "batch_size:6", *PAPER]
     assert "batch_size=6 times 3/4 is 4.5, not a whole number of samples" in refusal(odd, capsys)
-    many = [*arguments, "--n-envs", "2", "-params", "n_epochs:4"]
-    assert "n_epochs=4 cannot be rescaled, only one policy epoch: --conf-file ppo_ewma_one" in refusal(many, capsys)
-    many[2] = "ppg_ewma"
-    assert "n_epochs=4 cannot be rescaled: with several policy epochs" in refusal(many, capsys)
+    many = [*arguments, "--n-envs", "2", "-params", "n_epochs:4", *PAPER]
+    assert "n_epochs=4 cannot be rescaled with strategy='paper'" in refusal(many, capsys)
+    betas = [*arguments, "--n-envs", "2", "--adam-betas"]
+    assert "adam_betas belongs to strategy='paper'" in refusal(betas, capsys)
     assert "invalid choice: 'ppo'" in refusal(["rescale", "--algo", "ppo", *CARTPOLE, "--n-envs", "2"], capsys)
     assert "--n-envs" in refusal(arguments, capsys)
     unknown = ["rescale", "--algo", "ppo_ewma", "--env", "Nowhere-v0", "--n-envs", "2"]
@@ -123,7 +134,7 @@ def test_policy_kwargs_of_python_become_text():
     entry = {**ENTRY, "policy_kwargs": kwargs}
     text = yaml.safe_load(as_yaml("X", entry))["X"]["policy_kwargs"]
     assert text == "dict(net_arch=dict(pi=[4], vf=[8]), activation_fn=nn.Tanh, optimizer_class=th.optim.SGD)"
-    new = rescaled("ppo_ewma", {**entry, "policy_kwargs": text}, 1).hyperparameters
+    new = rescaled("ppo_ewma", {**entry, "policy_kwargs": text}, 1, "paper").hyperparameters
     assert new["policy_kwargs"] == text
     assert new["learning_rate"] == "lin_0.00025"  # of SGD
 
@@ -132,32 +143,40 @@ def test_policy_kwargs_of_python_become_text():
 
 
 def test_train_with_another_number_of_environments(capsys):
-    zoo.main([*TRAIN, "--algo", "ppo_ewma", "--rescale-to-n-envs", "2"])
+    zoo.main([*TRAIN, "--algo", "ppo_ewma", "--n-envs", "2", "-params", "n_epochs:4", "-n", "64"])
     printed = capsys.readouterr().out
-    assert "Rescaled from 4 environments:" in printed
+    assert "Hyper-parameters tuned for 4 environments, for 2:" in printed
     assert "Using 2 environments" in printed
     config = saved_config("ppo_ewma")
     assert list(config) == sorted(config)
-    assert (config["n_envs"], config["batch_size"]) == (2, 4)
+    assert config == {**ENTRY, "n_envs": 2, "n_epochs": 4, "tuned_for_n_envs": 4}
     model = PPOEWMA.load("logs/ppo_ewma/CartPole-v1_1/CartPole-v1.zip")
-    assert model.batch_size == 4
-    assert model.lr_schedule(1.0) == pytest.approx(1e-3 / 2**0.5)
-    assert model.current_prox_decay == pytest.approx(8 / 9)
+    assert (model.n_envs, model.n_steps, model.batch_size) == (2, 16, 8)
+    # 64 steps are 2 iterations of 32 samples, with 4 epochs
+    assert (model.num_timesteps, model._n_updates) == (64, 8)
+
+
+def test_an_agent_is_trained_further_with_another_number_of_environments():
+    zoo.main([*TRAIN, "--algo", "ppo_ewma", "--n-envs", "2"])
+    agent = "logs/ppo_ewma/CartPole-v1_1/CartPole-v1.zip"
+    zoo.main([*TRAIN, "--algo", "ppo_ewma", "-i", agent, "--n-envs", "1", "-params", "batch_size:16"])
+    model = PPOEWMA.load("logs/ppo_ewma/CartPole-v1_2/CartPole-v1.zip")
+    assert (model.n_envs, model.n_steps, model.batch_size) == (1, 32, 16)
+    assert model.tuned_hyperparameters["n_steps"] == 8
 
 
 def test_train_says_why_not(capsys):
-    assert "n_epochs=4 cannot be rescaled" in refusal(
-        [*TRAIN, "--algo", "ppo_ewma", "--rescale-to-n-envs", "2", "-params", "n_epochs:4"], capsys
+    assert "the nearest numbers of environments possible: 2 and 4" in refusal(
+        [*TRAIN, "--algo", "ppo_ewma", "--n-envs", "3"], capsys
     )
     assert not list(Path("logs").glob("*/*"))
-    upstream = [*TRAIN, "--algo", "ppo", "--rescale-to-n-envs", "2", "-params", "advantage_decay:0"]
-    assert "hyper-parameters of ppo cannot be rescaled" in refusal(upstream, capsys)
-    searching = [*TRAIN, "--algo", "ppo_ewma", "--rescale-to-n-envs", "2", "-optimize"]
-    assert "--rescale-to-n-envs does not go with -optimize" in refusal(searching, capsys)
+    upstream = [*TRAIN, "--algo", "ppo", "--n-envs", "2", "-params", "advantage_decay:0"]
+    assert "--n-envs rescales hyper-parameters of ppo_ewma" in refusal(upstream, capsys)
+    assert "n_envs must be >= 1, got 0" in refusal([*TRAIN, "--algo", "ppo_ewma", "--n-envs", "0"], capsys)
 
 
 def test_options_do_not_outlive_their_command():
-    zoo.main([*TRAIN, "--algo", "ppo_ewma", "--rescale-to-n-envs", "2"])
+    zoo.main([*TRAIN, "--algo", "ppo_ewma", "--n-envs", "2"])
     assert options.current == options.Options()
     zoo.main([*TRAIN, "--algo", "ppo_ewma"])
     assert [saved_config("ppo_ewma", number)["n_envs"] for number in (1, 2)] == [2, 4]
@@ -179,7 +198,7 @@ def test_help_has_them(capsys):
         zoo.main(["train", "--help"])
     assert ended.value.code == 0
     printed = capsys.readouterr().out
-    assert printed.index("--trained-agent") < printed.index("--rescale-to-n-envs N")
+    assert printed.index("--trained-agent") < printed.index("--n-envs N")
 
 
 # === Trials ===
@@ -197,26 +216,23 @@ def trials():
 
 @pytest.mark.parametrize("algo", ["ppo_ewma", "ppg_ewma"])
 def test_a_trial_is_trained_again_with_more_environments(algo, capsys):
-    zoo.main([*SEARCH, "--algo", algo, "-params", "n_envs:2", "advantage_decay:0.8", *SMALL])
+    zoo.main([*SEARCH, "--algo", algo, "--n-envs", "2", *SMALL])
     assert [trial.state for trial in trials()] == [TrialState.COMPLETE] * 2
     assert {trial.params["n_epochs"] for trial in trials()} == {1}
     assert len({trial.params["learning_rate"] for trial in trials()}) == 2
     chosen = trials()[1]
     # The file has 4 environments, the trial had 2.
-    again = [*TRAIN, "--algo", algo, *STUDY, "--trial-id", "1", "-params", "advantage_decay:0.8", "policy:MlpPolicy"]
-    zoo.main([*again, "--rescale-to-n-envs", "1"])
+    again = [*TRAIN, "--algo", algo, *STUDY, "--trial-id", "1", "-params", "policy:MlpPolicy"]
+    zoo.main([*again, "--n-envs", "4"])
     config = saved_config(algo, 2)
-    assert (config["n_envs"], config["batch_size"], config["n_steps"]) == (1, 4, 32)
-    assert config["learning_rate"] == pytest.approx(chosen.params["learning_rate"] / 2**0.5)
-    assert config["prox_decay"] / (1 - config["prox_decay"]) == pytest.approx(2 * chosen.params["prox_center_of_mass"])
-    if algo == "ppg_ewma":
-        phases = [config["n_policy_iterations"], chosen.user_attrs["n_policy_iterations"]]
-        assert phases[0] == 2 * phases[1]
+    assert (config["n_envs"], config["tuned_for_n_envs"], config["n_steps"]) == (4, 2, 32)
+    assert config["learning_rate"] == chosen.params["learning_rate"]
+    model = zoo.algorithms.ALGORITHMS[algo].load(f"logs/{algo}/CartPole-v1_2/CartPole-v1.zip")
+    assert (model.n_envs, model.n_steps, model.batch_size) == (4, 16, 8)
     capsys.readouterr()
-    zoo.main(["rescale", *CARTPOLE, "--algo", algo, *STUDY, "--trial-id", "1", "--n-envs", "1",
-              "-params", "advantage_decay:0.8"])  # fmt: skip
+    zoo.main(["rescale", *CARTPOLE, "--algo", algo, *STUDY, "--trial-id", "1", "--n-envs", "4"])
     printed = yaml.safe_load(capsys.readouterr().out.partition("\n\n")[2])["CartPole-v1"]
-    assert printed["learning_rate"] == config["learning_rate"]
+    assert (printed["n_envs"], printed["n_steps"], printed["learning_rate"]) == (4, 16, config["learning_rate"])
     assert "activation_fn=nn." in printed["policy_kwargs"]
 
 
@@ -236,17 +252,26 @@ def test_what_cannot_be_fixed(fixed, reason, capsys):
 
 # === The entries ===
 
-FILES = {"ppg_ewma": hyperparameter_file("ppg_ewma"), "ppo_ewma": hyperparameter_file(ONE_EPOCH)}
 
-
-@pytest.mark.parametrize("algo", FILES)
-@pytest.mark.filterwarnings("ignore:A minibatch now has")
-def test_every_entry_can_be_rescaled(algo):
-    entries = yaml.safe_load(FILES[algo].read_text())
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_every_entry_can_be_rescaled(file):
+    entries = yaml.safe_load(file.read_text())
     assert entries
-    for entry in entries.values():
-        n_envs = entry.get("n_envs", 1)
-        for new in {8, max(1, n_envs // 4)} - {n_envs}:
-            settings = rescaled(algo, entry, new).hyperparameters
-            assert settings["n_envs"] == new
-            assert settings["batch_size"] * n_envs == entry["batch_size"] * new
+    algo = next(algo for algo in sorted(ALGORITHMS, key=len, reverse=True) if file.stem.startswith(algo))
+    for env_id, entry in entries.items():
+        complete = with_defaults(ALGORITHMS[algo], entry)
+        n_samples = complete["n_envs"] * complete["n_steps"]
+        for n_envs in (1, 4, 16, 64, 256):
+            if file.stem == "ppg" and n_envs > n_samples:  # no EWMA
+                with pytest.raises(ValueError, match=f"{n_samples} samples, fewer than environments.*nearest"):
+                    rescaled(algo, entry, n_envs)
+                continue
+            new = {**complete, **rescaled(algo, entry, n_envs).hyperparameters}
+            assert new["n_envs"] == n_envs, env_id
+            n_new = n_envs * new["n_steps"]
+            assert n_new >= n_samples
+            if n_new > n_samples:  # in minibatches of the same size
+                assert new["n_steps"] <= 8
+                assert new["batch_size"] == min(complete["batch_size"], n_samples)
+            if "n_policy_iterations" in complete:  # a phase of the same samples
+                assert new["n_policy_iterations"] * n_new == complete["n_policy_iterations"] * n_samples

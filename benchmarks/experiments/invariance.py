@@ -93,8 +93,8 @@ def adjusted(algorithm: str, settings: dict[str, Any], n_envs: int, kept: set[st
         return {**settings, "n_envs": n_envs}
     cls = PPGEWMA if algorithm == PPG_EWMA else PPOEWMA
     complete = with_defaults(cls, {name: value for name, value in settings.items() if name != "policy_kwargs"})
-    old = rescale(complete, 1).hyperparameters  # with numbers
-    new = rescale(complete, n_envs / settings["n_envs"]).hyperparameters
+    old = rescale(complete, 1, strategy="paper").hyperparameters  # with numbers
+    new = rescale(complete, n_envs / settings["n_envs"], strategy="paper").hyperparameters
     names = [name for name in ("n_envs", "batch_size", *ABLATIONS.values(), GRADIENT_NORM) if name in new]
     return {**settings, **{name: old[name] if name in kept else new[name] for name in names}}
 

@@ -7,10 +7,17 @@ Another number of environments, with the settings that people use: SB3's PPO wit
 Runs that are in results/n_envs.csv are not repeated.
 """
 
+import math
 from pathlib import Path
 from typing import Any
 
 from benchmarks.experiments.runs import QUICK_ENV, Variant, execute, parser, zoo_settings
+from sb3_ppo_ewma import batch_scaling as scaling
+from sb3_ppo_ewma.ewma import (
+    MOST_CENTERS_OF_MASS,
+    decay_from_center_of_mass,
+    default_center_of_mass,
+)
 
 N_SEEDS = 5
 N_ENVS = [1, 4, 16, 64, 256]
@@ -26,6 +33,9 @@ N_TIMESTEPS = {
     "MinAtar/Breakout-v1": 300_000,
 }
 PHASIC = ("CartPole-v1", QUICK_ENV)
+# Where as many samples leave rollouts of one or two steps to the most environments
+SHORT = ("CartPole-v1", "Hopper-v5", "HalfCheetah-v5")
+LENGTHS = [1, 2, 4, 16, 32]
 N_TEST_EPISODES = 20
 UNTRAINED = "untrained"
 NAIVE, BY_HAND = "PPO, only n_envs changed", "PPO, as many samples"
@@ -34,6 +44,58 @@ PPO_EWMA, PPG_EWMA = "PPO-EWMA, tuned_for_n_envs", "PPG-EWMA, tuned_for_n_envs"
 
 def name_of(method: str, n_envs: int) -> str:
     return f"{method}, {n_envs}"
+
+
+def with_rollouts(settings: dict[str, Any], n_steps: int) -> dict[str, Any]:
+    """
+    :param settings: of PPO-EWMA, with the zoo's number of environments
+    :param n_steps: length of a rollout
+    :return: settings for the most environments with rollouts of this length, by the rules of ``strategy="samples"``
+    """
+    n_samples, n_new = settings["n_envs"] * settings["n_steps"], N_ENVS[-1] * n_steps
+    size = min(settings["batch_size"], n_samples)
+    center = default_center_of_mass(n_samples, size, settings["n_epochs"])
+    iteration = settings["n_epochs"] * n_new / size
+    center = max(center, min(center * n_new / n_samples, iteration / MOST_CENTERS_OF_MASS))
+    changed = {"n_envs": N_ENVS[-1], "n_steps": n_steps, "batch_size": size}
+    return {**settings, **changed, "prox_decay": decay_from_center_of_mass(center)}
+
+
+def with_grown_minibatches(settings: dict[str, Any], n_steps: int) -> dict[str, Any]:
+    """
+    :param settings: of PPO-EWMA, with the zoo's number of environments
+    :param n_steps: length of a rollout
+    :return: settings for the most environments with rollouts of this length, by the rules of ``strategy="paper"`` for
+        the growth of an iteration
+    """
+    n_samples = settings["n_envs"] * settings["n_steps"]
+    growth = N_ENVS[-1] * n_steps / n_samples
+    size = min(settings["batch_size"], n_samples)
+    rate: Any = settings.get("learning_rate", 3e-4)
+    decay = decay_from_center_of_mass(default_center_of_mass(n_samples, size, settings["n_epochs"]))
+    return {
+        **settings,
+        "n_envs": N_ENVS[-1],
+        "n_steps": n_steps,
+        "batch_size": round(size * growth),
+        "learning_rate": f"lin_{float(rate[4:]) * math.sqrt(growth)}"
+        if isinstance(rate, str)
+        else scaling.adam_learning_rate(rate, growth),
+        "max_grad_norm": scaling.max_grad_norm(settings.get("max_grad_norm", 0.5), growth),
+        "prox_decay": scaling.prox_decay(decay, growth),
+    }
+
+
+def rule_variants(env: str, settings: dict[str, Any]) -> list[Variant]:
+    """
+    :param env: environment
+    :param settings: of PPO-EWMA, with the zoo's number of environments
+    :return: for the most environments, other lengths of a rollout and larger minibatches
+    """
+    shortest = settings["n_envs"] * settings["n_steps"] // N_ENVS[-1]
+    found = {f"PPO-EWMA, rollouts of {n}, {N_ENVS[-1]}": with_rollouts(settings, n) for n in LENGTHS if n >= shortest}
+    found[name_of("PPO-EWMA, larger minibatches", N_ENVS[-1])] = with_grown_minibatches(settings, 8)
+    return [Variant(env, name, "ppo_ewma", each, N_TEST_EPISODES) for name, each in found.items()]
 
 
 def variants() -> list[Variant]:
@@ -60,6 +122,8 @@ def variants() -> list[Variant]:
                 Variant(env, name_of(method, n_envs), algo, settings, N_TEST_EPISODES)
                 for method, (algo, settings) in methods.items()
             ]
+        if env in SHORT:
+            found += rule_variants(env, ours)
     return found
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch as th
 from stable_baselines3.common.policies import BasePolicy
 
-from sb3_ppo_ewma.ppg import default_aux_batch_size
+from sb3_ppo_ewma.rollouts import default_aux_batch_size
 
 # Samples that go through a network together on a CPU, where larger numbers are slower
 _CPU_BATCH = 64

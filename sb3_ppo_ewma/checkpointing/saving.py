@@ -51,6 +51,8 @@ class SavedStateMixin(OnPolicyAlgorithm):
 
     # Own states of the file that load() reads, which SB3 does not hand to set_parameters()
     _states_in_file: dict[str, StateDict] | None = None
+    # Names of the attributes that load() was given
+    _given_to_load: tuple[str, ...] = ()
 
     @classmethod
     def _sb3_class(cls) -> type[OnPolicyAlgorithm]:
@@ -148,9 +150,9 @@ class SavedStateMixin(OnPolicyAlgorithm):
         """
         if kwargs.get("policy_kwargs"):
             kwargs["policy_kwargs"] = with_features_extractor(kwargs["policy_kwargs"])
-        changes = {**kwargs, "_states_in_file": read_own_states(path)}
+        changes = {**kwargs, "_states_in_file": read_own_states(path), "_given_to_load": tuple(kwargs)}
         model = super().load(path, env, device, custom_objects, print_system_info, force_reset, **changes)
-        del model._states_in_file
+        del model._states_in_file, model._given_to_load
         if kwargs.get("seed") is not None:
             model.generators.drop_pending()
         return model

@@ -83,6 +83,9 @@ def _read_hyperparameters(upstream: AnyFunction, manager: Any) -> tuple[dict[str
     if world_size() == 1:
         return hyperparams, saved
     known = with_defaults(ALGORITHMS[manager.algo], hyperparams)
+    if known.get("tuned_for_n_envs") is not None:  # the model divides the others
+        n_envs = per_process({"n_envs": known["n_envs"], "batch_size": None}, world_size())["n_envs"]
+        return {**hyperparams, "n_envs": n_envs}, saved
     parts = per_process({name: known[name] for name in ("n_envs", "batch_size")} | hyperparams, world_size())
     return parts, saved
 

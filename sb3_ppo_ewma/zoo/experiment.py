@@ -1,6 +1,6 @@
 """
 Features of this package inside rl-zoo3's ``ExperimentManager``: our files of hyper-parameters, the options
-``--rescale-to-n-envs``, ``--advice`` and ``--fix``, schedules of our own parameters, the budget and number of
+``--n-envs``, ``--advice`` and ``--fix``, schedules of our own parameters, the budget and number of
 environments that a search stores with each trial.
 
 What is repaired in the zoo is in :mod:`sb3_ppo_ewma.zoo.patches`.
@@ -19,10 +19,10 @@ from rl_zoo3 import exp_manager
 from rl_zoo3.exp_manager import ExperimentManager
 from rl_zoo3.hyperparams_opt import HYPERPARAMS_SAMPLER
 
+from sb3_ppo_ewma._arguments import check_integer
 from sb3_ppo_ewma.zoo import options
 from sb3_ppo_ewma.zoo.algorithms import ALGORITHMS, hyperparameter_file
 from sb3_ppo_ewma.zoo.patches._replace import AnyFunction, replace_function
-from sb3_ppo_ewma.zoo.rescaling import rescaled
 from sb3_ppo_ewma.zoo.search_space import BUDGET, N_ENVS
 
 _SCHEDULES = ("learning_rate", "clip_range", "clip_range_vf", "delta_std")
@@ -64,20 +64,30 @@ def _setup_experiment(upstream: AnyFunction, manager: Any) -> Any:
 def _read_hyperparameters(upstream: AnyFunction, manager: Any) -> Any:
     hyperparams, saved = upstream(manager)
     changed: dict[str, Any] = {}
-    if options.current.rescale_to_n_envs is not None:
-        if manager.optimize_hyperparameters:
-            raise ValueError(
-                "--rescale-to-n-envs does not go with -optimize, which samples the parameters that it rescales: "
-                "search first, then train with --trial-id and --rescale-to-n-envs"
-            )
-        result = rescaled(manager.algo, hyperparams, options.current.rescale_to_n_envs)
-        print(f"Rescaled from {hyperparams.get('n_envs', 1)} environments:\n{result.explanation}")
-        changed |= result.hyperparameters
+    if options.current.n_envs is not None:
+        changed |= _with_n_envs(manager, hyperparams, options.current.n_envs)
     if options.current.advice:
         given = hyperparams.get("callback") or []
         changed["callback"] = [*(given if isinstance(given, list) else [given]), _ADVICE]
     # What training uses, and what is saved beside the agent, sorted like upstream's
     return {**hyperparams, **changed}, OrderedDict(sorted({**saved, **changed}.items()))
+
+
+def _with_n_envs(manager: Any, hyperparams: dict[str, Any], n_envs: int) -> dict[str, Any]:
+    """
+    :param manager: the zoo's ``ExperimentManager``
+    :param hyperparams: those of the file or the trial
+    :param n_envs: number of environments to train with
+    :return: changes of the hyper-parameters; the model rescales the others
+    :raises ValueError: if the algorithm is not one of this package, or ``n_envs`` is below 1
+    """
+    if manager.algo not in ALGORITHMS:
+        raise ValueError(f"--n-envs rescales hyper-parameters of {', '.join(ALGORITHMS)}, not those of {manager.algo}")
+    check_integer("n_envs", n_envs, minimum=1)
+    if manager.optimize_hyperparameters:  # trials are tuned for this number
+        return {"n_envs": n_envs}
+    tuned_for = hyperparams.get("tuned_for_n_envs") or hyperparams.get("n_envs", 1)
+    return {"n_envs": n_envs, "tuned_for_n_envs": tuned_for}
 
 
 def _load_trial(

@@ -17,13 +17,13 @@ SCRIPTS = ("train", "enjoy", "record_video")
 @dataclass
 class Options:
     """
-    :param rescale_to_n_envs: number of environments to rescale hyper-parameters to; ``None`` leaves them unchanged
+    :param n_envs: number of environments, to which hyper-parameters are rescaled; ``None``: that of the entry
     :param advice: whether to add an ``AdviceCallback`` to training
     :param fixed: values of search parameters that Optuna does not sample, by the parameter's name in a trial
     :param vec_env: kind of vectorised environment; ``None`` leaves the choice to the script
     """
 
-    rescale_to_n_envs: int | None = None
+    n_envs: int | None = None
     advice: bool = False
     fixed: dict[str, Any] = field(default_factory=dict)
     vec_env: str | None = None
@@ -51,10 +51,11 @@ def parser(script: str, prog: str) -> argparse.ArgumentParser:
     if script != "train":
         return result
     group.add_argument(
-        "--rescale-to-n-envs",
+        "--n-envs",
         type=int,
         metavar="N",
-        help="train with N environments, with hyper-parameters rescaled to behave the same",
+        help="train with N environments, with hyper-parameters rescaled to behave the same; with -optimize, search "
+        "those for N environments",
     )
     group.add_argument("--advice", action="store_true", help="print a line when training goes wrong, with a remedy")
     group.add_argument(

@@ -9,7 +9,7 @@ import tempfile
 import warnings
 from collections.abc import Mapping
 from fractions import Fraction
-from typing import Any
+from typing import Any, get_args
 
 import gymnasium as gym
 import yaml
@@ -18,16 +18,19 @@ from rl_zoo3.exp_manager import ExperimentManager
 from rl_zoo3.utils import StoreDict
 
 from sb3_ppo_ewma._arguments import check_integer
-from sb3_ppo_ewma.batch_scaling import Rescaled, rescale, with_defaults
-from sb3_ppo_ewma.zoo.algorithms import ALGORITHMS, ONE_EPOCH
+from sb3_ppo_ewma.batch_scaling import Rescaled, Strategy, rescale, with_defaults
+from sb3_ppo_ewma.zoo.algorithms import ALGORITHMS
 
 
-def rescaled(algo: str, entry: Mapping[str, Any], n_envs: int, *, adam_betas: bool = False) -> Rescaled:
+def rescaled(
+    algo: str, entry: Mapping[str, Any], n_envs: int, strategy: Strategy = "samples", *, adam_betas: bool = False
+) -> Rescaled:
     """
     :param algo: name of one of our algorithms
     :param entry: hyper-parameters as in the zoo's files
     :param n_envs: new number of environments
-    :param adam_betas: whether to rescale Adam's betas too, see :func:`~sb3_ppo_ewma.batch_scaling.rescale`
+    :param strategy: see :func:`~sb3_ppo_ewma.batch_scaling.rescale`
+    :param adam_betas: with ``"paper"``, whether to rescale Adam's betas too
     :return: the rescaled entry, with an explanation of every change
     :raises ValueError: if the algorithm or the entry cannot be rescaled
     """
@@ -35,15 +38,11 @@ def rescaled(algo: str, entry: Mapping[str, Any], n_envs: int, *, adam_betas: bo
         raise ValueError(f"hyper-parameters of {algo} cannot be rescaled, only those of {', '.join(ALGORITHMS)}")
     check_integer("n_envs", n_envs, minimum=1)
     complete = with_defaults(ALGORITHMS[algo], entry)
-    if algo == "ppo_ewma" and complete["n_epochs"] != 1:
-        raise ValueError(
-            f"n_epochs={complete['n_epochs']} cannot be rescaled, only one policy epoch: --conf-file {ONE_EPOCH}.yml "
-            "has entries with one"
-        )
     written = complete.get("policy_kwargs")
     if isinstance(written, str):
         complete["policy_kwargs"] = eval(written, vars(exp_manager))  # as upstream does later
-    result = rescale(complete, Fraction(n_envs, complete["n_envs"]), adam_betas=adam_betas)
+    ratio = Fraction(n_envs, complete["n_envs"])
+    result = rescale(complete, ratio, strategy=strategy, adam_betas=adam_betas)
     changed = {change.name: change.new for change in result.changes if change.name in entry or change.new != change.old}
     return Rescaled({**entry, **changed}, result.changes)
 
@@ -70,7 +69,7 @@ def main() -> None:
         entry, _ = manager.read_hyperparameters()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        result = rescaled(args.algo, entry, args.n_envs, adam_betas=args.adam_betas)
+        result = rescaled(args.algo, entry, args.n_envs, args.strategy, adam_betas=args.adam_betas)
     print(result.explanation)
     for warning in caught:
         print(f"\nWarning: {warning.message}")
@@ -85,7 +84,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--algo", required=True, choices=list(ALGORITHMS))
     parser.add_argument("--env", required=True, help="name of the environment")
     parser.add_argument("--n-envs", required=True, type=int, metavar="N", help="new number of environments")
-    parser.add_argument("--adam-betas", action="store_true", help="change Adam's betas as well")
+    parser.add_argument(
+        "--strategy",
+        choices=get_args(Strategy),
+        default="samples",
+        help="keep the samples of an iteration, or multiply batches as the paper does (default: samples)",
+    )
+    parser.add_argument("--adam-betas", action="store_true", help="with --strategy paper, change Adam's betas as well")
     parser.add_argument("-conf", "--conf-file", help="file of hyper-parameters instead of ours")
     parser.add_argument("-params", "--hyperparams", nargs="+", action=StoreDict, metavar="NAME:VALUE")
     parser.add_argument("--storage", help="journal file (.log) or database URL of an Optuna study")
