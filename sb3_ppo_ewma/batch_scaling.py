@@ -51,6 +51,7 @@ _SHORTEST_ROLLOUT = 8
 _SHORTEST_LOOK_AHEAD = 2
 # Hyper-parameters that data-parallel training divides between its processes, with their units
 _DIVIDED = {"n_envs": "environments", "batch_size": "samples", "aux_batch_size": "samples"}
+_COUNTED_IN_ITERATIONS = ("staleness", "n_policy_iterations")
 # Arguments of the constructor that are not hyper-parameters
 _NOT_HYPERPARAMETERS = ("policy", "env", "tuned_for_n_envs", "_init_setup_model")
 # optimizer_kwargs of this package's policies where the user gives none
@@ -438,7 +439,7 @@ def _grow_iteration(old: Mapping[str, Any], growth: Fraction) -> list[Change]:
         changes.append(
             Change("advantage_decay", old["advantage_decay"], decay_from_span(new_span), rule, _SAME_SAMPLES)
         )
-    for name in ("staleness", "n_policy_iterations"):
+    for name in _COUNTED_IN_ITERATIONS:
         if old.get(name):
             new = count(name, old[name], 1 / growth, "iterations")
             changes.append(Change(name, old[name], new, "÷ growth", _SAME_SAMPLES))
@@ -466,12 +467,8 @@ def _n_steps_for(old: Mapping[str, Any], n_envs: int) -> int | None:
 
 
 def _is_whole(old: Mapping[str, Any], n_new_samples: int) -> bool:
-    n_samples = old["n_envs"] * old["n_steps"]
-    size = min(old["batch_size"] or n_samples, n_samples)
-    if n_samples % size == 0 and n_new_samples % size:
-        return False
-    growth = Fraction(n_new_samples, n_samples)
-    return all((old.get(name, 0) / growth).denominator == 1 for name in ("staleness", "n_policy_iterations"))
+    growth = Fraction(n_new_samples, old["n_envs"] * old["n_steps"])
+    return all((old.get(name, 0) / growth).denominator == 1 for name in _COUNTED_IN_ITERATIONS)
 
 
 def _why_not_whole(old: Mapping[str, Any], n_envs: int) -> str:
@@ -483,13 +480,12 @@ def _why_not_whole(old: Mapping[str, Any], n_envs: int) -> str:
     elif n_samples >= n_envs * shortest_rollout(old):
         reason = f"{origin} are {n_samples} samples, which cannot be divided among {n_envs} environments"
     else:
-        numbers = {name: old[name] for name in ("staleness", "n_policy_iterations") if old.get(name)}
-        parts = ", ".join([*(f"{name}={value}" for name, value in numbers.items()), f"batch_size={old['batch_size']}"])
-        reason = f"no n_steps up to {old['n_steps']} leaves {parts} whole for {n_envs} environments"
+        counts = " and ".join(f"{name}={old[name]}" for name in _COUNTED_IN_ITERATIONS if old.get(name))
+        reason = f"no n_steps up to {old['n_steps']} leaves {counts} whole for {n_envs} environments"
     smaller = next((n for n in range(n_envs - 1, 0, -1) if _n_steps_for(old, n) is not None), None)
     larger = next((n for n in range(n_envs + 1, 2 * n_envs + 1) if _n_steps_for(old, n) is not None), None)
     nearest = " and ".join(str(n) for n in (smaller, larger) if n is not None)
-    return f"{reason}: the nearest number{'s'[: len(nearest.split()) > 1]} of environments possible: {nearest}"
+    return f"{reason}; nearest possible: {nearest}"
 
 
 def _decay_as_number(old: Mapping[str, Any]) -> float:

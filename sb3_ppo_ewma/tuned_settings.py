@@ -52,6 +52,8 @@ def fit_to_envs(model: Any) -> None:
     :raises ValueError: if the hyper-parameters cannot be rescaled, or one was set by hand and nobody knows its value
         for ``tuned_for_n_envs`` environments
     """
+    if model.tuned_for_n_envs is None:
+        model.tuned_hyperparameters = model.fitted_hyperparameters = None
     if model.tuned_for_n_envs is None or model.env is None:
         return
     attributes = vars(model)
