@@ -120,19 +120,30 @@ def check_sb3_arguments(arguments: dict[str, Any], advantage_decay: float | None
                 "batch_size must be greater than 1 to normalise advantages per minibatch, got 1; "
                 "advantage_decay=0.0 normalises over the rollout and allows 1"
             )
-    for name in ("n_steps", "n_epochs"):
-        check_integer(name, arguments[name], minimum=1)
+    check_integer("n_steps", arguments["n_steps"], minimum=1)
+    check_epochs(arguments["n_epochs"], arguments["max_grad_norm"], arguments["target_kl"])
     for name in ("gamma", "gae_lambda"):
         check_number(name, arguments[name], 0, 1, closed=True)
     check_number("ent_coef", arguments["ent_coef"], -math.inf)
     check_number("vf_coef", arguments["vf_coef"], 0)
-    check_number("max_grad_norm", arguments["max_grad_norm"], 0, closed=True)  # float("inf"): no clipping
-    if arguments["target_kl"] is not None:
-        check_number("target_kl", arguments["target_kl"], 0)
     checked_clip_range(arguments["clip_range"])
     clip_range_vf = arguments["clip_range_vf"]
     if isinstance(clip_range_vf, Real) and not float(clip_range_vf) > 0:
         raise SB3ArgumentError(f"clip_range_vf must be positive, or None for no clipping, got {clip_range_vf}")
+
+
+def check_epochs(n_epochs: Any, max_grad_norm: Any, target_kl: Any) -> None:
+    """
+    :param n_epochs: number of epochs
+    :param max_grad_norm: norm that gradients are clipped to, ``float("inf")``: no clipping
+    :param target_kl: divergence that ends an iteration, or ``None``
+    :raises TypeError: if one has the wrong type
+    :raises ValueError: if one is out of range
+    """
+    check_integer("n_epochs", n_epochs, minimum=1)
+    check_number("max_grad_norm", max_grad_norm, 0, closed=True)
+    if target_kl is not None:
+        check_number("target_kl", target_kl, 0)
 
 
 def check_normalization(advantage_decay: float, normalize_advantage: bool) -> None:
@@ -283,11 +294,13 @@ def check_ewma_parameters(model: Any) -> None:
 
 def check_built_parameters(model: Any) -> None:
     """
-    Refuse parameters that were set by hand and that the model was not built for.
+    Refuse parameters that were set by hand to what they cannot be, or to what the model was not built for.
 
     :param model: an algorithm with the parameters of ``EwmaMixin``
-    :raises ValueError: if there is one
+    :raises TypeError: if one has the wrong type
+    :raises ValueError: if one is out of range, or the model was built for another value
     """
+    check_epochs(model.n_epochs, model.max_grad_norm, model.target_kl)
     for name, fits in model._fits_built_model().items():
         if not fits:
             raise ValueError(

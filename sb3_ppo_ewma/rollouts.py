@@ -6,7 +6,7 @@ what is kept of them for the auxiliary phase.
 import contextlib
 import copy
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -367,6 +367,15 @@ class StaleRollouts:
             queue.waiting.append(rollout)
         return queue
 
+    def share(self, pieces: Sequence[Any], rank: int, size: int) -> Any:
+        """
+        :param pieces: a waiting rollout of each of the processes that wrote them
+        :param rank: number of this process
+        :param size: number of processes now
+        :raises ValueError: always
+        """
+        raise ValueError(f"has waiting rollouts of {len(pieces)} processes, which {size} cannot divide among them")
+
 
 # The default batch size is this part of a rollout: in the paper, 16 of its 256 sequences.
 _AUX_MINIBATCHES = 16
@@ -507,6 +516,17 @@ class PhaseBuffer:
         """
         for i in range(self._n_stored):
             yield {name: block[i] for name, block in self._blocks.items()}
+
+    def share(self, pieces: Sequence[Any], rank: int, size: int) -> dict[str, np.ndarray]:
+        """
+        :param pieces: a rollout of each of the processes that wrote them
+        :param rank: number of this process
+        :param size: number of processes now
+        :return: as many samples of them as each process gets
+        """
+        return {
+            name: np.array_split(np.concatenate([piece[name] for piece in pieces]), size)[rank] for name in pieces[0]
+        }
 
     def restored(self, pieces: Iterator[Any], count: int, model_buffer: RolloutBuffer) -> "PhaseBuffer":
         """

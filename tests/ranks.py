@@ -387,6 +387,40 @@ def short(folder: Path, rank: int, world_size: int) -> dict[str, Any]:
     }
 
 
+# An elastic training: of all processes, whatever their number
+ELASTIC: dict[str, Any] = {"n_steps": 32, "batch_size": 64, "n_epochs": 2, "n_policy_iterations": 8, "device": "cpu",
+                           "tuned_for_n_envs": 8, "seed": 0}  # fmt: skip
+
+
+def counters(model: Any) -> dict[str, Any]:
+    """
+    :param model: PPG-EWMA
+    :return: how far its training is
+    """
+    return {
+        "steps": model.num_timesteps,
+        "epochs": model._n_updates,
+        "phases": model._n_phases,
+        "rollouts of the phase": len(model.phase_buffer),
+        "gradient steps": int(model.policy.optimizer.state_dict()["state"][0]["step"]),
+        "weight of the average": model.policy_ewma.total_weight,
+        "prox_decay": model.current_prox_decay,
+        "samples of an iteration": model.n_steps * model.n_envs,
+    }
+
+
+def elastic(folder: Path, rank: int, world_size: int) -> dict[str, Any]:
+    """Goes on for three iterations where one process stopped."""
+    env = make_vec_env("CartPole-v1", 4, seed=rank)
+    model = sb3_ppo_ewma.PPGEWMA.load(folder / "first", env, device="cpu")
+    model.load_replay_buffer(folder / "first_rollouts")
+    model.learn(3 * 256, reset_num_timesteps=False)
+    if rank == 0:
+        model.save(folder / "second")
+    model.save_replay_buffer(folder / "second_rollouts")
+    return {**counters(model), "n_steps": model.n_steps, "batch_size": model.batch_size}
+
+
 def dying(folder: Path, rank: int, world_size: int) -> None:
     """The second process is killed when it has made a checkpoint's steps."""
     del world_size
@@ -403,7 +437,7 @@ def dying(folder: Path, rank: int, world_size: int) -> None:
 
 
 FUNCTIONS: dict[str, Callable[[Path, int, int], Any]] = {
-    function.__name__: function for function in (same_data, training, short, dying)
+    function.__name__: function for function in (same_data, training, short, elastic, dying)
 }
 
 

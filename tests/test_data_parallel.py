@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.running_mean_std import RunningMeanStd
 
-from sb3_ppo_ewma import PPOEWMA
+from sb3_ppo_ewma import PPGEWMA, PPOEWMA
 from sb3_ppo_ewma._parallel.normalization import pooled
 from tests import ranks
 
@@ -176,6 +177,31 @@ def test_a_phase_goes_on_from_a_checkpoint(short: dict[str, list[Any]]) -> None:
         assert rank["n_phases_False"] == 0  # it begins anew, in both
     # The same generators were loaded
     assert first["actions_True"] != second["actions_True"]
+
+
+def test_one_process_then_two_then_one_count_as_one(tmp_path: Path) -> None:
+    def envs(n_envs: int) -> Any:
+        return make_vec_env("CartPole-v1", n_envs, seed=0)
+
+    constant = PPGEWMA("MlpPolicy", envs(8), **ranks.ELASTIC).learn(5 * 256)
+    first = PPGEWMA("MlpPolicy", envs(4), **ranks.ELASTIC).learn(2 * 256)
+    first.save(tmp_path / "first")
+    first.save_replay_buffer(tmp_path / "first_rollouts")
+    for found in ranks.results("elastic", tmp_path):
+        # 8 environments together
+        assert (found.pop("n_steps"), found.pop("batch_size")) == (32, 32)
+        assert found.pop("samples of an iteration") == 128
+        expected = ranks.counters(constant)
+        assert expected.pop("samples of an iteration") == 256
+        assert found == pytest.approx(expected)
+    second = PPGEWMA.load(tmp_path / "second", envs(2), device="cpu")
+    second.load_replay_buffer(tmp_path / "second_rollouts")
+    assert second.phase_buffer is not None
+    assert second.phase_buffer.n_samples == 5 * 256
+    second.learn(3 * 256, reset_num_timesteps=False)
+    constant.learn(3 * 256, reset_num_timesteps=False)
+    assert ranks.counters(second) == pytest.approx(ranks.counters(constant))
+    assert ranks.counters(second)["phases"] == 1
 
 
 def test_all_families_train_in_two_ranks(short: dict[str, list[Any]]) -> None:

@@ -720,6 +720,18 @@ def test_what_the_model_was_not_built_for_cannot_be_set_by_hand(built, by_hand):
     assert model.num_timesteps == 0
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "error"),
+    [("n_epochs", 0, ValueError), ("max_grad_norm", None, TypeError), ("target_kl", "0.1", TypeError)],
+)
+def test_what_cannot_be_is_named_when_it_is_set_by_hand(name, value, error):
+    model = make()
+    setattr(model, name, value)
+    with pytest.raises(error, match=f"^{name} must be"):
+        model.learn(32)
+    assert model.num_timesteps == 0
+
+
 def test_contradiction_given_at_loading(tmp_path):
     model = make(normalize_advantage=False)
     model.save(tmp_path / "model")

@@ -45,7 +45,7 @@ def in_two_processes(folder: Path, *arguments: str) -> subprocess.CompletedProce
 
 def test_train_leaves_what_one_process_leaves(tmp_path: Path) -> None:
     frequencies = ["--eval-freq", "128", "--save-freq", "256", "--seed", "3"]
-    rescaling = ["--rescale-to-n-envs", "8"]
+    rescaling = ["--n-envs", "8"]
     result = in_two_processes(tmp_path, *TRAIN, "--algo", "ppo_ewma", *frequencies, *rescaling)
     assert result.returncode == 0, result.stderr
     runs = list((tmp_path / "logs" / "ppo_ewma").iterdir())
@@ -58,9 +58,10 @@ def test_train_leaves_what_one_process_leaves(tmp_path: Path) -> None:
         *("CartPole-v1.zip", "CartPole-v1", "best_model.zip", "evaluations.npz"),
     }
     saved = dict(yaml.unsafe_load((runs[0] / "CartPole-v1" / "config.yml").read_text()))
-    assert (saved["n_envs"], saved["batch_size"]) == (8, 64)
+    assert (saved["n_envs"], saved["batch_size"], saved["tuned_for_n_envs"]) == (8, 32, 4)
     model = PPOEWMA.load(runs[0] / "CartPole-v1.zip", device="cpu")
-    assert (model.n_envs, model.batch_size, model.num_timesteps, model.seed) == (4, 32, 512, 3)
+    assert (model.n_envs, model.n_steps, model.batch_size) == (4, 8, 16)
+    assert (model.num_timesteps, model.seed) == (512, 3)
     assert list(np.load(runs[0] / "evaluations.npz")["timesteps"]) == [128, 256, 384, 512]
     # Only the first process prints.
     assert result.stdout.count("Log path:") == 1

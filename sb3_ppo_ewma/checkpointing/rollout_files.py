@@ -8,13 +8,13 @@ large part is never in memory twice.
 import contextlib
 import pathlib
 import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from io import BufferedIOBase
 from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar
 
 from stable_baselines3.common.buffers import RolloutBuffer
 
-from sb3_ppo_ewma._parallel.process_group import rank
+from sb3_ppo_ewma._parallel.process_group import rank, world_size
 from sb3_ppo_ewma.checkpointing.atomic import replace_atomically, with_default_suffix
 
 RolloutPath: TypeAlias = str | pathlib.Path | BufferedIOBase
@@ -60,6 +60,17 @@ class KeptRollouts(Protocol):
         :raises ValueError: if they do not fit
         """
 
+    def share(self, pieces: Sequence[Any], rank: int, size: int) -> Any:
+        """
+        Divide what other processes have written.
+
+        :param pieces: one of each of them, in their order
+        :param rank: number of this process
+        :param size: number of processes now
+        :return: the piece of this process
+        :raises ValueError: if that cannot be done
+        """
+
 
 def write_rollouts(path: RolloutPath, step: Step, parts: Mapping[str, KeptRollouts]) -> None:
     """
@@ -70,10 +81,10 @@ def write_rollouts(path: RolloutPath, step: Step, parts: Mapping[str, KeptRollou
     :param step: step of the model, which :func:`read_rollouts` compares with the model's
     :param parts: kept rollouts by name
     """
-    path = _file_of_rank(path)
     if isinstance(path, BufferedIOBase):
         _write(path, step, parts)
         return
+    path = _file_of_rank(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replace_atomically(path) as temporary, temporary.open("wb") as file:
         _write(file, step, parts)
@@ -83,6 +94,7 @@ def _write(file: Any, step: Step, parts: Mapping[str, KeptRollouts]) -> None:
     header = {
         "format": _FORMAT_VERSION,
         "step": tuple(step),
+        "n_processes": world_size(),
         "parts": {name: len(part) for name, part in parts.items()},
     }
     pickle.dump(header, file, protocol=pickle.HIGHEST_PROTOCOL)
@@ -95,7 +107,8 @@ def read_rollouts(
     path: RolloutPath, step: Step, parts: Mapping[str, KeptRollouts], model_buffer: RolloutBuffer
 ) -> dict[str, KeptRollouts]:
     """
-    Read the file that :func:`write_rollouts` wrote.
+    Read the file that :func:`write_rollouts` wrote, or the files of all processes where another number of processes
+    wrote them.
 
     :param path: file name (``.pkl`` is added if it has no suffix) or open binary file
     :param step: step of the model, which must be the one in the file
@@ -104,20 +117,58 @@ def read_rollouts(
     :return: collections like ``parts`` with the rollouts from the file, by name
     :raises ValueError: if the file is of another kind, belongs to another step or does not fit the model
     """
-    path = _file_of_rank(path)
-    with contextlib.nullcontext(path) if isinstance(path, BufferedIOBase) else path.open("rb") as file:
+    with contextlib.ExitStack() as stack:
+        own = path if isinstance(path, BufferedIOBase) else _file_of_rank(path)
         try:
-            header = pickle.load(file)
-            _check_header(header, step, parts)
-            return {
-                name: parts[name].restored((pickle.load(file) for _ in range(count)), count, model_buffer)
-                for name, count in header["parts"].items()
-            }
+            files, headers = _open_files(path, step, parts, stack)
+            found = {}
+            for name, count in headers[0]["parts"].items():
+                pieces: Iterator[Any] = ([pickle.load(file) for file in files] for _ in range(count))
+                if headers[0].get("n_processes", world_size()) == world_size():
+                    pieces = (each[0] for each in pieces)
+                else:
+                    pieces = (parts[name].share(each, rank(), world_size()) for each in pieces)
+                found[name] = parts[name].restored(pieces, count, model_buffer)
+            return found
+        except FileNotFoundError:
+            raise
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
+            raise ValueError(f"{own}: {error}") from error
         except Exception as error:  # unpickling damaged data raises almost any error
             reason = f"{type(error).__name__}: {error}"
-            raise ValueError(f"{path} is damaged or not a file of save_replay_buffer() ({reason})") from error
+            raise ValueError(f"{own} is damaged or not a file of save_replay_buffer() ({reason})") from error
+
+
+def _open_files(
+    path: RolloutPath, step: Step, parts: Mapping[str, KeptRollouts], stack: contextlib.ExitStack
+) -> tuple[list[Any], list[dict[str, Any]]]:
+    """
+    :param path: file name or open binary file
+    :param step: step of the model
+    :param parts: the model's kept rollouts by name
+    :param stack: closes the files
+    :return: this process's file or, where another number of processes wrote them, those of all; after their headers
+    """
+    if isinstance(path, BufferedIOBase):
+        files: list[Any] = [path]
+    else:
+        first = _file_of_rank(path, 0)
+        n_processes = world_size()
+        if first.exists():
+            with first.open("rb") as file:
+                header = pickle.load(file)
+                _check_header(header, step, parts)
+                n_processes = header.get("n_processes", n_processes)
+        ranks = [rank()] if n_processes == world_size() else range(n_processes)
+        files = [stack.enter_context(_file_of_rank(path, each).open("rb")) for each in ranks]
+    headers = [pickle.load(file) for file in files]
+    for header in headers:
+        _check_header(header, step, parts)
+        if header["parts"] != headers[0]["parts"]:
+            raise ValueError("the files of the processes have different numbers of rollouts")
+    if isinstance(path, BufferedIOBase) and headers[0].get("n_processes", 1) not in (1, world_size()):
+        raise ValueError(f"was written by {headers[0]['n_processes']} processes: give a file name, to read all files")
+    return files, headers
 
 
 def _check_header(header: Any, step: Step, parts: Mapping[str, KeptRollouts]) -> None:
@@ -136,9 +187,8 @@ def _check_header(header: Any, step: Step, parts: Mapping[str, KeptRollouts]) ->
         )
 
 
-def _file_of_rank(path: RolloutPath) -> pathlib.Path | BufferedIOBase:
-    if isinstance(path, BufferedIOBase):
-        return path
+def _file_of_rank(path: str | pathlib.Path, number: int | None = None) -> pathlib.Path:
     path = with_default_suffix(path, ".pkl")
-    infix = f".rank{rank()}" if rank() > 0 else ""
+    number = rank() if number is None else number
+    infix = f".rank{number}" if number > 0 else ""
     return path.with_name(f"{path.stem}{infix}{path.suffix}")
