@@ -11,6 +11,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from benchmarks.experiments.runs import QUICK_ENV, Variant, execute, parser, zoo_settings
 from sb3_ppo_ewma import batch_scaling as scaling
 from sb3_ppo_ewma.ewma import (
@@ -36,7 +38,6 @@ PHASIC = ("CartPole-v1", QUICK_ENV)
 # Where as many samples leave rollouts of one or two steps to the most environments
 SHORT = ("CartPole-v1", "Hopper-v5", "HalfCheetah-v5")
 LENGTHS = [1, 2, 4, 16, 32]
-N_TEST_EPISODES = 20
 UNTRAINED = "untrained"
 NAIVE, BY_HAND = "PPO, only n_envs changed", "PPO, as many samples"
 PPO_EWMA, PPG_EWMA = "PPO-EWMA, tuned_for_n_envs", "PPG-EWMA, tuned_for_n_envs"
@@ -95,7 +96,7 @@ def rule_variants(env: str, settings: dict[str, Any]) -> list[Variant]:
     shortest = settings["n_envs"] * settings["n_steps"] // N_ENVS[-1]
     found = {f"PPO-EWMA, rollouts of {n}, {N_ENVS[-1]}": with_rollouts(settings, n) for n in LENGTHS if n >= shortest}
     found[name_of("PPO-EWMA, larger minibatches", N_ENVS[-1])] = with_grown_minibatches(settings, 8)
-    return [Variant(env, name, "ppo_ewma", each, N_TEST_EPISODES) for name, each in found.items()]
+    return [Variant(env, name, "ppo_ewma", each, is_tested=True) for name, each in found.items()]
 
 
 def variants() -> list[Variant]:
@@ -108,7 +109,7 @@ def variants() -> list[Variant]:
         ppo = {name: value for name, value in ours.items() if name != "prox_decay"}  # our file has the zoo's entries
         tuned = ours["n_envs"]
         untrained = {**ppo, "learning_rate": 0.0, "n_epochs": 1, "n_timesteps": 1}
-        found.append(Variant(env, UNTRAINED, "ppo", untrained, N_TEST_EPISODES))
+        found.append(Variant(env, UNTRAINED, "ppo", untrained, is_tested=True))
         for n_envs in sorted({*N_ENVS, tuned}):
             same_samples = {"n_envs": n_envs, "n_steps": max(1, tuned * ours["n_steps"] // n_envs)}
             methods: dict[str, tuple[str, dict[str, Any]]] = {NAIVE: ("ppo", {**ppo, "n_envs": n_envs})}
@@ -119,7 +120,7 @@ def variants() -> list[Variant]:
                 phasic = {**zoo_settings("ppg_ewma", env), "n_timesteps": n_timesteps}
                 methods[PPG_EWMA] = ("ppg_ewma", {**phasic, "n_envs": n_envs, "tuned_for_n_envs": phasic["n_envs"]})
             found += [
-                Variant(env, name_of(method, n_envs), algo, settings, N_TEST_EPISODES)
+                Variant(env, name_of(method, n_envs), algo, settings, is_tested=True)
                 for method, (algo, settings) in methods.items()
             ]
         if env in SHORT:
@@ -128,7 +129,111 @@ def variants() -> list[Variant]:
 
 
 def report(file: Path) -> None:
-    pass
+    # Here, so that training does not need what reports do.
+    import pandas as pd
+
+    from benchmarks.experiments import report as common
+
+    runs = common.load(file)
+    parts = runs[runs.variant != UNTRAINED].variant.str.rsplit(", ", n=1, expand=True)
+    parts.columns = ["method", "n_envs"]
+    untrained = runs[runs.variant == UNTRAINED]
+    lines: list[str] = []
+    panels: dict[str, Any] = {}
+    tuned = {env: zoo_settings("ppo_ewma", env)["n_envs"] for env in N_TIMESTEPS}
+    scored_by: dict[tuple[str, str], Any] = {}
+    for env, group in runs.join(parts, how="inner").groupby("env", sort=False):
+        group = group.assign(n_envs=group.n_envs.astype(int))
+        rows = []
+        for method, of_method in group.groupby("method", sort=False):
+            base = {BY_HAND: NAIVE, PPG_EWMA: PPG_EWMA}.get(str(method), NAIVE if method == NAIVE else PPO_EWMA)
+            one = name_of(base, tuned[str(env)])
+            reference = group[group.variant == one]
+            if reference.empty or not (untrained.env == env).any():
+                continue
+            both = pd.concat([of_method, reference, untrained[untrained.env == env]]).drop_duplicates(
+                ["variant", "seed"]
+            )
+            scored = common.normalized(both, UNTRAINED, one)
+            scored_by[str(method), str(env)] = scored
+            scores, means = common.scores(scored), common.means(scored)
+            for n_envs in sorted(of_method.n_envs.unique()):
+                name = name_of(str(method), n_envs)
+                returns = of_method[of_method.variant == name].final_return
+                less = common.difference(scores[one], scores[name]) if name != one else ""
+                rows.append([method, n_envs, len(returns), f"{returns.mean():.4g}", means[name], less])
+        if rows:
+            panels[str(env)] = rows
+            headings = ["", "environments", "runs", "final return", "normalised", f"less that of {tuned[str(env)]}"]
+            lines += ["", f"## {env}, tuned for {tuned[str(env)]}", "", *common.table(headings, rows)]
+    figure, axes = common.panels(panels, n_columns=4)
+    for env, axis in axes.items():
+        plot(axis, panels[env], tuned[env])
+    next(iter(axes.values())).legend(frameon=False, fontsize="small")
+    intro = [
+        "What the policy returns in test episodes, with sampled actions: ten each after 80, 85, 90, 95 and 100 % "
+        "of training, which has as many environment steps whatever the number of environments. Normalised: 0 is the "
+        "untrained policy, 1 the mean of the method with the number of environments that the zoo's settings are for. "
+        "Where as many samples leave rollouts of a step or two, other choices than those of `tuned_for_n_envs` are "
+        "compared: other lengths of a rollout, and larger minibatches instead of more of them.",
+        "",
+        common.save(figure, file),
+    ]
+    title = "## How far a run is from the tuned number of environments, mean of the tasks"
+    headings = ["", "environments", "tasks", "runs of each", "normalised return less that of the tuned", "either way"]
+    common.write(
+        file,
+        "Another number of environments",
+        [*intro, "", title, "", *common.table(headings, overall(scored_by, tuned)), *lines],
+    )
+
+
+def overall(scored_by: dict[tuple[str, str], Any], tuned: dict[str, int]) -> list[list[Any]]:
+    """
+    :param scored_by: by method and environment, normalised runs
+    :param tuned: by environment, the number of environments of the zoo
+    :return: by method and numbers of environments, how far the mean is from that of the tuned number
+    """
+    from benchmarks.experiments import report as common
+
+    rows = []
+    for method in (NAIVE, BY_HAND, PPO_EWMA, PPG_EWMA):
+        for label, numbers in (*((str(n), [n]) for n in N_ENVS), ("1 to 64", N_ENVS[:-1])):
+            pairs = []
+            for (name, env), scored in scored_by.items():
+                base = name_of(NAIVE if name == BY_HAND else name, tuned[env])
+                wanted = [name_of(method, n) for n in numbers if n != tuned[env]]
+                by_seed = scored.pivot(index="seed", columns="variant", values="score")
+                if name == method and {base, *wanted} <= set(by_seed.columns):
+                    pairs += [by_seed[[base, each]].dropna().to_numpy() for each in wanted]
+            n_runs = min(map(len, pairs), default=0)
+            if n_runs:
+                ones, others = np.stack([pair[:n_runs] for pair in pairs], axis=1).transpose(2, 0, 1)
+                comparisons = common.difference(ones, others), common.distance(ones, others)
+                rows.append([method, label, len(pairs), n_runs, *comparisons])
+    return rows
+
+
+def plot(axis: Any, rows: list[list[Any]], tuned: int) -> None:
+    """
+    :param axis: to draw on
+    :param rows: of the table of an environment
+    :param tuned: number of environments of the zoo
+    """
+    from benchmarks.experiments import report as common
+
+    for method, color in zip((PPO_EWMA, PPG_EWMA, BY_HAND, NAIVE), common.COLORS[1:], strict=False):
+        chosen = {row[1]: row[4] for row in rows if row[0] == method}
+        if method == BY_HAND:
+            chosen |= {row[1]: row[4] for row in rows if row[0] == NAIVE and row[1] == tuned}
+        if chosen:
+            numbers = sorted(chosen)
+            axis.plot(numbers, [chosen[n].value for n in numbers], marker="o", color=color, label=method)
+            low, high = [chosen[n].low for n in numbers], [chosen[n].high for n in numbers]
+            axis.fill_between(numbers, low, high, color=color, alpha=0.15, linewidth=0)
+    axis.axvline(tuned, color="gray", linestyle=":", linewidth=1)
+    axis.set(xscale="log", xticks=N_ENVS, xticklabels=N_ENVS, xlabel="environments", ylabel="normalised final return")
+    axis.minorticks_off()
 
 
 def main() -> None:

@@ -43,18 +43,18 @@ class Variant:
     :param name: of this variant among those of the environment
     :param algo: name of an algorithm in the zoo
     :param settings: complete, as an entry of the zoo's files
-    :param n_test_episodes: episodes after training, whose mean is the final return; 0: it is that of training
+    :param is_tested: whether the final return is that of test episodes, instead of those of training
     """
 
     env: str
     name: str
     algo: str
     settings: dict[str, Any]
-    n_test_episodes: int = 0
+    is_tested: bool = False
 
     @property
     def recorded(self) -> dict[str, Any]:
-        tests = {"n_test_episodes": self.n_test_episodes} if self.n_test_episodes else {}
+        tests = {"is_tested": True} if self.is_tested else {}
         return {"algo": self.algo, **self.settings, **tests}
 
 
@@ -229,7 +229,7 @@ def _results(
     for start in range(0, len(pending), n_together):
         with ProcessPoolExecutor(n_jobs, mp_context=get_context("spawn")) as executor:
             futures = {
-                executor.submit(train, v.algo, v.env, v.settings, seed, v.n_test_episodes): (v, seed)
+                executor.submit(train, v.algo, v.env, v.settings, seed, v.is_tested): (v, seed)
                 for v, seed in pending[start : start + n_together]
             }
             try:

@@ -17,7 +17,9 @@ import yaml
 # Parts of a training whose episodes are averaged
 N_PARTS = 20
 FINAL_PARTS = 2
-# Environments that play the test episodes side by side
+# Shares of a training after which the policy is tested, besides its end
+TESTS = (0.8, 0.85, 0.9, 0.95)
+# Environments of a test, an episode in each
 N_TEST_ENVS = 10
 # Added to the seed of a run for its test episodes
 TEST_SEED = 10_000
@@ -34,7 +36,7 @@ class Result:
     :param returns: (N_PARTS,) mean return of the episodes that ended in each part of the training, NaN where none did
     :param diagnostics: by name
     :param wall_seconds: that it took
-    :param test_return: mean return of the test episodes after training, NaN without any
+    :param test_return: mean return of the test episodes, NaN without any
     """
 
     returns: list[float]
@@ -50,13 +52,13 @@ class Result:
         return float(np.nanmean(self.returns[-FINAL_PARTS:]))
 
 
-def train(algo: str, env_id: str, settings: dict[str, Any], seed: int, n_test_episodes: int = 0) -> Result:
+def train(algo: str, env_id: str, settings: dict[str, Any], seed: int, is_tested: bool = False) -> Result:
     """
     :param algo: name of an algorithm of the zoo
     :param env_id: environment
     :param settings: as an entry of the zoo's files
     :param seed: of the run
-    :param n_test_episodes: episodes that the trained policy plays, with the actions it samples
+    :param is_tested: whether the policy plays test episodes in the last fifth of training, with the actions it samples
     :return: what its training and its test episodes returned
     """
     # Here, so that the libraries are not imported to read results.
@@ -77,6 +79,8 @@ def train(algo: str, env_id: str, settings: dict[str, Any], seed: int, n_test_ep
             self.logged: dict[str, list[float]] = {name: [] for name in DIAGNOSTICS}
 
         def _on_step(self) -> bool:
+            if is_tested and len(tests) < len(TESTS) and self.num_timesteps >= TESTS[len(tests)] * self.n_timesteps:
+                tests.append(tested())
             part = min(N_PARTS - 1, (self.num_timesteps - 1) * N_PARTS // self.n_timesteps)
             for info in self.locals["infos"]:
                 if "episode" in info:  # before any normalisation of rewards
@@ -98,6 +102,7 @@ def train(algo: str, env_id: str, settings: dict[str, Any], seed: int, n_test_ep
 
     th.set_num_threads(1)
     register()
+    tests: list[float] = []
     began = time.monotonic()
     set_random_seed(seed)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
@@ -108,19 +113,23 @@ def train(algo: str, env_id: str, settings: dict[str, Any], seed: int, n_test_ep
             config=str(config), log_interval=-1,
         )  # fmt: skip
         model, _ = manager.setup_experiment()
+        if is_tested:
+            test_envs = manager.create_envs(N_TEST_ENVS, eval_env=True, no_log=True)
+            test_envs.seed(seed + TEST_SEED)
+
+        def tested() -> float:
+            statistics = unwrap_vec_normalize(test_envs)
+            if statistics is not None:
+                sync_envs_normalization(model.get_env(), test_envs)
+                statistics.training = statistics.norm_reward = False
+            mean, _ = evaluate_policy(model, test_envs, N_TEST_ENVS, deterministic=False)
+            return float(mean)
+
         recorder = Recorder(manager.n_timesteps)
         manager.callbacks.append(recorder)
         manager.learn(model)
-        wall_seconds, test_return = time.monotonic() - began, math.nan
-        if n_test_episodes:
-            envs = manager.create_envs(N_TEST_ENVS, eval_env=True, no_log=True)
-            envs.seed(seed + TEST_SEED)
-            statistics = unwrap_vec_normalize(envs)
-            if statistics is not None:
-                sync_envs_normalization(model.get_env(), envs)
-                statistics.training = statistics.norm_reward = False
-            mean, _ = evaluate_policy(model, envs, n_test_episodes, deterministic=False)
-            test_return = float(mean)
+        if is_tested:
+            tests += [tested()] * (1 + len(TESTS) - len(tests))
         with np.errstate(invalid="ignore"):
             returns = recorder.sums / recorder.counts
         diagnostics = {
@@ -128,7 +137,8 @@ def train(algo: str, env_id: str, settings: dict[str, Any], seed: int, n_test_ep
             for name, values in recorder.logged.items()
             if values
         }
-    return Result([float(value) for value in returns], diagnostics, wall_seconds, test_return)
+    test_return = float(np.mean(tests)) if tests else math.nan
+    return Result([float(value) for value in returns], diagnostics, time.monotonic() - began, test_return)
 
 
 def use_one_thread() -> None:
