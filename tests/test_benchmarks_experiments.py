@@ -18,7 +18,7 @@ pytestmark = pytest.mark.long
 
 report = pytest.importorskip("benchmarks.experiments.report", reason="needs rliable", exc_type=ImportError)
 
-NAMES = ["ewma", "defaults", "one_epoch", "staleness", "invariance", "center_of_mass", "tuned"]
+NAMES = ["ewma", "defaults", "one_epoch", "staleness", "invariance", "center_of_mass", "tuned", "n_envs"]
 CARTPOLE = {"policy": "MlpPolicy", "n_timesteps": 400, "n_envs": 2, "n_steps": 16, "batch_size": 16, "n_epochs": 1}
 
 
@@ -142,7 +142,7 @@ def pretend(monkeypatch):
         def shutdown(self, **kwargs):
             pass
 
-        def submit(self, function, algo, env, settings, seed):
+        def submit(self, function, algo, env, settings, seed, is_tested):
             from concurrent.futures import Future
 
             future = Future()
@@ -211,6 +211,9 @@ def test_a_training_and_its_seed():
     assert 8 < min(returns) <= max(returns) < 500
     assert {"clip_fraction", "approx_kl", "approx_kl_prox", "entropy_loss"} <= first.diagnostics.keys()
     assert -np.log(2) - 1e-6 < first.diagnostics["entropy_loss"] < -0.5
+    tested = train("ppo_ewma", "CartPole-v1", CARTPOLE, 0, is_tested=True)
+    assert 8 < tested.final_return == tested.test_return < 500
+    assert tested.final_return != first.final_return
     measured = train("ppo_ewma", "CartPole-v1", {**CARTPOLE, "callback": "sb3_ppo_ewma.NoiseScaleCallback"}, 0)
     assert np.array_equal(first.returns, measured.returns, equal_nan=True)
     assert measured.diagnostics["noise_scale_joint"] > 0

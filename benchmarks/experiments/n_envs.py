@@ -47,6 +47,13 @@ def name_of(method: str, n_envs: int) -> str:
     return f"{method}, {n_envs}"
 
 
+QUICK_NAMES = [
+    UNTRAINED,
+    name_of(BY_HAND, 16),
+    *(name_of(method, n_envs) for method in (NAIVE, PPO_EWMA, PPG_EWMA) for n_envs in (16, 64)),
+]
+
+
 def with_rollouts(settings: dict[str, Any], n_steps: int) -> dict[str, Any]:
     """
     :param settings: of PPO-EWMA, with the zoo's number of environments
@@ -238,7 +245,7 @@ def plot(axis: Any, rows: list[list[Any]], tuned: int) -> None:
 
 def main() -> None:
     quick: dict[str, Any] = {"n_timesteps": 2000, "n_envs": 4, "n_steps": 16, "batch_size": 16}
-    execute(parser(__doc__, "n_envs", N_SEEDS).parse_args(), variants(), quick, report)
+    execute(parser(__doc__, "n_envs", N_SEEDS).parse_args(), variants(), quick, report, QUICK_NAMES)
 
 
 if __name__ == "__main__":
