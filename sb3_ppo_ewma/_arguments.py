@@ -121,7 +121,7 @@ def check_sb3_arguments(arguments: dict[str, Any], advantage_decay: float | None
                 "advantage_decay=0.0 normalises over the rollout and allows 1"
             )
     check_integer("n_steps", arguments["n_steps"], minimum=1)
-    check_epochs(arguments["n_epochs"], arguments["max_grad_norm"], arguments["target_kl"])
+    check_update_limits(arguments["n_epochs"], arguments["max_grad_norm"], arguments["target_kl"])
     for name in ("gamma", "gae_lambda"):
         check_number(name, arguments[name], 0, 1, closed=True)
     check_number("ent_coef", arguments["ent_coef"], -math.inf)
@@ -132,7 +132,7 @@ def check_sb3_arguments(arguments: dict[str, Any], advantage_decay: float | None
         raise SB3ArgumentError(f"clip_range_vf must be positive, or None for no clipping, got {clip_range_vf}")
 
 
-def check_epochs(n_epochs: Any, max_grad_norm: Any, target_kl: Any) -> None:
+def check_update_limits(n_epochs: Any, max_grad_norm: Any, target_kl: Any) -> None:
     """
     :param n_epochs: number of epochs
     :param max_grad_norm: norm that gradients are clipped to, ``float("inf")``: no clipping
@@ -294,13 +294,13 @@ def check_ewma_parameters(model: Any) -> None:
 
 def check_built_parameters(model: Any) -> None:
     """
-    Refuse parameters that were set by hand to what they cannot be, or to what the model was not built for.
+    Refuse parameters that were set by hand to impossible values, or to values that the model was not built for.
 
     :param model: an algorithm with the parameters of ``EwmaMixin``
     :raises TypeError: if one has the wrong type
     :raises ValueError: if one is out of range, or the model was built for another value
     """
-    check_epochs(model.n_epochs, model.max_grad_norm, model.target_kl)
+    check_update_limits(model.n_epochs, model.max_grad_norm, model.target_kl)
     for name, fits in model._fits_built_model().items():
         if not fits:
             raise ValueError(

@@ -4,9 +4,9 @@ steps.
 
 With ratio = new / old number of environments, the strategy ``"samples"`` divides ``n_steps`` by ratio: an iteration has
 as many samples, and everything that is made of them stays what it was. Only where rollouts would be too short to look
-ahead does an iteration grow, by whole minibatches. The strategy ``"paper"`` keeps ``n_steps`` and multiplies both
-batches by ratio, the samples of an iteration and those of a gradient step, and adjusts the rest for it. It holds for
-one policy epoch, for advantages that are not normalised per minibatch, and below the critical batch size.
+ahead does an iteration grow, in minibatches of the same size. The strategy ``"paper"`` keeps ``n_steps`` and multiplies
+both batches by ratio, the samples of an iteration and those of a gradient step, and adjusts the rest for it. It holds
+for one policy epoch, for advantages that are not normalised per minibatch, and below the critical batch size.
 
 Source of ``"paper"``: Hilton, Cobbe, Schulman 2022, https://arxiv.org/abs/2110.00641; ``"samples"`` is ours.
 """
@@ -22,7 +22,7 @@ import torch as th
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.type_aliases import Schedule
 
-from sb3_ppo_ewma._arguments import check_choice, check_integer, check_number, check_schedule
+from sb3_ppo_ewma._arguments import check_choice, check_integer, check_number, check_schedule, warn_caller
 from sb3_ppo_ewma._parallel.process_group import world_size
 from sb3_ppo_ewma.checkpointing.saving import SavedStateMixin
 from sb3_ppo_ewma.ewma import (
@@ -46,8 +46,9 @@ _REQUIRED: dict[str, tuple[str, ...]] = {
 }
 # Those that only some algorithms have, or that need not be given
 _OPTIONAL = ("n_policy_iterations", "aux_batch_size", "aux_learning_rate", "max_grad_norm")
-# The shortest rollout in steps, and in 1/(1 − γλ) steps, the mean number of steps that an advantage looks ahead
+# The shortest rollout, in steps
 _SHORTEST_ROLLOUT = 8
+# The same in 1/(1 − γλ) steps, the mean number of steps that an advantage looks ahead
 _SHORTEST_LOOK_AHEAD = 2
 # Hyper-parameters that data-parallel training divides between its processes, with their units
 _DIVIDED = {"n_envs": "environments", "batch_size": "samples", "aux_batch_size": "samples"}
@@ -219,9 +220,11 @@ def rescale(
 
     ``strategy="samples"``, for any settings: ``n_steps`` is divided by ratio, nothing else changes. Rollouts do not
     become shorter than 8 steps (:func:`shortest_rollout`): an iteration then has more samples, in more minibatches of
-    the same size. ``prox_decay`` keeps its age in gradient steps, but is at least as old as a fifth of an iteration;
-    the span of ``advantage_decay``, ``n_policy_iterations`` and ``staleness`` are divided by as much as the iteration
-    has grown. With ``prox_decay=None`` or ``target_kl``, which are about whole iterations, iterations never grow.
+    the same size. ``prox_decay`` keeps its age in gradient steps; below a fifth of the iteration it grows with the
+    iteration, up to that fifth, and with stale data always. The span of ``advantage_decay`` (at least an iteration),
+    ``n_policy_iterations``, ``staleness`` and ``async_rollouts`` are divided by as much as the iteration has grown.
+    With ``prox_decay=None`` or ``target_kl``, which are about whole iterations, iterations never grow; then, and where
+    a number would not be whole, rollouts can be shorter, with a warning.
 
     ``strategy="paper"``, for one epoch: Adam's learning rate is multiplied by √ratio, SGD's by ratio. The centre of
     mass of ``prox_decay``, the span of ``advantage_decay``, ``n_policy_iterations`` and ``staleness`` are divided by
@@ -386,16 +389,23 @@ def shortest_rollout(hyperparameters: Mapping[str, Any]) -> int:
     Source: ``n_envs.md`` in ``benchmarks/experiments/results``.
 
     :param hyperparameters: with ``n_steps``, ``gamma`` and ``gae_lambda``
-    :return: steps that a rollout should have at least: 8, or 2/(1 − γλ) or ``n_steps`` if that is less; 1 with
-        ``prox_decay=None`` or ``target_kl``, with which iterations must not grow instead
+    :return: steps that a rollout should have at least: 8, or 2/(1 − γλ) or ``n_steps`` if that is less
     """
-    if hyperparameters["prox_decay"] is None or hyperparameters.get("target_kl") is not None:
-        return 1
     for name in ("gamma", "gae_lambda"):
         check_number(name, hyperparameters[name], 0, 1, closed=True)
     forgotten = 1 - hyperparameters["gamma"] * hyperparameters["gae_lambda"]
     shortest = min(int(hyperparameters["n_steps"]), _SHORTEST_ROLLOUT)
     return shortest if forgotten * shortest <= _SHORTEST_LOOK_AHEAD else math.ceil(_SHORTEST_LOOK_AHEAD / forgotten)
+
+
+def _why_not_to_grow(old: Mapping[str, Any]) -> str | None:
+    """
+    :param old: hyper-parameters
+    :return: the hyper-parameter that is about whole iterations, so that they must keep their samples
+    """
+    if old["prox_decay"] is None:
+        return "prox_decay=None"
+    return None if old.get("target_kl") is None else f"target_kl={old['target_kl']}"
 
 
 def _keep_samples(old: Mapping[str, Any], ratio: Fraction) -> list[Change]:
@@ -408,6 +418,12 @@ def _keep_samples(old: Mapping[str, Any], ratio: Fraction) -> list[Change]:
     rule = f"÷ ratio: an iteration keeps its {n_samples} samples"
     if growth > 1:
         rule = f"as short as advantages allow: an iteration has {float(growth):.4g} times its {n_samples} samples"
+    if n_steps < shortest_rollout(old):
+        reason = _why_not_to_grow(old) or _counted_in_iterations(old)
+        warn_caller(
+            f"Rollouts of {n_envs} environments have {n_steps} steps, fewer than the {shortest_rollout(old)} that "
+            f"training needs to go on as before, since {reason} keeps iterations as short"
+        )
     changes = [
         Change("n_envs", old["n_envs"], n_envs, "× ratio", f"ratio {ratio}"),
         Change("n_steps", old["n_steps"], n_steps, rule, _SAME_SAMPLES),
@@ -428,9 +444,13 @@ def _grow_iteration(old: Mapping[str, Any], growth: Fraction) -> list[Change]:
     size = min(old["batch_size"] or n_samples, n_samples)
     changes = [Change("batch_size", old["batch_size"], size, "kept, in samples", _SAME_SAMPLES)]
     center = center_of_mass_from_decay(_decay_as_number(old))
-    iteration = float(growth) * old["n_epochs"] * math.ceil(n_samples / size)
-    new_center = max(center, min(center * float(growth), iteration / MOST_CENTERS_OF_MASS))
-    rule = f"centre of mass kept, at least 1/5 of an iteration: {center:.4g} → {new_center:.4g} gradient steps"
+    iteration = old["n_epochs"] * math.ceil(n_samples * growth / size)
+    oldest = center * float(growth)
+    is_stale = bool(old.get("staleness") or old.get("async_rollouts"))
+    new_center = oldest if is_stale else max(center, min(oldest, iteration / MOST_CENTERS_OF_MASS))
+    rule = f"centre of mass {center:.4g} → {new_center:.4g} gradient steps: no clip far from the data"
+    if new_center == center:
+        rule = f"kept: a centre of mass of {center:.4g} gradient steps"
     changes.append(Change("prox_decay", old["prox_decay"], decay_from_center_of_mass(new_center), rule, _SAME_SAMPLES))
     if old["advantage_decay"] is not None:
         span = span_from_decay(old["advantage_decay"])
@@ -443,6 +463,9 @@ def _grow_iteration(old: Mapping[str, Any], growth: Fraction) -> list[Change]:
         if old.get(name):
             new = count(name, old[name], 1 / growth, "iterations")
             changes.append(Change(name, old[name], new, "÷ growth", _SAME_SAMPLES))
+    if old.get("async_rollouts"):
+        new = max(1, math.floor(old["async_rollouts"] / growth))
+        changes.append(Change("async_rollouts", old["async_rollouts"], new, "÷ growth, at least 1", _SAME_SAMPLES))
     if "n_policy_iterations" in old:
         changes.append(_kept_aux_batch_size(old, n_samples, _SAME_SAMPLES))
     return changes
@@ -457,13 +480,18 @@ def _n_steps_for(old: Mapping[str, Any], n_envs: int) -> int | None:
     """
     n_samples = old["n_envs"] * old["n_steps"]
     shortest = shortest_rollout(old)
-    if n_samples >= n_envs * shortest:
-        return None if n_samples % n_envs else n_samples // n_envs
-    if shortest == 1:  # iterations must not grow
-        return None
+    if n_samples >= n_envs * shortest or _why_not_to_grow(old):
+        return n_samples // n_envs if n_samples % n_envs == 0 else None
     first = -(-n_samples // n_envs)
     possible = [n_steps for n_steps in range(first, old["n_steps"] + 1) if _is_whole(old, n_envs * n_steps)]
-    return next((n_steps for n_steps in possible if n_steps >= shortest), possible[-1] if possible else None)
+    long_enough = [n_steps for n_steps in possible if n_steps >= shortest]
+    if not long_enough:
+        return possible[-1] if possible else None
+    # Of whole minibatches, as before, where that does not make rollouts twice as long
+    size = min(old["batch_size"] or n_samples, n_samples)
+    rest = n_samples % size
+    even = (n_steps for n_steps in long_enough if n_envs * n_steps % size == rest == 0 and n_steps < 2 * shortest)
+    return next(even, long_enough[0])
 
 
 def _is_whole(old: Mapping[str, Any], n_new_samples: int) -> bool:
@@ -474,18 +502,22 @@ def _is_whole(old: Mapping[str, Any], n_new_samples: int) -> bool:
 def _why_not_whole(old: Mapping[str, Any], n_envs: int) -> str:
     n_samples = old["n_envs"] * old["n_steps"]
     origin = f"n_envs={old['n_envs']} times n_steps={old['n_steps']}"
-    if n_samples < n_envs and shortest_rollout(old) == 1:
-        name = "prox_decay=None" if old["prox_decay"] is None else f"target_kl={old['target_kl']}"
-        reason = f"{origin} are {n_samples} samples, fewer than environments, and with {name} an iteration cannot grow"
-    elif n_samples >= n_envs * shortest_rollout(old):
+    fixed = _why_not_to_grow(old)
+    if n_samples < n_envs and fixed is not None:
+        reason = f"{origin} are {n_samples} samples, fewer than environments, and with {fixed} an iteration cannot grow"
+    elif n_samples >= n_envs * shortest_rollout(old) or fixed is not None:
         reason = f"{origin} are {n_samples} samples, which cannot be divided among {n_envs} environments"
     else:
-        counts = " and ".join(f"{name}={old[name]}" for name in _COUNTED_IN_ITERATIONS if old.get(name))
+        counts = _counted_in_iterations(old)
         reason = f"no n_steps up to {old['n_steps']} leaves {counts} whole for {n_envs} environments"
     smaller = next((n for n in range(n_envs - 1, 0, -1) if _n_steps_for(old, n) is not None), None)
     larger = next((n for n in range(n_envs + 1, 2 * n_envs + 1) if _n_steps_for(old, n) is not None), None)
     nearest = " and ".join(str(n) for n in (smaller, larger) if n is not None)
     return f"{reason}; nearest possible: {nearest}"
+
+
+def _counted_in_iterations(old: Mapping[str, Any]) -> str:
+    return " and ".join(f"{name}={old[name]}" for name in _COUNTED_IN_ITERATIONS if old.get(name))
 
 
 def _decay_as_number(old: Mapping[str, Any]) -> float:

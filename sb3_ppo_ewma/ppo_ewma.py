@@ -45,7 +45,14 @@ from sb3_ppo_ewma.networks import with_features_extractor
 from sb3_ppo_ewma.policies import ImpalaPolicy, copy_policy, uncompiled
 from sb3_ppo_ewma.rollouts import Rollout, StaleRollouts, naming_non_finite
 from sb3_ppo_ewma.training_log import log_training
-from sb3_ppo_ewma.tuned_settings import change_env, check_fits, fit_arguments, fit_to_envs, number_of_envs
+from sb3_ppo_ewma.tuned_settings import (
+    change_env,
+    check_fits,
+    fit_to_envs,
+    is_fitted,
+    number_of_envs,
+    quietly_about_size,
+)
 
 SelfPPOEWMA = TypeVar("SelfPPOEWMA", bound="PPOEWMA")
 
@@ -82,7 +89,7 @@ class EwmaMixin(SavedStateMixin):
         the definition up to rounding; ``"reference"``: by the definition, with ``prox_decay=None`` equal to SB3 to the
         bit. :meth:`explain_engine` shows the choice and its reasons
     :param tuned_for_n_envs: the number of environments that the hyper-parameters are for: with another one they are
-        rescaled to behave the same (:func:`~sb3_ppo_ewma.batch_scaling.rescale`); ``None``: for those of ``env``
+        rescaled to behave the same (:func:`~sb3_ppo_ewma.batch_scaling.rescale`); ``None``: they are used as given
     :param torch_compile: make each gradient step as one compiled graph, with the same results up to rounding; a string
         is a mode of ``torch.compile``. Compiling takes some seconds to a minute once. What cannot be compiled is
         trained without it, with a warning
@@ -188,8 +195,7 @@ class EwmaMixin(SavedStateMixin):
         self._check_own_parameters()
         check_sb3_arguments(arguments, advantage_decay)
 
-        # Only what was given or rescaled is passed on: a class in between may have defaults of its own.
-        given |= fit_arguments(self, arguments)
+        # Only what was given is passed on: a class in between may have defaults of its own.
         if "clip_range" in given:
             given["clip_range"] = checked_clip_range(given["clip_range"])
         if given.get("policy_kwargs"):
@@ -198,7 +204,8 @@ class EwmaMixin(SavedStateMixin):
             # SB3 refuses minibatches and rollouts of one sample, whose standard deviation is NaN. Moments over
             # iterations have no such limit.
             given["normalize_advantage"] = False
-        super().__init__(**{**given, "_init_setup_model": False})
+        with quietly_about_size() if tuned_for_n_envs is not None else nullcontext():
+            super().__init__(**{**given, "_init_setup_model": False})
         if advantage_decay is not None:
             self.normalize_advantage = True
         if arguments["_init_setup_model"]:
@@ -395,7 +402,7 @@ class EwmaMixin(SavedStateMixin):
         :param env: the new environment
         :param force_reset: whether to reset it before training, which another number of environments always does
         """
-        if self.tuned_for_n_envs is None or number_of_envs(env) == self.n_envs:
+        if is_fitted(self) and (self.tuned_for_n_envs is None or number_of_envs(env) == self.n_envs):
             super().set_env(env, force_reset)
         else:
             change_env(self, env, super().set_env)

@@ -17,6 +17,7 @@ from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.type_aliases import DictRolloutBufferSamples, RolloutBufferSamples
 
 from sb3_ppo_ewma._arguments import warn_caller
+from sb3_ppo_ewma.checkpointing.rollout_files import OtherSizeError
 from sb3_ppo_ewma.memory import available_memory
 
 # SB3's minibatches, whose actions its buffers cast to float32; sb3-contrib does not
@@ -353,16 +354,16 @@ class StaleRollouts:
         :param count: their number
         :param model_buffer: the model's rollout buffer
         :return: a queue of them
-        :raises ValueError: if there are too many or their size differs
+        :raises OtherSizeError: if there are too many or their size differs
         """
         if count > self.staleness:
-            raise ValueError(f"has {count} waiting rollouts, staleness={self.staleness} allows fewer")
+            raise OtherSizeError(f"has {count} waiting rollouts, staleness={self.staleness} allows fewer")
         queue = StaleRollouts(self.staleness)
         expected = (model_buffer.buffer_size, model_buffer.n_envs)
         for rollout in pieces:
             size = (rollout.buffer.buffer_size, rollout.buffer.n_envs)
             if size != expected:
-                raise ValueError(f"has rollouts of (n_steps, n_envs) = {size}, the model expects {expected}")
+                raise OtherSizeError(f"has rollouts of (n_steps, n_envs) = {size}, the model expects {expected}")
             rollout.buffer.device = model_buffer.device
             queue.waiting.append(rollout)
         return queue
@@ -372,9 +373,9 @@ class StaleRollouts:
         :param pieces: a waiting rollout of each of the processes that wrote them
         :param rank: number of this process
         :param size: number of processes now
-        :raises ValueError: always
+        :raises OtherSizeError: always
         """
-        raise ValueError(f"has waiting rollouts of {len(pieces)} processes, which {size} cannot divide among them")
+        raise OtherSizeError(f"has waiting rollouts of {len(pieces)} processes, which {size} cannot divide among them")
 
 
 # The default batch size is this part of a rollout: in the paper, 16 of its 256 sequences.
@@ -522,8 +523,12 @@ class PhaseBuffer:
         :param pieces: a rollout of each of the processes that wrote them
         :param rank: number of this process
         :param size: number of processes now
-        :return: as many samples of them as each process gets
+        :return: an equal part of the samples of all
+        :raises OtherSizeError: if they cannot be divided
         """
+        n_samples = sum(len(piece[_RETURNS]) for piece in pieces)
+        if n_samples % size:
+            raise OtherSizeError(f"has rollouts of {n_samples} samples, which cannot be divided among {size} processes")
         return {
             name: np.array_split(np.concatenate([piece[name] for piece in pieces]), size)[rank] for name in pieces[0]
         }
@@ -534,17 +539,17 @@ class PhaseBuffer:
         :param count: their number
         :param model_buffer: the model's rollout buffer
         :return: a buffer of the same phase with these rollouts
-        :raises ValueError: if there are too many or they do not fit
+        :raises OtherSizeError: if there are too many or they do not fit
         """
         if count >= self.n_rollouts:
-            raise ValueError(f"has {count} rollouts of a phase, n_policy_iterations={self.n_rollouts} allows fewer")
+            raise OtherSizeError(f"has {count} rollouts of a phase, n_policy_iterations={self.n_rollouts} allows fewer")
         buffer = PhaseBuffer(self.n_rollouts)
         buffer.check_memory(model_buffer)
         expected = {name: (array.shape, array.dtype) for name, array in _samples_of(model_buffer).items()}
         for piece in pieces:
             given = {name: (array.shape, array.dtype) for name, array in piece.items()}
             if given != expected:
-                raise ValueError(
+                raise OtherSizeError(
                     f"has rollouts of {given}, a model with n_steps={model_buffer.buffer_size}, "
                     f"n_envs={model_buffer.n_envs} and its observation space expects {expected}"
                 )

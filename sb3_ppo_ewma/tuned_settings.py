@@ -5,7 +5,8 @@ algorithms.
 
 import contextlib
 import copy
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from fractions import Fraction
 from typing import Any
 
@@ -16,36 +17,19 @@ from sb3_ppo_ewma._arguments import check_integer
 from sb3_ppo_ewma._parallel.process_group import world_size
 from sb3_ppo_ewma.batch_scaling import Rescaled, per_process, rescale
 from sb3_ppo_ewma.checkpointing.generators import preserved_generators
+from sb3_ppo_ewma.checkpointing.rollout_files import OtherSizeError
 
 # Hyper-parameters that may be others for another number of environments
 _FITTED = ("n_steps", "batch_size", "sde_sample_freq", "prox_decay", "advantage_decay", "staleness",
-           "n_policy_iterations", "aux_batch_size")  # fmt: skip
+           "async_rollouts", "n_policy_iterations", "aux_batch_size")  # fmt: skip
 # What is built for a number of environments
 _BUILT = ("rollout_buffer", "stale_rollouts", "phase_buffer", "_last_lstm_states")
-
-
-def fit_arguments(model: Any, arguments: dict[str, Any]) -> dict[str, Any]:
-    """
-    To be called by a constructor whose model has its own parameters already.
-
-    :param model: the model under construction, which remembers what is as tuned
-    :param arguments: arguments of SB3's constructor by name
-    :return: those that are others for the number of environments of ``env``
-    :raises TypeError: if ``tuned_for_n_envs`` is not an integer
-    :raises ValueError: if it is below 1, or the hyper-parameters cannot be rescaled
-    """
-    if model.tuned_for_n_envs is None:
-        return {}
-    settings = {**arguments, **vars(model)}
-    model.tuned_hyperparameters = {name: settings[name] for name in _FITTED if name in settings}
-    fitted = _fitted(_rescale(settings, number_of_envs(arguments["env"])))
-    return {name: value for name, value in fitted.items() if name in arguments}
 
 
 def fit_to_envs(model: Any) -> None:
     """
     Give a model the hyper-parameters for its number of environments, in a data-parallel training for the environments
-    of all processes. Does nothing without an environment, as when a model is loaded only to predict.
+    of all processes. Without an environment, as when a model is loaded only to predict, they stay what they are.
 
     :param model: one of this package's algorithms
     :raises TypeError: if ``tuned_for_n_envs`` is not an integer
@@ -54,31 +38,45 @@ def fit_to_envs(model: Any) -> None:
     """
     if model.tuned_for_n_envs is None:
         model.tuned_hyperparameters = model.fitted_hyperparameters = None
-    if model.tuned_for_n_envs is None or model.env is None:
         return
     attributes = vars(model)
     present = {name: attributes[name] for name in _FITTED if name in attributes}
-    tuned, fitted = model.tuned_hyperparameters or present, model.fitted_hyperparameters or {}
-    # By load(), from the user
-    tuned = {**tuned, **{name: value for name, value in present.items() if name in model._given_to_load}}
-    result = _rescale({**attributes, **tuned}, model.n_envs)
-    for name, value in present.items():
-        if name in model._given_to_load or value == fitted.get(name, value):
-            continue
-        # Set by hand since
+    given = {name: present[name] for name in model._given_to_load if name in present}
+    if given and model.tuned_hyperparameters is not None:  # as tuned, and nothing is fitted to them yet
+        model.tuned_hyperparameters = {**model.tuned_hyperparameters, **given}
+        model.fitted_hyperparameters = {**model.fitted_hyperparameters, **given, "n_envs": None}
+    if model.env is None or is_fitted(model):
+        return
+    tuned = present if model.tuned_hyperparameters is None else model.tuned_hyperparameters
+    fitted = model.fitted_hyperparameters or present
+    by_hand = {name: value for name, value in present.items() if value != fitted.get(name, value)}
+    for name, value in by_hand.items():
         if fitted[name] != tuned[name]:
             raise ValueError(
-                f"{name}={value!r} was set by hand for {fitted['n_envs']} environments, where {tuned[name]!r}, tuned "
-                f"for {model.tuned_for_n_envs}, had become {fitted[name]!r}: it cannot be rescaled to "
-                f"{result.hyperparameters['n_envs']} environments; give load() its value for {model.tuned_for_n_envs}"
+                f"{name} was set by hand to {value!r}, where {tuned[name]!r}, tuned for {model.tuned_for_n_envs} "
+                f"environments, had become {fitted[name]!r}: it cannot be rescaled to "
+                f"{model.n_envs * world_size()} environments, give load() its value for {model.tuned_for_n_envs}"
             )
-        tuned[name] = value
-        result = _rescale({**attributes, **tuned}, model.n_envs)
-    model.tuned_hyperparameters, model.fitted_hyperparameters = tuned, _fitted(result)
-    attributes.update({name: value for name, value in model.fitted_hyperparameters.items() if name != "n_envs"})
+    model.tuned_hyperparameters = {**tuned, **by_hand}
+    result = _rescale({**attributes, **model.tuned_hyperparameters}, model.n_envs)
+    fitted = _fitted(result)
+    attributes.update(fitted)
     n_envs = result.hyperparameters["n_envs"]
+    model.fitted_hyperparameters = {**fitted, "n_envs": n_envs, "tuned_for_n_envs": model.tuned_for_n_envs}
     if model.verbose >= 1 and n_envs != model.tuned_for_n_envs:
         print(f"Hyper-parameters tuned for {model.tuned_for_n_envs} environments, for {n_envs}:\n{result.explanation}")
+
+
+def is_fitted(model: Any) -> bool:
+    """
+    :param model: one of this package's algorithms
+    :return: whether its hyper-parameters are those for the environments of all processes
+    """
+    if model.tuned_for_n_envs is None:
+        return True
+    fitted = model.fitted_hyperparameters or {}
+    numbers = fitted.get("n_envs"), fitted.get("tuned_for_n_envs")
+    return numbers == (model.n_envs * world_size(), model.tuned_for_n_envs)
 
 
 def check_fits(model: Any) -> None:
@@ -86,14 +84,15 @@ def check_fits(model: Any) -> None:
     :param model: an algorithm about to learn
     :raises ValueError: if it was built for another number of environments or processes than it has
     """
-    if model.tuned_for_n_envs is None:
+    if is_fitted(model):
         return
-    total, fitted = model.n_envs * world_size(), model.fitted_hyperparameters or {}
-    if fitted.get("n_envs") != total or fitted.get("tuned_for_n_envs") != model.tuned_for_n_envs:
-        raise ValueError(
-            f"tuned_for_n_envs={model.tuned_for_n_envs}: the model was built for {fitted.get('n_envs')} environments "
-            f"in all processes, and there are {total}: build or load it after torch.distributed.init_process_group()"
-        )
+    fitted = model.fitted_hyperparameters or {}
+    raise ValueError(
+        f"the model was built with tuned_for_n_envs={fitted.get('tuned_for_n_envs')} for {fitted.get('n_envs')} "
+        f"environments in all processes; now there are tuned_for_n_envs={model.tuned_for_n_envs} and "
+        f"{model.n_envs * world_size()} environments: load it or call set_env(), in several processes after "
+        "init_process_group()"
+    )
 
 
 def change_env(model: Any, env: GymEnv, set_env: Callable[..., None]) -> None:
@@ -118,15 +117,24 @@ def change_env(model: Any, env: GymEnv, set_env: Callable[..., None]) -> None:
             fresh._setup_model()
         built = {name: each for name, each in vars(fresh).items() if name in _BUILT}
         for name in model._own_buffers:
-            kept = before[name]
+            kept = before.get(name)
             if kept is not None and built[name] is not None:
-                with contextlib.suppress(ValueError):  # of another size: lost, of which learn() warns
+                with contextlib.suppress(OtherSizeError):  # of another size: lost, of which learn() warns
                     built[name] = built[name].restored(kept.pieces(), len(kept), built["rollout_buffer"])
     except BaseException:
         attributes.clear()
         attributes.update(before)
         raise
     attributes.update(built)
+
+
+@contextlib.contextmanager
+def quietly_about_size() -> Iterator[None]:
+    """Within this context, SB3 does not compare minibatches with rollouts whose length is still that of another number
+    of environments."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "You have specified a mini-batch size")
+        yield
 
 
 def number_of_envs(env: GymEnv | str | None) -> int:
@@ -151,9 +159,7 @@ def _rescale(settings: Mapping[str, Any], n_envs: int) -> Rescaled:
 def _fitted(result: Rescaled) -> dict[str, Any]:
     """
     :param result: hyper-parameters for the environments of all processes
-    :return: those of this process that depend on their number, with that number and the one they were tuned for
+    :return: those of this process that depend on their number
     """
     shares = per_process(result.hyperparameters, world_size())
-    names = [name for name in _FITTED if name in shares]
-    return {**{name: shares[name] for name in names}, "n_envs": result.hyperparameters["n_envs"],
-            "tuned_for_n_envs": shares["tuned_for_n_envs"]}  # fmt: skip
+    return {name: shares[name] for name in _FITTED if name in shares}

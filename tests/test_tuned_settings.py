@@ -10,7 +10,7 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
-from sb3_ppo_ewma import PPG, PPGEWMA, PPOEWMA, MaskablePPOEWMA, RecurrentPPOEWMA
+from sb3_ppo_ewma import PPG, PPGEWMA, PPOEWMA, EwmaMixin, MaskablePPOEWMA, RecurrentPPOEWMA
 from sb3_ppo_ewma.batch_scaling import settings_of
 
 # 256 samples in 4 minibatches, 2 epochs
@@ -75,9 +75,30 @@ def test_the_average_grows_older_where_the_iteration_leaves_its_data():
     assert young.current_prox_decay == pytest.approx(8 / 9)
 
 
+def test_stale_data_is_trained_on_with_the_average_of_an_iteration():
+    # Twice the samples: 16 gradient steps, and half of the iterations
+    model = model_for(64, staleness=2)
+    assert (model.n_steps, model.staleness) == (8, 1)
+    assert model.current_prox_decay == pytest.approx(16 / 17)
+    assert model_for(64, async_rollouts=4).async_rollouts == 2
+    assert model_for(128, async_rollouts=1).async_rollouts == 1
+
+
+def test_minibatches_stay_whole():
+    assert model_for(96, n_steps=16, batch_size=128, tuned_for_n_envs=16).n_steps == 8
+    assert model_for(100, n_steps=16, batch_size=80, tuned_for_n_envs=20).n_steps == 8
+    assert model_for(33, n_steps=32, batch_size=64).n_steps == 8  # 64 would be too many
+
+
+def test_the_shortest_rollouts_grow_too():
+    model = model_for(16, n_steps=1, batch_size=8)
+    assert (model.n_steps, model.batch_size) == (1, 8)
+
+
 @pytest.mark.parametrize("changed", [{"prox_decay": None}, {"target_kl": 0.01}])
 def test_iterations_that_must_not_grow(changed):
-    model = model_for(64, **changed)
+    with pytest.warns(UserWarning, match="Rollouts of 64 environments have 4 steps, fewer than the 8"):
+        model = model_for(64, **changed)
     assert (model.n_steps, model.prox_decay) == (4, changed.get("prox_decay", "auto"))
     with pytest.raises(ValueError, match=r"256 samples, fewer than environments.*possible: 256$"):
         model_for(512, **changed)
@@ -130,7 +151,8 @@ def test_what_cannot_be_rescaled():
 
 
 def test_where_iterations_cannot_grow_rollouts_are_shorter():
-    assert model_for(64, PPGEWMA, n_policy_iterations=1).n_steps == 4
+    with pytest.warns(UserWarning, match=r"have 4 steps.* since n_policy_iterations=1 keeps iterations as short"):
+        assert model_for(64, PPGEWMA, n_policy_iterations=1).n_steps == 4
     longer = model_for(64, PPGEWMA, n_policy_iterations=7)  # 8 or more steps, and 14 make 7 iterations 2
     assert (longer.n_steps, longer.n_policy_iterations) == (14, 2)
 
@@ -184,12 +206,54 @@ def test_hyperparameters_set_by_hand():
     grown = model_for(64)
     grown.prox_decay = 0.5  # was a number for 64
     load = in_memory(grown)
-    with pytest.raises(ValueError, match=r"prox_decay=0\.5 was set by hand for 64 environments.*give load"):
+    assert load(env=envs(64)).prox_decay == 0.5  # and still is
+    with pytest.raises(ValueError, match=r"prox_decay was set by hand to 0\.5, .* 2 environments, give load"):
         load(env=envs(2))
     assert load(env=envs(2), prox_decay=0.6).prox_decay == 0.6
     grown.prox_decay, grown.tuned_for_n_envs = 0.8, 4
-    with pytest.raises(ValueError, match="tuned_for_n_envs=4: the model was built for"):
+    with pytest.raises(ValueError, match=r"built with tuned_for_n_envs=8 for 64 .*now there are tuned_for_n_envs=4"):
         grown.learn(512)
+
+
+def test_hyperparameters_given_to_load_without_environments():
+    load = in_memory(model_for(16))
+    model = load(n_steps=64)
+    model.set_env(envs(16))
+    assert model.n_steps == 32
+    model = load(n_steps=64)
+    model.set_env(envs(4))
+    assert model.n_steps == 128
+    model = load(tuned_for_n_envs=16)
+    model.set_env(envs(16))
+    assert model.learn(512).n_steps == 32
+
+
+class OfItsOwn(PPOEWMA):
+    """Has other defaults."""
+
+    def __init__(self, *args, n_steps=16, tuned_for_n_envs=16, **kwargs):
+        super().__init__(*args, n_steps=n_steps, tuned_for_n_envs=tuned_for_n_envs, **kwargs)
+
+
+def test_defaults_of_a_subclass_are_not_those_of_a_file(tmp_path):
+    PPO("MlpPolicy", envs(4), n_steps=64, batch_size=32).save(tmp_path / "ppo")
+    for n_envs, n_steps in ((16, 64), (4, 256)):
+        with pytest.warns(UserWarning, match="started afresh"):
+            assert OfItsOwn.load(tmp_path / "ppo", env=envs(n_envs)).n_steps == n_steps
+    OfItsOwn("MlpPolicy", envs(3), n_steps=48).save(tmp_path / "own")  # 16 steps are not for 3 environments
+    assert OfItsOwn.load(tmp_path / "own", env=envs(3)).n_steps == 256
+
+
+def test_defaults_of_a_class_in_between():
+    class Between(PPO):
+        def __init__(self, *args, **kwargs):
+            kwargs.setdefault("n_steps", 128)
+            super().__init__(*args, **kwargs)
+
+    class Own(EwmaMixin, Between):
+        """Takes the default."""
+
+    assert Own("MlpPolicy", envs(64), tuned_for_n_envs=16).n_steps == 32
 
 
 def test_sb3_loads_the_file(tmp_path):
@@ -257,6 +321,15 @@ def test_rollouts_of_another_size_are_lost_with_a_warning():
     model.set_env(envs(4))
     with pytest.warns(UserWarning, match="The queue of stale rollouts is not full: the next 2 rollouts"):
         model.learn(256, reset_num_timesteps=False)
+
+
+def test_files_with_rollouts_of_another_size_are_left_out_with_a_warning(tmp_path):
+    model = model_for(8, staleness=2, prox_decay=0.9).learn(512)
+    model.save(tmp_path / "model")
+    model.save_replay_buffer(tmp_path / "rollouts")
+    loaded = PPOEWMA.load(tmp_path / "model", env=envs(4))
+    with pytest.warns(UserWarning, match=r"another number of environments are not read.*the model expects"):
+        loaded.load_replay_buffer(tmp_path / "rollouts")
 
 
 def test_without_it_the_number_stays():

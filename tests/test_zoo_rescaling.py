@@ -165,6 +165,22 @@ def test_an_agent_is_trained_further_with_another_number_of_environments():
     assert model.tuned_hyperparameters["n_steps"] == 8
 
 
+def test_an_entry_that_is_for_another_number(capsys):
+    entry = {**ENTRY, "n_envs": 1, "tuned_for_n_envs": 4}
+    Path("entries.yml").write_text(yaml.safe_dump({"CartPole-v1": entry}))
+    zoo.main(["rescale", "--algo", "ppo_ewma", *CARTPOLE, "--n-envs", "2"])
+    printed = yaml.safe_load(capsys.readouterr().out.partition("\n\n")[2])["CartPole-v1"]
+    assert printed == {**ENTRY, "n_envs": 2, "n_steps": 16}
+    zoo.main([*TRAIN, "--algo", "ppo_ewma", "--n-envs", "2"])
+    assert saved_config("ppo_ewma") == {**entry, "n_envs": 2}
+    assert PPOEWMA.load("logs/ppo_ewma/CartPole-v1_1/CartPole-v1.zip").n_steps == 16
+    # A search is for the number that it is made with
+    zoo.main([*SEARCH, "--algo", "ppo_ewma", *SMALL])
+    zoo.main([*TRAIN, "--algo", "ppo_ewma", *STUDY, "--trial-id", "1", "-params", "policy:MlpPolicy"])
+    again = saved_config("ppo_ewma", 2)
+    assert (again["n_envs"], again["n_steps"], "tuned_for_n_envs" in again) == (1, 32, False)
+
+
 def test_train_says_why_not(capsys):
     assert "nearest possible: 2 and 4" in refusal([*TRAIN, "--algo", "ppo_ewma", "--n-envs", "3"], capsys)
     assert not list(Path("logs").glob("*/*"))
@@ -251,6 +267,7 @@ def test_what_cannot_be_fixed(fixed, reason, capsys):
 # === The entries ===
 
 
+@pytest.mark.filterwarnings("ignore:Rollouts of .* environments have")
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_every_entry_can_be_rescaled(file):
     entries = yaml.safe_load(file.read_text())

@@ -34,7 +34,7 @@ _UNUSUAL_SETTINGS = ("amsgrad", "maximize", "capturable", "differentiable", "dec
 
 class FusedEngine(ReferenceEngine):
     """
-    The reference engine with torch's fused Adam, for optimisers that :func:`unusual_optimizer` accepts.
+    The reference engine with torch's fused Adam, for optimisers that :func:`unusual_optimizer` does not object to.
 
     :param iteration: what the training works with
     """

@@ -23,6 +23,10 @@ SelfKept = TypeVar("SelfKept", bound="KeptRollouts")
 _FORMAT_VERSION = 1
 
 
+class OtherSizeError(ValueError):
+    """Kept rollouts have another size or number than the model's."""
+
+
 class Step(NamedTuple):
     """
     Point of a training run. The number of environment steps alone is ambiguous: a checkpoint can be written before or
@@ -57,7 +61,7 @@ class KeptRollouts(Protocol):
         :param count: number of objects
         :param model_buffer: the model's rollout buffer, which the rollouts must fit
         :return: a collection with the settings of this one and these rollouts
-        :raises ValueError: if they do not fit
+        :raises OtherSizeError: if they do not fit
         """
 
     def share(self, pieces: Sequence[Any], rank: int, size: int) -> Any:
@@ -68,7 +72,7 @@ class KeptRollouts(Protocol):
         :param rank: number of this process
         :param size: number of processes now
         :return: the piece of this process
-        :raises ValueError: if that cannot be done
+        :raises OtherSizeError: if that cannot be done
         """
 
 
@@ -115,23 +119,27 @@ def read_rollouts(
     :param parts: the model's kept rollouts by name; they are not changed
     :param model_buffer: the model's rollout buffer, which the rollouts must fit
     :return: collections like ``parts`` with the rollouts from the file, by name
-    :raises ValueError: if the file is of another kind, belongs to another step or does not fit the model
+    :raises OtherSizeError: if the rollouts do not fit the model
+    :raises ValueError: if the file is of another kind or belongs to another step
     """
+    own = path if isinstance(path, BufferedIOBase) else _file_of_rank(path)
     with contextlib.ExitStack() as stack:
-        own = path if isinstance(path, BufferedIOBase) else _file_of_rank(path)
         try:
-            files, headers = _open_files(path, step, parts, stack)
+            files = [path] if isinstance(path, BufferedIOBase) else _files_to_read(path, stack)
+            headers = [pickle.load(file) for file in files]
+            for header in headers:
+                _check_header(header, step, parts, len(files))
             found = {}
             for name, count in headers[0]["parts"].items():
-                pieces: Iterator[Any] = ([pickle.load(file) for file in files] for _ in range(count))
-                if headers[0].get("n_processes", world_size()) == world_size():
-                    pieces = (each[0] for each in pieces)
-                else:
-                    pieces = (parts[name].share(each, rank(), world_size()) for each in pieces)
+                together = ([pickle.load(file) for file in files] for _ in range(count))
+                is_shared = headers[0].get("n_processes", len(files)) != world_size()
+                pieces = (parts[name].share(each, rank(), world_size()) if is_shared else each[0] for each in together)
                 found[name] = parts[name].restored(pieces, count, model_buffer)
             return found
         except FileNotFoundError:
             raise
+        except OtherSizeError as error:
+            raise OtherSizeError(f"{own}: {error}") from error
         except ValueError as error:
             raise ValueError(f"{own}: {error}") from error
         except Exception as error:  # unpickling damaged data raises almost any error
@@ -139,41 +147,29 @@ def read_rollouts(
             raise ValueError(f"{own} is damaged or not a file of save_replay_buffer() ({reason})") from error
 
 
-def _open_files(
-    path: RolloutPath, step: Step, parts: Mapping[str, KeptRollouts], stack: contextlib.ExitStack
-) -> tuple[list[Any], list[dict[str, Any]]]:
+def _files_to_read(path: str | pathlib.Path, stack: contextlib.ExitStack) -> list[Any]:
     """
-    :param path: file name or open binary file
-    :param step: step of the model
-    :param parts: the model's kept rollouts by name
+    :param path: file name
     :param stack: closes the files
-    :return: this process's file or, where another number of processes wrote them, those of all; after their headers
+    :return: the open file of this process or, where another number of processes wrote them, those of all
     """
-    if isinstance(path, BufferedIOBase):
-        files: list[Any] = [path]
-    else:
-        first = _file_of_rank(path, 0)
-        n_processes = world_size()
-        if first.exists():
-            with first.open("rb") as file:
-                header = pickle.load(file)
-                _check_header(header, step, parts)
+    first = _file_of_rank(path, 0)
+    n_processes = world_size()
+    if first.exists():
+        with first.open("rb") as file:
+            header = pickle.load(file)
+            if isinstance(header, dict):
                 n_processes = header.get("n_processes", n_processes)
-        ranks = [rank()] if n_processes == world_size() else range(n_processes)
-        files = [stack.enter_context(_file_of_rank(path, each).open("rb")) for each in ranks]
-    headers = [pickle.load(file) for file in files]
-    for header in headers:
-        _check_header(header, step, parts)
-        if header["parts"] != headers[0]["parts"]:
-            raise ValueError("the files of the processes have different numbers of rollouts")
-    if isinstance(path, BufferedIOBase) and headers[0].get("n_processes", 1) not in (1, world_size()):
-        raise ValueError(f"was written by {headers[0]['n_processes']} processes: give a file name, to read all files")
-    return files, headers
+    ranks = [rank()] if n_processes == world_size() else range(n_processes)
+    return [stack.enter_context(_file_of_rank(path, each).open("rb")) for each in ranks]
 
 
-def _check_header(header: Any, step: Step, parts: Mapping[str, KeptRollouts]) -> None:
+def _check_header(header: Any, step: Step, parts: Mapping[str, KeptRollouts], n_files: int) -> None:
     if not (isinstance(header, dict) and header.get("format") == _FORMAT_VERSION):
         raise ValueError(f"not a file of save_replay_buffer() (format {_FORMAT_VERSION})")
+    n_processes = header.get("n_processes", world_size())
+    if n_processes not in (n_files, world_size()):
+        raise ValueError(f"{n_processes} processes wrote their rollouts: the file names of all of them are needed")
     saved = Step(*header["step"])
     if saved != step:
         raise ValueError(

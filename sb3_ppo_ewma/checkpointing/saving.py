@@ -24,7 +24,14 @@ from sb3_ppo_ewma.checkpointing.own_states import (
     read_own_states,
     split_parameters,
 )
-from sb3_ppo_ewma.checkpointing.rollout_files import KeptRollouts, RolloutPath, Step, read_rollouts, write_rollouts
+from sb3_ppo_ewma.checkpointing.rollout_files import (
+    KeptRollouts,
+    OtherSizeError,
+    RolloutPath,
+    Step,
+    read_rollouts,
+    write_rollouts,
+)
 from sb3_ppo_ewma.networks import with_features_extractor
 
 SelfSavedState = TypeVar("SelfSavedState", bound="SavedStateMixin")
@@ -51,6 +58,8 @@ class SavedStateMixin(OnPolicyAlgorithm):
 
     # Own states of the file that load() reads, which SB3 does not hand to set_parameters()
     _states_in_file: dict[str, StateDict] | None = None
+    # The number of environments that the hyper-parameters are for
+    tuned_for_n_envs: int | None = None
     # Names of the attributes that load() was given
     _given_to_load: tuple[str, ...] = ()
 
@@ -211,13 +220,19 @@ class SavedStateMixin(OnPolicyAlgorithm):
 
         :param path: file that :meth:`save_replay_buffer` wrote at the same step as the model
         :param truncate_last_traj: has no effect; part of SB3's interface
-        :raises ValueError: if the file belongs to another step or does not fit the model
+        :raises ValueError: if the file belongs to another step or does not fit the model; with ``tuned_for_n_envs``,
+            rollouts of another size, as another number of environments has them, are left out with a warning instead
         """
         if self.replay_buffer is None:
             warn_caller(f"{_NOTHING_KEPT}: the file was not read")
             return
         step = Step(self.num_timesteps, self._n_rollouts)
-        vars(self).update(read_rollouts(path, step, self.replay_buffer, self.rollout_buffer))
+        try:
+            vars(self).update(read_rollouts(path, step, self.replay_buffer, self.rollout_buffer))
+        except OtherSizeError as error:
+            if self.tuned_for_n_envs is None:
+                raise
+            warn_caller(f"Rollouts of another number of environments are not read: {error}")
 
     def to_ppo(self) -> OnPolicyAlgorithm:
         """

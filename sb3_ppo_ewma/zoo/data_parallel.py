@@ -84,8 +84,8 @@ def _read_hyperparameters(upstream: AnyFunction, manager: Any) -> tuple[dict[str
         return hyperparams, saved
     known = with_defaults(ALGORITHMS[manager.algo], hyperparams)
     if known.get("tuned_for_n_envs") is not None:  # the model divides the others
-        n_envs = per_process({"n_envs": known["n_envs"], "batch_size": None}, world_size())["n_envs"]
-        return {**hyperparams, "n_envs": n_envs}, saved
+        parts = per_process({"n_envs": known["n_envs"], "batch_size": None}, world_size())
+        return {**hyperparams, "n_envs": parts["n_envs"]}, saved
     parts = per_process({name: known[name] for name in ("n_envs", "batch_size")} | hyperparams, world_size())
     return parts, saved
 

@@ -64,13 +64,19 @@ def _setup_experiment(upstream: AnyFunction, manager: Any) -> Any:
 def _read_hyperparameters(upstream: AnyFunction, manager: Any) -> Any:
     hyperparams, saved = upstream(manager)
     changed: dict[str, Any] = {}
+    if manager.optimize_hyperparameters and hyperparams.get("tuned_for_n_envs") is not None:
+        changed["tuned_for_n_envs"] = None  # trials are tuned for the number that they are trained with
     if options.current.n_envs is not None:
         changed |= _with_n_envs(manager, hyperparams, options.current.n_envs)
     if options.current.advice:
         given = hyperparams.get("callback") or []
         changed["callback"] = [*(given if isinstance(given, list) else [given]), _ADVICE]
     # What training uses, and what is saved beside the agent, sorted like upstream's
-    return {**hyperparams, **changed}, OrderedDict(sorted({**saved, **changed}.items()))
+    both = {**hyperparams, **changed}, OrderedDict(sorted({**saved, **changed}.items()))
+    for each in both:
+        if each.get("tuned_for_n_envs", 0) is None:  # the default
+            del each["tuned_for_n_envs"]
+    return both
 
 
 def _with_n_envs(manager: Any, hyperparams: dict[str, Any], n_envs: int) -> dict[str, Any]:
@@ -84,7 +90,7 @@ def _with_n_envs(manager: Any, hyperparams: dict[str, Any], n_envs: int) -> dict
     if manager.algo not in ALGORITHMS:
         raise ValueError(f"--n-envs rescales hyper-parameters of {', '.join(ALGORITHMS)}, not those of {manager.algo}")
     check_integer("n_envs", n_envs, minimum=1)
-    if manager.optimize_hyperparameters:  # trials are tuned for this number
+    if manager.optimize_hyperparameters:
         return {"n_envs": n_envs}
     tuned_for = hyperparams.get("tuned_for_n_envs") or hyperparams.get("n_envs", 1)
     return {"n_envs": n_envs, "tuned_for_n_envs": tuned_for}
@@ -109,12 +115,14 @@ def _stored_n_envs(storage: Any, study_name: str, trial_id: int) -> dict[str, An
     :param storage: file of a journal or URL of a database
     :param study_name: name of a study in it
     :param trial_id: number of a trial of the study
-    :return: ``n_envs`` of that trial, if our search made it
+    :return: ``n_envs`` of that trial, which it is tuned for, if our search made it
     """
     if storage.endswith(".log"):
         storage = JournalStorage(JournalFileBackend(storage))
     trial = optuna.load_study(storage=storage, study_name=study_name).trials[trial_id]
-    return {"n_envs": trial.user_attrs[N_ENVS]} if N_ENVS in trial.user_attrs else {}
+    if N_ENVS not in trial.user_attrs:
+        return {}
+    return {"n_envs": trial.user_attrs[N_ENVS], "tuned_for_n_envs": None}
 
 
 def _create_sampler(upstream: AnyFunction, manager: Any, sampler_method: str) -> Any:

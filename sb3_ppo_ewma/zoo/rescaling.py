@@ -37,7 +37,9 @@ def rescaled(
     if algo not in ALGORITHMS:
         raise ValueError(f"hyper-parameters of {algo} cannot be rescaled, only those of {', '.join(ALGORITHMS)}")
     check_integer("n_envs", n_envs, minimum=1)
-    complete = with_defaults(ALGORITHMS[algo], entry)
+    entry = dict(entry)
+    tuned_for = entry.pop("tuned_for_n_envs", None) or entry.get("n_envs", 1)
+    complete = with_defaults(ALGORITHMS[algo], {**entry, "n_envs": tuned_for})
     written = complete.get("policy_kwargs")
     if isinstance(written, str):
         complete["policy_kwargs"] = eval(written, vars(exp_manager))  # as upstream does later
