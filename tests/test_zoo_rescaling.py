@@ -177,7 +177,7 @@ def test_an_entry_that_is_for_another_number(capsys):
     # A search is for the number that it is made with
     zoo.main([*SEARCH, "--algo", "ppo_ewma", *SMALL])
     zoo.main([*TRAIN, "--algo", "ppo_ewma", *STUDY, "--trial-id", "1", "-params", "policy:MlpPolicy"])
-    again = saved_config("ppo_ewma", 2)
+    again = saved_config("ppo_ewma", 3)
     assert (again["n_envs"], again["n_steps"], "tuned_for_n_envs" in again) == (1, 32, False)
 
 
