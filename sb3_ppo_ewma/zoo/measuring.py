@@ -343,7 +343,7 @@ def plot(measured: Sequence[Measurement], file: str) -> None:
             axis.plot([each.n_envs for each in of_kind], [getattr(each, name) for each in of_kind], "o-", label=kind)
         axis.set(title=name, xlabel="environments", xscale="log", yscale="log")
         axis.set_xticks(numbers, [str(number) for number in numbers])
-        axis.minorticks_off()
+        axis.set_xticks([], minor=True)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("environment steps per second")
     axes[-1].legend()
