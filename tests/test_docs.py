@@ -236,6 +236,8 @@ def test_zoo_commands_have_the_options_of_their_scripts(page: Path) -> None:
         source = source_of(SCRIPTS[script][0])
         if script == "train":
             source += source_of("sb3_ppo_ewma.zoo.options")
+        if script == "n-envs":
+            source += source_of("sb3_ppo_ewma.zoo.rescaling")
         for option in arguments:
             assert not re.match(DASH, option), f"{option} begins with a typographic dash"
             if option.startswith("-") and not re.fullmatch(r"-[\d.]+(e-?\d+)?", option):

@@ -19,6 +19,7 @@ TRACEBACK_VARIABLE = "SB3_PPO_EWMA_TRACEBACK"
 SCRIPTS = {
     "train": ("rl_zoo3.train", "train an agent, or search for hyper-parameters (-optimize)"),
     "rescale": ("sb3_ppo_ewma.zoo.rescaling", "print hyper-parameters for another number of environments"),
+    "n-envs": ("sb3_ppo_ewma.zoo.measuring", "measure which number of environments trains fastest on this machine"),
     "enjoy": ("rl_zoo3.enjoy", "watch a trained agent, or only measure it (--no-render)"),
     "record_video": ("rl_zoo3.record_video", "record a video of a trained agent"),
     "record_training": ("rl_zoo3.record_training", "record one video of all checkpoints of a training run"),

@@ -9,7 +9,7 @@ from typing import Any
 from rl_zoo3.utils import StoreDict
 
 ENVPOOL = "envpool"
-_VEC_ENVS = ("dummy", "subproc", ENVPOOL)
+VEC_ENVS = ("dummy", "subproc", ENVPOOL)
 # Scripts that make environments
 SCRIPTS = ("train", "enjoy", "record_video")
 
@@ -44,7 +44,7 @@ def parser(script: str, prog: str) -> argparse.ArgumentParser:
     group = result.add_argument_group("options of sb3-ppo-ewma")
     group.add_argument(
         "--vec-env",
-        choices=_VEC_ENVS,
+        choices=VEC_ENVS,
         help="VecEnv type; envpool: tasks of EnvPool, stepped in C++ threads"
         + ("" if script == "train" else " (default: the one used in training)"),
     )
@@ -89,12 +89,21 @@ def taken_from(arguments: Sequence[str], script: str, prog: str) -> Iterator[lis
     :param prog: name of the program
     :return: the arguments without our options
     """
-    global current
     given, others = parser(script, prog).parse_known_args(arguments)
     if script == "train" and given.vec_env not in (None, ENVPOOL):
         others += ["--vec-env", given.vec_env]
-    before, current = current, Options(**vars(given))
-    try:
+    with replaced(Options(**vars(given))):
         yield others
+
+
+@contextlib.contextmanager
+def replaced(new: Options) -> Iterator[None]:
+    """
+    :param new: our options within the context
+    """
+    global current
+    before, current = current, new
+    try:
+        yield
     finally:
         current = before

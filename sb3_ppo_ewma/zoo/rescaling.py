@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import copy
 import importlib
 import io
 import math
@@ -52,23 +53,7 @@ def rescaled(
 def main() -> None:
     """Print the hyper-parameters of an environment for another number of environments."""
     args = _parser().parse_args()
-    for module in args.gym_packages:
-        importlib.import_module(module)
-    if args.env not in gym.registry:
-        raise ValueError(f"{args.env} not found in gym registry.")
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        manager = ExperimentManager(
-            args,
-            args.algo,
-            args.env,
-            folder,
-            hyperparams=args.hyperparams,
-            storage=args.storage,
-            study_name=args.study_name,
-            trial_id=args.trial_id,
-            config=args.conf_file,
-        )
-        entry, _ = manager.read_hyperparameters()
+    entry = read_entry(args)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         result = rescaled(args.algo, entry, args.n_envs, args.strategy, adam_betas=args.adam_betas)
@@ -78,13 +63,64 @@ def main() -> None:
     print(f"\n{as_yaml(args.env, result.hyperparameters)}", end="")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description="Print hyper-parameters with which training behaves the same on another number of environments: "
-        "how and why they change, then an entry for a file of hyper-parameters."
+def read_entry(args: argparse.Namespace) -> dict[str, Any]:
+    """
+    :param args: arguments of :func:`entry_parser`
+    :return: hyper-parameters of the environment, with those of the command line
+    :raises ValueError: if the environment is unknown
+    """
+    for module in args.gym_packages:
+        importlib.import_module(module)
+    if args.env not in gym.registry:
+        raise ValueError(f"{args.env} not found in gym registry.")
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        entry, _ = entry_manager(args, folder).read_hyperparameters()
+    return dict(entry)
+
+
+def entry_manager(args: argparse.Namespace, folder: str, **kwargs: Any) -> ExperimentManager:
+    """
+    :param args: arguments of :func:`entry_parser`
+    :param folder: folder for logs
+    :param kwargs: further arguments of ``ExperimentManager``
+    :return: the zoo's manager for this environment
+    """
+    return ExperimentManager(
+        argparse.Namespace(**vars(args)),  # a copy: the manager changes it
+        args.algo,
+        args.env,
+        folder,
+        hyperparams=copy.deepcopy(args.hyperparams),
+        storage=args.storage,
+        study_name=args.study_name,
+        trial_id=args.trial_id,
+        config=args.conf_file,
+        **kwargs,
     )
+
+
+def entry_parser() -> argparse.ArgumentParser:
+    """
+    :return: parser of the options that choose an entry, without help, to be the parent of a script's parser
+    """
+    parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--algo", required=True, choices=list(ALGORITHMS))
     parser.add_argument("--env", required=True, help="name of the environment")
+    parser.add_argument("-conf", "--conf-file", help="file of hyper-parameters instead of ours")
+    parser.add_argument("-params", "--hyperparams", nargs="+", action=StoreDict, metavar="NAME:VALUE")
+    parser.add_argument("--storage", help="journal file (.log) or database URL of an Optuna study")
+    parser.add_argument("--study-name", help="name of an Optuna study")
+    parser.add_argument("--trial-id", type=int, help="number of the trial to take hyper-parameters from")
+    parser.add_argument("--gym-packages", nargs="+", default=[], help="packages that register environments")
+    return parser
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        parents=[entry_parser()],
+        description="Print hyper-parameters with which training behaves the same on another number of environments: "
+        "how and why they change, then an entry for a file of hyper-parameters.",
+    )
     parser.add_argument("--n-envs", required=True, type=int, metavar="N", help="new number of environments")
     parser.add_argument(
         "--strategy",
@@ -93,12 +129,6 @@ def _parser() -> argparse.ArgumentParser:
         help="keep the samples of an iteration, or multiply batches as the paper does (default: samples)",
     )
     parser.add_argument("--adam-betas", action="store_true", help="with --strategy paper, change Adam's betas as well")
-    parser.add_argument("-conf", "--conf-file", help="file of hyper-parameters instead of ours")
-    parser.add_argument("-params", "--hyperparams", nargs="+", action=StoreDict, metavar="NAME:VALUE")
-    parser.add_argument("--storage", help="journal file (.log) or database URL of an Optuna study")
-    parser.add_argument("--study-name", help="name of an Optuna study")
-    parser.add_argument("--trial-id", type=int, help="number of the trial to take hyper-parameters from")
-    parser.add_argument("--gym-packages", nargs="+", default=[], help="packages that register environments")
     return parser
 
 
