@@ -60,7 +60,7 @@ def test_64_environments_have_the_rescaled_ones(variant: str) -> None:
     large, small = entry(f"{variant}_256"), entry(f"{variant}_64")
     # The rules are those of one epoch and of averages; what has several or none takes the same numbers.
     complete = {"advantage_decay": 0.0, **large, "n_epochs": 1, "prox_decay": "auto"}
-    result = rescaled("ppg_ewma" if "ppg" in variant else "ppo_ewma", complete, 64).hyperparameters
+    result = rescaled("ppg_ewma" if "ppg" in variant else "ppo_ewma", complete, 64, "paper").hyperparameters
     assert small.keys() == large.keys()
     for name in large.keys() - {"n_epochs"}:
         is_number = isinstance(result[name], float)
