@@ -1,6 +1,7 @@
 """``tuned_for_n_envs``: what training counts, what models are built with, saved with and loaded with."""
 
 import io
+import pickle
 
 import numpy as np
 import pytest
@@ -261,19 +262,14 @@ def test_sb3_loads_the_file(tmp_path):
     assert PPO.load(tmp_path / "model").n_steps == 16
 
 
-def test_goes_on_to_the_bit(tmp_path):
-    def normalized():
-        return VecNormalize(envs(16))
-
-    model = PPOEWMA("MlpPolicy", normalized(), **SETTINGS).learn(512)
-    model.save(tmp_path / "model")
-    model.get_env().save(tmp_path / "statistics")
-    load = [PPOEWMA.load(tmp_path / "model", VecNormalize.load(tmp_path / "statistics", envs(16))) for _ in range(2)]
-    for each in load:
-        each.learn(512, reset_num_timesteps=False)
-    for one, other in zip(load[0].policy.parameters(), load[1].policy.parameters(), strict=True):
+def test_goes_on_to_the_bit():
+    model = PPOEWMA("MlpPolicy", VecNormalize(envs(16)), **SETTINGS).learn(512)
+    load, env = in_memory(model), pickle.dumps(model.get_env())
+    model.learn(512, reset_num_timesteps=False)
+    resumed = load(env=pickle.loads(env), force_reset=False).learn(512, reset_num_timesteps=False)
+    for one, other in zip(model.policy.parameters(), resumed.policy.parameters(), strict=True):
         assert th.equal(one, other)
-    assert load[0].policy_ewma.total_weight == load[1].policy_ewma.total_weight
+    assert resumed.policy_ewma.total_weight == model.policy_ewma.total_weight
 
 
 # === Another number of environments in place ===
