@@ -9,7 +9,7 @@ import torch as th
 from sb3_contrib.common.envs import InvalidActionEnvDiscrete
 from stable_baselines3 import PPO
 from stable_baselines3.common.env_util import make_vec_env
-from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_ppo_ewma import PPG, PPGEWMA, PPOEWMA, EwmaMixin, MaskablePPOEWMA, RecurrentPPOEWMA
 from sb3_ppo_ewma.batch_scaling import settings_of
@@ -263,7 +263,7 @@ def test_sb3_loads_the_file(tmp_path):
 
 
 def test_goes_on_to_the_bit():
-    model = PPOEWMA("MlpPolicy", VecNormalize(envs(16)), **SETTINGS).learn(512)
+    model = model_for(16).learn(512)
     load, env = in_memory(model), pickle.dumps(model.get_env())
     model.learn(512, reset_num_timesteps=False)
     resumed = load(env=pickle.loads(env), force_reset=False).learn(512, reset_num_timesteps=False)
