@@ -441,13 +441,12 @@ def _grow_iteration(old: Mapping[str, Any], growth: Fraction) -> list[Change]:
     :return: what is counted in iterations, or moves with them, for an iteration of more minibatches
     """
     n_samples = old["n_envs"] * old["n_steps"]
-    size = min(old["batch_size"] or n_samples, n_samples)
+    size = _minibatch_size(old)
     changes = [Change("batch_size", old["batch_size"], size, "kept, in samples", _SAME_SAMPLES)]
     center = center_of_mass_from_decay(_decay_as_number(old))
     iteration = old["n_epochs"] * math.ceil(n_samples * growth / size)
     oldest = center * float(growth)
-    is_stale = bool(old.get("staleness") or old.get("async_rollouts"))
-    new_center = oldest if is_stale else max(center, min(oldest, iteration / MOST_CENTERS_OF_MASS))
+    new_center = oldest if _is_stale(old) else max(center, min(oldest, iteration / MOST_CENTERS_OF_MASS))
     rule = f"centre of mass {center:.4g} → {new_center:.4g} gradient steps: no clip far from the data"
     if new_center == center:
         rule = f"kept: a centre of mass of {center:.4g} gradient steps"
@@ -488,7 +487,7 @@ def _n_steps_for(old: Mapping[str, Any], n_envs: int) -> int | None:
     if not long_enough:
         return possible[-1] if possible else None
     # Of whole minibatches, as before, where that does not make rollouts twice as long
-    size = min(old["batch_size"] or n_samples, n_samples)
+    size = _minibatch_size(old)
     rest = n_samples % size
     even = (n_steps for n_steps in long_enough if n_envs * n_steps % size == rest == 0 and n_steps < 2 * shortest)
     return next(even, long_enough[0])
@@ -520,12 +519,21 @@ def _counted_in_iterations(old: Mapping[str, Any]) -> str:
     return " and ".join(f"{name}={old[name]}" for name in _COUNTED_IN_ITERATIONS if old.get(name))
 
 
+def _minibatch_size(old: Mapping[str, Any]) -> int:
+    n_samples = int(old["n_envs"] * old["n_steps"])
+    return min(old["batch_size"] or n_samples, n_samples)
+
+
+def _is_stale(old: Mapping[str, Any]) -> bool:
+    return bool(old.get("staleness") or old.get("async_rollouts"))
+
+
 def _decay_as_number(old: Mapping[str, Any]) -> float:
     if old["prox_decay"] != "auto":
         return float(old["prox_decay"])
     n_samples = old["n_envs"] * old["n_steps"]
-    is_stale = bool(old.get("staleness") or old.get("async_rollouts"))
-    return decay_from_center_of_mass(default_center_of_mass(n_samples, old["batch_size"], old["n_epochs"], is_stale))
+    center = default_center_of_mass(n_samples, old["batch_size"], old["n_epochs"], _is_stale(old))
+    return decay_from_center_of_mass(center)
 
 
 def _kept_aux_batch_size(old: Mapping[str, Any], n_samples: int, source: str) -> Change:

@@ -130,8 +130,7 @@ def change_env(model: Any, env: GymEnv, set_env: Callable[..., None]) -> None:
 
 @contextlib.contextmanager
 def quietly_about_size() -> Iterator[None]:
-    """Within this context, SB3 does not compare minibatches with rollouts whose length is still that of another number
-    of environments."""
+    """Within this context, SB3 does not warn of truncated minibatches: it sees rollouts that are not fitted yet."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "You have specified a mini-batch size")
         yield

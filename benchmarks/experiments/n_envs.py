@@ -135,6 +135,16 @@ def variants() -> list[Variant]:
     return found
 
 
+def reference_of(method: str, tuned: int) -> str:
+    """
+    :param method: of some runs
+    :param tuned: number of environments that the settings are for
+    :return: name of the variant that they are compared with
+    """
+    method = {BY_HAND: NAIVE}.get(method, method)
+    return name_of(method if method in (NAIVE, PPG_EWMA) else PPO_EWMA, tuned)
+
+
 def report(file: Path) -> None:
     # Here, so that training does not need what reports do.
     import pandas as pd
@@ -153,8 +163,7 @@ def report(file: Path) -> None:
         group = group.assign(n_envs=group.n_envs.astype(int))
         rows = []
         for method, of_method in group.groupby("method", sort=False):
-            base = {BY_HAND: NAIVE, PPG_EWMA: PPG_EWMA}.get(str(method), NAIVE if method == NAIVE else PPO_EWMA)
-            one = name_of(base, tuned[str(env)])
+            one = reference_of(str(method), tuned[str(env)])
             reference = group[group.variant == one]
             if reference.empty or not (untrained.env == env).any():
                 continue
@@ -208,7 +217,7 @@ def overall(scored_by: dict[tuple[str, str], Any], tuned: dict[str, int]) -> lis
         for label, numbers in (*((str(n), [n]) for n in N_ENVS), ("1 to 64", N_ENVS[:-1])):
             pairs = []
             for (name, env), scored in scored_by.items():
-                base = name_of(NAIVE if name == BY_HAND else name, tuned[env])
+                base = reference_of(name, tuned[env])
                 wanted = [name_of(method, n) for n in numbers if n != tuned[env]]
                 by_seed = scored.pivot(index="seed", columns="variant", values="score")
                 if name == method and {base, *wanted} <= set(by_seed.columns):

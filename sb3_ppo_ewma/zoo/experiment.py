@@ -23,6 +23,7 @@ from sb3_ppo_ewma._arguments import check_integer
 from sb3_ppo_ewma.zoo import options
 from sb3_ppo_ewma.zoo.algorithms import ALGORITHMS, hyperparameter_file
 from sb3_ppo_ewma.zoo.patches._replace import AnyFunction, replace_function
+from sb3_ppo_ewma.zoo.rescaling import tuned_number_of_envs
 from sb3_ppo_ewma.zoo.search_space import BUDGET, N_ENVS
 
 _SCHEDULES = ("learning_rate", "clip_range", "clip_range_vf", "delta_std")
@@ -92,8 +93,7 @@ def _with_n_envs(manager: Any, hyperparams: dict[str, Any], n_envs: int) -> dict
     check_integer("n_envs", n_envs, minimum=1)
     if manager.optimize_hyperparameters:
         return {"n_envs": n_envs}
-    tuned_for = hyperparams.get("tuned_for_n_envs") or hyperparams.get("n_envs", 1)
-    return {"n_envs": n_envs, "tuned_for_n_envs": tuned_for}
+    return {"n_envs": n_envs, "tuned_for_n_envs": tuned_number_of_envs(hyperparams)}
 
 
 def _load_trial(

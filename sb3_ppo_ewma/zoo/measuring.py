@@ -21,7 +21,7 @@ from sb3_ppo_ewma.batch_scaling import with_defaults
 from sb3_ppo_ewma.callbacks.noise_scale import NoiseScaleCallback
 from sb3_ppo_ewma.zoo import options, vec_envs
 from sb3_ppo_ewma.zoo.algorithms import ALGORITHMS
-from sb3_ppo_ewma.zoo.rescaling import entry_manager, entry_parser, read_entry, rescaled
+from sb3_ppo_ewma.zoo.rescaling import entry_manager, entry_parser, read_entry, rescaled, tuned_number_of_envs
 
 _DEFAULT_N_ENVS = (1, 4, 16, 64, 256)
 _HEADERS = ("vec env", "environments", "n_steps", "collection steps/s", "training steps/s", "both steps/s", "ratio")
@@ -125,7 +125,7 @@ def main() -> None:
         with options.replaced(_options(kind)):
             entry = read_entry(args)
     # As when training with --n-envs
-    entry["n_envs"] = tuned_for = entry.get("tuned_for_n_envs") or entry.get("n_envs", 1)
+    entry["n_envs"] = tuned_for = tuned_number_of_envs(entry)
     n_samples = tuned_for * with_defaults(ALGORITHMS[args.algo], entry)["n_steps"]
     numbers = sorted({*args.n_envs, tuned_for})
     results = [_measure(args, entry, kind, n_envs) for kind in args.vec_env for n_envs in numbers]

@@ -38,16 +38,24 @@ def rescaled(
     if algo not in ALGORITHMS:
         raise ValueError(f"hyper-parameters of {algo} cannot be rescaled, only those of {', '.join(ALGORITHMS)}")
     check_integer("n_envs", n_envs, minimum=1)
-    entry = dict(entry)
-    tuned_for = entry.pop("tuned_for_n_envs", None) or entry.get("n_envs", 1)
-    complete = with_defaults(ALGORITHMS[algo], {**entry, "n_envs": tuned_for})
+    complete = with_defaults(ALGORITHMS[algo], {**entry, "n_envs": tuned_number_of_envs(entry)})
+    entry = {name: value for name, value in entry.items() if name != "tuned_for_n_envs"}
     written = complete.get("policy_kwargs")
     if isinstance(written, str):
         complete["policy_kwargs"] = eval(written, vars(exp_manager))  # as upstream does later
     ratio = Fraction(n_envs, complete["n_envs"])
+    complete.pop("tuned_for_n_envs", None)
     result = rescale(complete, ratio, strategy=strategy, adam_betas=adam_betas)
     changed = {change.name: change.new for change in result.changes if change.name in entry or change.new != change.old}
     return Rescaled({**entry, **changed}, result.changes)
+
+
+def tuned_number_of_envs(entry: Mapping[str, Any]) -> int:
+    """
+    :param entry: hyper-parameters as in the zoo's files
+    :return: number of environments that they are for
+    """
+    return int(entry.get("tuned_for_n_envs") or entry.get("n_envs", 1))
 
 
 def main() -> None:
