@@ -175,17 +175,17 @@ def test_a_rollout_lacks_no_more_trainings_than_allowed(case: str) -> None:
     [("decoupled", True, False), ("behavior", False, False), ("proximal", True, True)],
 )
 def test_policies_of_late_rollouts(mode: str, is_prox_recent: bool, is_behav_recent: bool) -> None:
-    kwargs = {"prox_decay": None, "n_epochs": 1, "batch_size": N_ENVS * N_STEPS, "learning_rate": 0.05}
+    kwargs = {"prox_decay": None, "n_epochs": 1, "batch_size": N_ENVS * N_STEPS, "learning_rate": 0.02}
     model = make("cartpole", async_rollouts=1, staleness_mode=mode, **kwargs)
     log = TrainingsByLag()
     model.learn(12 * N_ENVS * N_STEPS, log)
     model.env.close()
     # How many come late is a matter of time, but not that some do.
     assert log.late
-    for training in log.late:
-        # The first and only step of an iteration: the policy is the recent one.
-        assert (abs(training["train/approx_kl_prox"]) < 1e-6) == is_prox_recent
-        assert (abs(training["train/importance_ratio_max"] - 1) < 1e-4) == is_behav_recent
+    # The first and only step of an iteration: the policy is the recent one. A step may also change hardly anything, but
+    # not all of them.
+    assert all(abs(training["train/approx_kl_prox"]) < 1e-6 for training in log.late) == is_prox_recent
+    assert all(abs(training["train/importance_ratio_max"] - 1) < 1e-4 for training in log.late) == is_behav_recent
 
 
 class TrainingsByLag(BaseCallback):
