@@ -17,13 +17,16 @@ _REPORTS_PER_EPOCH = 20
 
 class PhaseProgress:
     """
-    Shows at the progress bars how far a phase is.
+    Shows at the progress bars how far a phase is. They cannot be pickled or copied: a copy shows nothing.
 
     :param callback: callback of the training, perhaps a list of others
     """
 
     def __init__(self, callback: BaseCallback | None = None) -> None:
         self._bars = [] if callback is None else list(_progress_bars(callback))
+
+    def __reduce__(self) -> tuple[type["PhaseProgress"], tuple[()]]:
+        return PhaseProgress, ()
 
     def show(self, epoch: int, n_epochs: int, minibatch: int, n_minibatches: int) -> None:
         """

@@ -23,8 +23,7 @@ from sb3_ppo_ewma.evaluation import PolicyEvaluation
 from sb3_ppo_ewma.ppo_ewma import EwmaMixin
 from sb3_ppo_ewma.rollouts import Rollout, observations_at
 
-SelfRecurrentPPOEWMA = TypeVar("SelfRecurrentPPOEWMA", bound="RecurrentPPOEWMA")
-SelfMaskablePPOEWMA = TypeVar("SelfMaskablePPOEWMA", bound="MaskablePPOEWMA")
+SelfMaskable = TypeVar("SelfMaskable", bound="MaskablePPOEWMA")
 
 
 class LstmState:
@@ -148,28 +147,6 @@ class RecurrentPPOEWMA(EwmaMixin, RecurrentPPO):
         super()._setup_model()
         self.lstm_state = LstmState(self)
 
-    def learn(
-        self: SelfRecurrentPPOEWMA,
-        total_timesteps: int,
-        callback: MaybeCallback = None,
-        log_interval: int = 1,
-        tb_log_name: str = "RecurrentPPOEWMA",
-        reset_num_timesteps: bool = True,
-        progress_bar: bool = False,
-    ) -> SelfRecurrentPPOEWMA:
-        """
-        Train, as ``RecurrentPPO.learn``.
-
-        :param total_timesteps: number of environment steps
-        :param callback: called at every step
-        :param log_interval: iterations between logs
-        :param tb_log_name: name of the run for tensorboard
-        :param reset_num_timesteps: whether to count steps from 0
-        :param progress_bar: show a progress bar
-        :return: the model
-        """
-        return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
-
 
 class MaskablePPOEWMA(EwmaMixin, MaskablePPO):
     """
@@ -184,27 +161,33 @@ class MaskablePPOEWMA(EwmaMixin, MaskablePPO):
     }
 
     def learn(  # type: ignore[override]  # as in MaskablePPO, use_masking stands before progress_bar
-        self: SelfMaskablePPOEWMA,
+        self: SelfMaskable,
         total_timesteps: int,
         callback: MaybeCallback = None,
         log_interval: int = 1,
-        tb_log_name: str = "MaskablePPOEWMA",
+        tb_log_name: str | None = None,
         reset_num_timesteps: bool = True,
         use_masking: bool = True,
         progress_bar: bool = False,
-    ) -> SelfMaskablePPOEWMA:
+    ) -> SelfMaskable:
         """
         Train, as ``MaskablePPO.learn``.
 
         :param total_timesteps: number of environment steps
         :param callback: called at every step
         :param log_interval: iterations between logs
-        :param tb_log_name: name of the run for tensorboard
+        :param tb_log_name: name of the run for tensorboard; ``None``: that of the class
         :param reset_num_timesteps: whether to count steps from 0
         :param use_masking: whether to use invalid-action masks
         :param progress_bar: show a progress bar
         :return: the model
         """
         return super().learn(
-            total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, use_masking, progress_bar
+            total_timesteps,
+            callback,
+            log_interval,
+            tb_log_name,
+            reset_num_timesteps,
+            progress_bar,
+            use_masking=use_masking,
         )

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, TypeVar, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch as th
 from stable_baselines3 import PPO
@@ -14,13 +14,11 @@ from stable_baselines3.common.utils import FloatSchedule, update_learning_rate
 from sb3_ppo_ewma._arguments import check_integer, check_number, check_schedule, warn_caller
 from sb3_ppo_ewma._engine.iteration import AuxiliaryCoefficients, make_iteration
 from sb3_ppo_ewma.auxiliary_phase import AuxiliaryPhase, PhaseProgress
+from sb3_ppo_ewma.following import make_optimizer
 from sb3_ppo_ewma.policies import PPGCnnPolicy, PPGImpalaPolicy, PPGMultiInputPolicy, PPGPolicy
 from sb3_ppo_ewma.ppo_ewma import EwmaMixin
 from sb3_ppo_ewma.rollouts import PhaseBuffer, Rollout, default_aux_batch_size
 from sb3_ppo_ewma.training_log import log_phase
-
-SelfPhasic = TypeVar("SelfPhasic", bound="AuxiliaryPhaseMixin")
-SelfPPG = TypeVar("SelfPPG", bound="PPG")
 
 
 class AuxiliaryPhaseMixin(EwmaMixin):
@@ -126,7 +124,7 @@ class AuxiliaryPhaseMixin(EwmaMixin):
             )
         super()._setup_model()
         self.aux_lr_schedule = self._make_aux_lr_schedule()
-        self.aux_optimizer = self._make_optimizer(self.aux_lr_schedule)
+        self.aux_optimizer = make_optimizer(self.policy, self.aux_lr_schedule)
         self.phase_buffer = PhaseBuffer(self.n_policy_iterations) if self.n_aux_epochs > 0 else None
 
     def _make_aux_lr_schedule(self) -> Schedule:
@@ -174,20 +172,7 @@ class AuxiliaryPhaseMixin(EwmaMixin):
         phase.train(buffer, self.n_aux_epochs, self._phase_progress)
         log_phase(self, iteration, learning_rate)
 
-    # ------------------------------------------------------------------ learning, saving, loading
-
-    def learn(self: SelfPhasic, *args: Any, **kwargs: Any) -> SelfPhasic:
-        """
-        Train, as the algorithm this is mixed into.
-
-        :param args: arguments of the algorithm's method
-        :param kwargs: arguments of the algorithm's method
-        :return: the model
-        """
-        try:
-            return super().learn(*args, **kwargs)
-        finally:
-            self._phase_progress = PhaseProgress()  # progress bars cannot be pickled or copied
+    # ------------------------------------------------------------------ learning and saving
 
     def _setup_learn(self, *args: Any, **kwargs: Any) -> Any:
         result = super()._setup_learn(*args, **kwargs)
@@ -248,28 +233,6 @@ class PPG(AuxiliaryPhaseMixin, PPO):
     >>> model = PPG("MlpPolicy", "CartPole-v1", n_steps=64, n_policy_iterations=2).learn(128)
     """
 
-    def learn(
-        self: SelfPPG,
-        total_timesteps: int,
-        callback: MaybeCallback = None,
-        log_interval: int = 1,
-        tb_log_name: str = "PPG",
-        reset_num_timesteps: bool = True,
-        progress_bar: bool = False,
-    ) -> SelfPPG:
-        """
-        Train, as ``PPO.learn``.
-
-        :param total_timesteps: number of environment steps
-        :param callback: called at every step
-        :param log_interval: iterations between logs
-        :param tb_log_name: name of the run for tensorboard
-        :param reset_num_timesteps: whether to count steps from 0; the phase goes on in any case
-        :param progress_bar: show a progress bar, which also tells of the auxiliary phase
-        :return: the model
-        """
-        return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
-
 
 class PPGEWMA(PPG):
     """
@@ -286,25 +249,3 @@ class PPGEWMA(PPG):
 
     def __init__(self, *args: Any, prox_decay: float | Literal["auto"] | None = "auto", **kwargs: Any) -> None:
         super().__init__(*args, prox_decay=prox_decay, **kwargs)
-
-    def learn(
-        self: SelfPPG,
-        total_timesteps: int,
-        callback: MaybeCallback = None,
-        log_interval: int = 1,
-        tb_log_name: str = "PPGEWMA",
-        reset_num_timesteps: bool = True,
-        progress_bar: bool = False,
-    ) -> SelfPPG:
-        """
-        Train, as :meth:`PPG.learn`.
-
-        :param total_timesteps: number of environment steps
-        :param callback: called at every step
-        :param log_interval: iterations between logs
-        :param tb_log_name: name of the run for tensorboard
-        :param reset_num_timesteps: whether to count steps from 0; the phase goes on in any case
-        :param progress_bar: show a progress bar, which also tells of the auxiliary phase
-        :return: the model
-        """
-        return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)

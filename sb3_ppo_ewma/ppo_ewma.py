@@ -20,7 +20,6 @@ from stable_baselines3.common.type_aliases import (
 from stable_baselines3.common.utils import update_learning_rate
 
 from sb3_ppo_ewma._arguments import (
-    CLIP_OFF,
     EngineChoice,
     KlEstimator,
     StalenessMode,
@@ -40,28 +39,20 @@ from sb3_ppo_ewma.checkpointing.generators import preserved_generators
 from sb3_ppo_ewma.checkpointing.saving import SavedStateMixin
 from sb3_ppo_ewma.evaluation import PolicyEvaluation
 from sb3_ppo_ewma.ewma import ParameterEwma, decay_from_center_of_mass, default_center_of_mass
-from sb3_ppo_ewma.following import follow_policy
+from sb3_ppo_ewma.following import follow_policy, make_optimizer
 from sb3_ppo_ewma.networks import with_features_extractor
 from sb3_ppo_ewma.policies import ImpalaPolicy, copy_policy, uncompiled
 from sb3_ppo_ewma.rollouts import Rollout, StaleRollouts, naming_non_finite
 from sb3_ppo_ewma.training_log import log_training
-from sb3_ppo_ewma.tuned_settings import (
-    change_env,
-    check_fits,
-    fit_to_envs,
-    is_fitted,
-    number_of_envs,
-    quietly_about_size,
-)
+from sb3_ppo_ewma.tuned_settings import change_env, check_fits, fit_to_envs, quietly_about_size
 
-SelfPPOEWMA = TypeVar("SelfPPOEWMA", bound="PPOEWMA")
+SelfEwma = TypeVar("SelfEwma", bound="EwmaMixin")
 
 
 class EwmaMixin(SavedStateMixin):
     """
     Decouples the proximal from the behaviour policy in a PPO-like SB3 algorithm. Place it first:
-    ``class PPOEWMA(EwmaMixin, PPO)``. Collection, ``learn`` and ``predict`` stay the algorithm's. Families differ in
-    how they evaluate their policies, see :class:`~sb3_ppo_ewma.evaluation.PolicyEvaluation`.
+    ``class PPOEWMA(EwmaMixin, PPO)``. Collection, ``learn`` and ``predict`` stay the algorithm's.
 
     Source: Hilton, Cobbe, Schulman 2022, https://arxiv.org/abs/2110.00641
 
@@ -85,9 +76,8 @@ class EwmaMixin(SavedStateMixin):
         iteration, π_behav the one that collected; ``"behavior"``: the collecting policy is both; ``"proximal"``: the
         policy at the start of the iteration is both. With ``prox_decay`` not ``None``, the EWMA is π_prox in every
         mode, which then only decides what π_behav is
-    :param engine: ``"auto"``: make gradient steps and the forward passes of collection in the fastest way that equals
-        the definition up to rounding; ``"reference"``: by the definition, with ``prox_decay=None`` equal to SB3 to the
-        bit. :meth:`explain_engine` shows the choice and its reasons
+    :param engine: how gradient steps and collection are computed. ``"auto"``: in the fastest way that equals the
+        definition up to rounding, see :meth:`explain_engine`; ``"reference"``: by the definition, as SB3 to the bit
     :param tuned_for_n_envs: the number of environments that the hyper-parameters are for: with another one they are
         rescaled to behave the same (:func:`~sb3_ppo_ewma.batch_scaling.rescale`); ``None``: they are used as given
     :param torch_compile: make each gradient step as one compiled graph, with the same results up to rounding; a string
@@ -116,10 +106,6 @@ class EwmaMixin(SavedStateMixin):
     normalize_advantage: bool
     target_kl: float | None
 
-    # Hyper-parameters as tuned, and what they are for the present number of environments; None: nothing is rescaled
-    tuned_hyperparameters: dict[str, Any] | None = None
-    fitted_hyperparameters: dict[str, Any] | None = None
-
     # Processes beside this one, set when learn() begins
     _collector: Collector | None = None
     _data_parallel: DataParallel | None = None
@@ -138,7 +124,7 @@ class EwmaMixin(SavedStateMixin):
     # (evaluation: Evaluation, minibatch: Minibatch) to a tensor of shape () with gradient.
     extra_loss: Any = None
 
-    # How the family evaluates its policies
+    # What families differ in: how they evaluate their policies
     policy_evaluation: ClassVar[PolicyEvaluation] = PolicyEvaluation()
     # Rollout buffers whose minibatches are gathered on the device, with the minibatches' class
     samples_classes: ClassVar[Mapping[type[RolloutBuffer], type[Any]]] = {
@@ -227,13 +213,11 @@ class EwmaMixin(SavedStateMixin):
         }
 
     def _setup_model(self) -> None:
-        if self.clip_range is None:  # load(..., clip_range=None) bypasses the constructor
-            self.clip_range = CLIP_OFF
         fit_to_envs(self)
         super()._setup_model()
         self.policy_ewma = None if self.prox_decay is None else ParameterEwma(uncompiled(self.policy))
         self.advantage_moments = None if self.advantage_decay is None else MomentsEwma(self.advantage_decay)
-        self.value_optimizer = self._make_optimizer(self.lr_schedule) if self._has_value_epochs() else None
+        self.value_optimizer = make_optimizer(self.policy, self.lr_schedule) if self._has_value_epochs() else None
         self.stale_rollouts = StaleRollouts(self.staleness) if self.staleness > 0 else None
         self._engines = EngineSelector()
         self._has_warned_of_restart = False
@@ -244,16 +228,6 @@ class EwmaMixin(SavedStateMixin):
 
     def _has_value_epochs(self) -> bool:
         return self.n_epochs_value not in (None, self.n_epochs)
-
-    def _make_optimizer(self, schedule: Schedule) -> th.optim.Optimizer:
-        """
-        :param schedule: schedule of the learning rate
-        :return: a further optimiser, built as SB3 builds the policy's own, for the parameters that that one has
-        """
-        policy = self.policy
-        parameters = [parameter for group in policy.optimizer.param_groups for parameter in group["params"]]
-        optimizer = policy.optimizer_class(parameters, lr=schedule(1), **policy.optimizer_kwargs)
-        return cast(th.optim.Optimizer, optimizer)
 
     @property
     def proximal_policy(self) -> ActorCriticPolicy | None:
@@ -402,10 +376,7 @@ class EwmaMixin(SavedStateMixin):
         :param env: the new environment
         :param force_reset: whether to reset it before training, which another number of environments always does
         """
-        if is_fitted(self) and (self.tuned_for_n_envs is None or number_of_envs(env) == self.n_envs):
-            super().set_env(env, force_reset)
-        else:
-            change_env(self, env, super().set_env)
+        change_env(self, env, force_reset, super().set_env)
 
     def _setup_learn(self, *args: Any, **kwargs: Any) -> Any:
         # load() and attributes set by hand bypass the constructor.
@@ -422,6 +393,31 @@ class EwmaMixin(SavedStateMixin):
             self.stale_rollouts.warn_if_missing(self._n_rollouts)
         return result
 
+    def learn(
+        self: SelfEwma,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        log_interval: int = 1,
+        tb_log_name: str | None = None,
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+        **kwargs: Any,
+    ) -> SelfEwma:
+        """
+        Train, as the algorithm this is mixed into.
+
+        :param total_timesteps: number of environment steps
+        :param callback: called at every step
+        :param log_interval: iterations between logs
+        :param tb_log_name: name of the run for tensorboard; ``None``: that of the class
+        :param reset_num_timesteps: whether to count steps from 0; an auxiliary phase goes on in any case
+        :param progress_bar: show a progress bar, which also tells of an auxiliary phase
+        :param kwargs: what else the algorithm's method takes
+        :return: the model
+        """
+        kwargs |= {"reset_num_timesteps": reset_num_timesteps, "progress_bar": progress_bar}
+        return super().learn(total_timesteps, callback, log_interval, tb_log_name or type(self).__name__, **kwargs)
+
     def dump_logs(self, iteration: int = 0) -> None:
         """
         Write the log, in a data-parallel training with the episodes of all processes.
@@ -432,8 +428,7 @@ class EwmaMixin(SavedStateMixin):
             super().dump_logs(iteration)
 
     def _excluded_save_params(self) -> list[str]:
-        own = ["_engines", "_has_warned_of_restart", "_collector", "_data_parallel"]
-        return [*super()._excluded_save_params(), *own]
+        return [*super()._excluded_save_params(), "_engines", "_has_warned_of_restart", "_collector", "_data_parallel"]
 
 
 class PPOEWMA(EwmaMixin, PPO):
@@ -452,25 +447,3 @@ class PPOEWMA(EwmaMixin, PPO):
     """
 
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {**PPO.policy_aliases, "ImpalaPolicy": ImpalaPolicy}
-
-    def learn(
-        self: SelfPPOEWMA,
-        total_timesteps: int,
-        callback: MaybeCallback = None,
-        log_interval: int = 1,
-        tb_log_name: str = "PPOEWMA",
-        reset_num_timesteps: bool = True,
-        progress_bar: bool = False,
-    ) -> SelfPPOEWMA:
-        """
-        Train, as ``PPO.learn``.
-
-        :param total_timesteps: number of environment steps
-        :param callback: called at every step
-        :param log_interval: iterations between logs
-        :param tb_log_name: name of the run for tensorboard
-        :param reset_num_timesteps: whether to count steps from 0
-        :param progress_bar: show a progress bar
-        :return: the model
-        """
-        return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)

@@ -95,20 +95,24 @@ def check_fits(model: Any) -> None:
     )
 
 
-def change_env(model: Any, env: GymEnv, set_env: Callable[..., None]) -> None:
+def change_env(model: Any, env: GymEnv, force_reset: bool, set_env: Callable[..., None]) -> None:
     """
-    Replace the environments by another number of them. Policy, averages, optimisers and counters go on, and kept
-    rollouts where they have the size of the new ones.
+    Replace the environments, with ``tuned_for_n_envs`` also by another number of them: then policy, averages,
+    optimisers and counters go on, and kept rollouts where they have the size of the new ones.
 
-    :param model: an algorithm with ``tuned_for_n_envs``
+    :param model: one of this package's algorithms
     :param env: the new environment
+    :param force_reset: whether to reset it before training, which another number of environments always does
     :param set_env: SB3's method
     :raises ValueError: if the hyper-parameters cannot be rescaled; the model is then as it was
     """
+    if is_fitted(model) and (model.tuned_for_n_envs is None or _number_of_envs(env) == model.n_envs):
+        set_env(env, force_reset)
+        return
     attributes = vars(model)
     before = dict(attributes)
     try:
-        model.n_envs = number_of_envs(env)
+        model.n_envs = _number_of_envs(env)
         set_env(env, force_reset=True)
         fit_to_envs(model)
         with preserved_generators(model.device):
@@ -136,7 +140,7 @@ def quietly_about_size() -> Iterator[None]:
         yield
 
 
-def number_of_envs(env: GymEnv | str | None) -> int:
+def _number_of_envs(env: GymEnv | str | None) -> int:
     """
     :param env: environment as SB3's constructors take it
     :return: number of environments that a model of it has

@@ -31,8 +31,8 @@ N_TIMESTEPS = {
     "Pendulum-v1": 50_000,
     "Hopper-v5": 100_000,
     "HalfCheetah-v5": 100_000,
-    "MinAtar/SpaceInvaders-v1": 300_000,
-    "MinAtar/Breakout-v1": 300_000,
+    "MinAtar/SpaceInvaders-v1": 100_000,
+    "MinAtar/Breakout-v1": 100_000,
 }
 PHASIC = ("CartPole-v1", QUICK_ENV)
 # Where as many samples leave rollouts of one or two steps to the most environments

@@ -60,6 +60,9 @@ class SavedStateMixin(OnPolicyAlgorithm):
     _states_in_file: dict[str, StateDict] | None = None
     # The number of environments that the hyper-parameters are for
     tuned_for_n_envs: int | None = None
+    # Hyper-parameters as tuned, and what they are for the present number of environments; None: nothing is rescaled
+    tuned_hyperparameters: dict[str, Any] | None = None
+    fitted_hyperparameters: dict[str, Any] | None = None
     # Names of the attributes that load() was given
     _given_to_load: tuple[str, ...] = ()
 
@@ -72,7 +75,8 @@ class SavedStateMixin(OnPolicyAlgorithm):
         return next(base for base in bases if not issubclass(base, SavedStateMixin))
 
     def _setup_model(self) -> None:
-        if vars(self).get("clip_range") == CLIP_OFF_IN_FILE:
+        # load(..., clip_range=None) bypasses the constructor.
+        if vars(self).get("clip_range", CLIP_OFF) in (None, CLIP_OFF_IN_FILE):
             vars(self)["clip_range"] = CLIP_OFF
         super()._setup_model()
         self.generators = GeneratorStates(self.device)
