@@ -216,6 +216,8 @@ class RecurrentPPG(RecurrentMixin, AuxiliaryPhaseMixin, RecurrentPPO):
     with; ``aux_batch_size`` is rounded down to a number of them, at least one.
     """
 
+    # Both mixins add one to those of the core.
+    _own_states: ClassVar[tuple[str, ...]] = (*AuxiliaryPhaseMixin._own_states, "lstm_state")
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
         "MlpLstmPolicy": policies.RecurrentPPGPolicy,
         "CnnLstmPolicy": policies.RecurrentPPGCnnPolicy,
@@ -240,6 +242,7 @@ class MaskablePPG(MaskableMixin, AuxiliaryPhaseMixin, MaskablePPO):
 class MaskableRecurrentPPG(MaskableRecurrentMixin, AuxiliaryPhaseMixin, MaskedCollection, RecurrentPPO):  # type: ignore[misc]  # learn()
     """PPG with LSTM policies and invalid-action masks: :class:`RecurrentPPG` and :class:`MaskablePPG` in one."""
 
+    _own_states: ClassVar[tuple[str, ...]] = RecurrentPPG._own_states
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
         "MlpLstmPolicy": policies.MaskedRecurrentPPGPolicy,
         "CnnLstmPolicy": policies.MaskedRecurrentPPGCnnPolicy,
