@@ -24,7 +24,7 @@ from stable_baselines3.common.type_aliases import MaybeCallback
 from sb3_ppo_ewma._arguments import check_policy_class
 from sb3_ppo_ewma.contrib import policies
 from sb3_ppo_ewma.contrib.evaluation import MaskableEvaluation, MaskableRecurrentEvaluation, RecurrentEvaluation
-from sb3_ppo_ewma.contrib.masking import MaskedCollection, check_masks
+from sb3_ppo_ewma.contrib.masking import MaskedCollection, check_masks, mask_sizes
 from sb3_ppo_ewma.evaluation import PolicyEvaluation
 from sb3_ppo_ewma.ppg import AuxiliaryPhaseMixin, EwmaDefaultMixin
 from sb3_ppo_ewma.ppo_ewma import EwmaMixin
@@ -140,7 +140,7 @@ class MaskableMixin(EwmaMixin):
         :raises ValueError: if no action is valid in one of the environments
         """
         if action_masks is not None:
-            masks = np.atleast_2d(np.asarray(action_masks))
+            masks = np.asarray(action_masks).reshape(-1, sum(mask_sizes(self.action_space)))
             check_masks(masks, self.action_space, lambda index: f"environment {index[0]}")
         policy: Any = self.policy
         result = policy.predict(observation, state, episode_start, deterministic, action_masks=action_masks)

@@ -296,6 +296,8 @@ def _masks_of_step(env: VecEnv, buffer: MaskedSequencesMixin) -> np.ndarray:
     :return: (n_envs, n) masks of the observations that the environments returned last
     """
     if buffer.pending_masks is None:  # else a callback calls the policy before the step is stored
-        buffer.pending_masks = get_action_masks(env)
-        check_masks(buffer.pending_masks, env.action_space, lambda index: f"environment {index[0]}")
+        step = cast(RecurrentRolloutBuffer, buffer).pos
+        masks = get_action_masks(env).reshape(env.num_envs, -1)
+        check_masks(masks, env.action_space, lambda index: f"environment {index[0]} at step {step} of the rollout")
+        buffer.pending_masks = masks
     return buffer.pending_masks

@@ -51,7 +51,8 @@ class MaskedRecurrentMixin(RecurrentActorCriticPolicy):
     @contextlib.contextmanager
     def masks_from(self, source: Callable[[], np.ndarray]) -> Iterator[None]:
         """
-        Within this context, a call of the policy without masks takes them from a function.
+        Within this context, a call of the policy without masks, for a batch of the size of theirs, takes them from a
+        function. Copies of the policy do not.
 
         :param source: gives the masks
         """
@@ -97,7 +98,8 @@ class MaskedRecurrentMixin(RecurrentActorCriticPolicy):
         :return: actions, values, log-probabilities, new states
         """
         if action_masks is None and self._mask_source is not None:
-            action_masks = self._mask_source()
+            masks = self._mask_source()
+            action_masks = masks if len(masks) == len(episode_starts) else None  # else of a callback
         with self.masked(action_masks):
             return super().forward(obs, lstm_states, episode_starts, deterministic)
 
@@ -156,6 +158,10 @@ class MaskedRecurrentMixin(RecurrentActorCriticPolicy):
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         return {**super()._get_constructor_parameters(), **_lstm_parameters(self)}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The source of masks has the environments, which cannot always be copied.
+        return {**vars(self), "_mask_source": None}
 
 
 class MaskedLstmPolicy(MaskedRecurrentMixin, RecurrentActorCriticPolicy):
