@@ -9,6 +9,7 @@ import pytest
 import torch as th
 from sb3_contrib.common.recurrent.buffers import RecurrentRolloutBuffer
 from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import nn
 
@@ -140,3 +141,55 @@ def test_minibatches_of_any_size(batch_size: int | None) -> None:
         model.batch_size = batch_size
         trained.append(copy_parameters(model.learn(48)))
     th.testing.assert_close(*trained, rtol=1e-4, atol=1e-5)
+
+
+class Probe(BaseCallback):
+    """
+    Changes the actor's LSTM in the middle of the second rollout, and keeps what is collected.
+
+    :param change: makes the change
+    """
+
+    def __init__(self, change: Callable[[nn.Module], Any]) -> None:
+        super().__init__()
+        self.change = change
+        self.log_probs: list[np.ndarray] = []
+
+    def _on_step(self) -> bool:
+        if self.num_timesteps == 24:
+            self.change(self.model.policy.lstm_actor)
+        return True
+
+    def _on_rollout_end(self) -> None:
+        self.log_probs.append(self.model.rollout_buffer.log_probs.copy())
+
+
+def double_output(module: nn.Module, inputs: Any, outputs: Any) -> Any:
+    return 2 * outputs[0], outputs[1]
+
+
+def patch_forward(lstm: nn.Module) -> None:
+    lstm.forward = lambda *args: double_output(lstm, args, nn.LSTM.forward(lstm, *args))
+
+
+def zero_weights(lstm: nn.Module) -> None:
+    with th.no_grad():
+        lstm.weight_hh_l1.zero_()
+
+
+CHANGES: dict[str, Callable[[nn.Module], Any]] = {
+    "nothing": lambda lstm: None,
+    "hook": lambda lstm: lstm.register_forward_hook(double_output),
+    "forward": patch_forward,
+    "weights": zero_weights,
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_collection_is_the_same_whatever_a_callback_changes(name: str) -> None:
+    collected = []
+    for engine in ("auto", "reference"):
+        model = make(engine=engine, policy_kwargs={"n_lstm_layers": 2})
+        model.learn(32, probe := Probe(CHANGES[name]))
+        collected.append(np.concatenate(probe.log_probs))
+    np.testing.assert_allclose(*collected, rtol=1e-4, atol=1e-5)
