@@ -8,6 +8,7 @@ from typing import Any, ClassVar, NamedTuple, cast
 
 import numpy as np
 import torch as th
+from stable_baselines3.common.policies import BasePolicy
 from torch import nn
 
 from sb3_ppo_ewma._engine.fused import FusedEngine
@@ -213,9 +214,8 @@ class SequenceEvaluation(PolicyEvaluation):
 
     @staticmethod
     def _latent_pi(policy: Any, observations: Any, sequences: Sequences, states: list[th.Tensor]) -> th.Tensor:
-        features = policy.extract_features(observations)
-        pi_features = features if policy.share_features_extractor else features[0]
-        latent = sequences.outputs(policy.lstm_actor, pi_features, (states[0], states[1]))
+        features = BasePolicy.extract_features(policy, observations, policy.pi_features_extractor)
+        latent = sequences.outputs(policy.lstm_actor, features, (states[0], states[1]))
         return cast(th.Tensor, policy.mlp_extractor.forward_actor(latent))
 
     @staticmethod
