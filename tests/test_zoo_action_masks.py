@@ -125,7 +125,7 @@ def test_masks_of_a_wrapper(wrapper: str) -> None:
 
 @pytest.mark.parametrize("arguments", [[], ["--vec-env", "subproc"], ["-optimize"], ["--eval-freq", "-1"]])
 def test_an_environment_without_masks_is_refused(arguments: list[str]) -> None:
-    message = refusal(["train", "--algo", "ppo_mask_ewma", "--env", "CartPole-v1", "-f", "logs", *arguments])
+    message = refusal(["train", "--algo", "ppo_mask_ewma", "--env", "CartPole-v1", "-n", "64", "-f", "logs", *arguments])
     assert re.search(r"ppo_mask_ewma needs action masks, and CartPole-v1 has no method action_masks\(\)", message)
     assert MASKER in message
     assert INFO_MASKER in message

@@ -58,3 +58,30 @@ class InfoActionMasker(gym.Wrapper[Any, Any, Any, Any]):
             known = ", ".join(map(repr, info)) or "nothing"
             raise ValueError(f"key must name a mask in the information, got {self.key!r}; there is {known}")
         self._mask = np.asarray(info[self.key], dtype=bool)
+
+
+class MiniGridActionMasker(gym.Wrapper[Any, Any, Any, Any]):
+    """
+    Masks the actions of MiniGrid that have no effect now: going forward against an obstacle, picking up what is not
+    there, dropping without a free cell, toggling what is neither a door nor a box. It reveals nothing that the observed
+    cell in front of the agent does not show. The action ``done`` stays valid.
+
+    .. code-block:: python
+
+        env = MiniGridActionMasker(FlatObsWrapper(gym.make("MiniGrid-MemoryS7-v0")))
+
+    :param env: environment of MiniGrid, wrapped or not
+    """
+
+    def action_masks(self) -> np.ndarray:
+        """
+        :return: whether each action has an effect now
+        """
+        grid: Any = self.unwrapped
+        ahead, carries = grid.grid.get(*grid.front_pos), grid.carrying is not None
+        masks = np.ones(len(grid.actions), dtype=bool)
+        masks[grid.actions.forward] = ahead is None or ahead.can_overlap()
+        masks[grid.actions.pickup] = ahead is not None and ahead.can_pickup() and not carries
+        masks[grid.actions.drop] = ahead is None and carries
+        masks[grid.actions.toggle] = ahead is not None and ahead.type in ("door", "box")
+        return masks
