@@ -5,14 +5,34 @@ from pathlib import Path
 from sb3_contrib import MaskablePPO
 from stable_baselines3.common.base_class import BaseAlgorithm
 
-from sb3_ppo_ewma import PPG, PPGEWMA, PPOEWMA, MaskablePPOEWMA, RecurrentPPOEWMA
+from sb3_ppo_ewma import (
+    PPG,
+    PPGEWMA,
+    PPOEWMA,
+    MaskablePPG,
+    MaskablePPGEWMA,
+    MaskablePPOEWMA,
+    MaskableRecurrentPPG,
+    MaskableRecurrentPPGEWMA,
+    MaskableRecurrentPPOEWMA,
+    RecurrentPPG,
+    RecurrentPPGEWMA,
+    RecurrentPPOEWMA,
+)
 
 ALGORITHMS: dict[str, type[BaseAlgorithm]] = {
     "ppo_ewma": PPOEWMA,
     "ppo_lstm_ewma": RecurrentPPOEWMA,
     "ppo_mask_ewma": MaskablePPOEWMA,
+    "ppo_mask_lstm_ewma": MaskableRecurrentPPOEWMA,
     "ppg": PPG,
+    "ppg_lstm": RecurrentPPG,
+    "ppg_mask": MaskablePPG,
+    "ppg_mask_lstm": MaskableRecurrentPPG,
     "ppg_ewma": PPGEWMA,
+    "ppg_lstm_ewma": RecurrentPPGEWMA,
+    "ppg_mask_ewma": MaskablePPGEWMA,
+    "ppg_mask_lstm_ewma": MaskableRecurrentPPGEWMA,
 }
 
 # sb3-contrib's algorithm to compare the masked ones with, which the zoo lacks
@@ -21,8 +41,14 @@ BASELINES: dict[str, type[BaseAlgorithm]] = {"ppo_mask": MaskablePPO}
 # More files for ppo_ewma: settings with one policy epoch, and settings that Optuna found
 ONE_EPOCH, TUNED = "ppo_ewma_one_epoch", "ppo_ewma_tuned"
 
-# Algorithms without a file of their own: their entries are those of another one, which has the same parameters
-SHARED_FILES = {"ppo_mask_ewma": "ppo_mask"}
+# Algorithms without a file of their own, and those whose entries they share. Shared entries do not give prox_decay:
+# each algorithm takes its default.
+SHARED_FILES = {
+    "ppo_mask_ewma": "ppo_mask",
+    "ppg_lstm_ewma": "ppg_lstm",
+    "ppg_mask_ewma": "ppg_mask",
+    "ppg_mask_lstm_ewma": "ppg_mask_lstm",
+}
 
 
 def hyperparameter_file(name: str) -> Path:
