@@ -201,6 +201,23 @@ def unknown_module(modules: list[nn.Module]) -> str | None:
     return replaced_in(modules)
 
 
+def unknown_lstm(lstm: nn.LSTM) -> str | None:
+    """
+    :param lstm: an LSTM
+    :return: why it does more than its layers one after the other, ``None`` if it does not
+    """
+    if type(lstm) is not nn.LSTM:
+        return f"the LSTM is a {type(lstm).__name__}"
+    if lstm.dropout > 0 and lstm.num_layers > 1:
+        return "the LSTM has dropout"
+    if lstm.bidirectional or lstm.proj_size or lstm.batch_first:
+        return "the LSTM is bidirectional, projected or takes batches first"
+    compiled: Any = lstm._compiled_call_impl
+    if not (compiled is None or hasattr(compiled, "stands_in_for_forward")):
+        return "an LSTM is compiled"
+    return replaced_in([lstm])
+
+
 def hooks(modules: Iterable[nn.Module]) -> str | None:
     """
     :param modules: modules

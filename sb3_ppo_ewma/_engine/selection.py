@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch as th
 
 from sb3_ppo_ewma._arguments import warn_caller
-from sb3_ppo_ewma._engine.collection import fast_forward, unknown_collection
+from sb3_ppo_ewma._engine.collection import fast_cells, fast_forward, unknown_collection
 from sb3_ppo_ewma._engine.compiled import CompilationError, CompiledDenseEngine, CompiledEngine, Graphs
 from sb3_ppo_ewma._engine.dense import DenseEngine
 from sb3_ppo_ewma._engine.dense_networks import unknown_networks, unknown_parameters
@@ -289,13 +289,9 @@ class EngineSelector:
         :return: context in which its policy collects
         """
         policy = model.policy
-        is_known = (
-            model.engine != "reference"
-            and not th.is_autocast_enabled(policy.device.type)
-            and patched_classes() is None
-            and unknown_collection(policy) is None
-        )
-        return fast_forward(policy) if is_known else contextlib.nullcontext()
+        if model.engine == "reference" or th.is_autocast_enabled(policy.device.type) or patched_classes() is not None:
+            return contextlib.nullcontext()
+        return fast_forward(policy) if unknown_collection(policy) is None else fast_cells(policy)
 
     def report(self, model: Any, iteration: Iteration) -> None:
         """

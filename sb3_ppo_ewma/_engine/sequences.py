@@ -8,11 +8,12 @@ from typing import Any, ClassVar, NamedTuple, cast
 
 import numpy as np
 import torch as th
+from stable_baselines3.common.policies import BasePolicy
 from torch import nn
 
 from sb3_ppo_ewma._engine.fused import FusedEngine
 from sb3_ppo_ewma._engine.iteration import Iteration
-from sb3_ppo_ewma._engine.recognition import hooks, replaced_in, unknown_module
+from sb3_ppo_ewma._engine.recognition import hooks, unknown_lstm, unknown_module
 from sb3_ppo_ewma.evaluation import PolicyEvaluation
 from sb3_ppo_ewma.rollouts import LSTM_STATES, PhaseSamples, Rollout, flatten_buffer
 
@@ -213,9 +214,8 @@ class SequenceEvaluation(PolicyEvaluation):
 
     @staticmethod
     def _latent_pi(policy: Any, observations: Any, sequences: Sequences, states: list[th.Tensor]) -> th.Tensor:
-        features = policy.extract_features(observations)
-        pi_features = features if policy.share_features_extractor else features[0]
-        latent = sequences.outputs(policy.lstm_actor, pi_features, (states[0], states[1]))
+        features = BasePolicy.extract_features(policy, observations, policy.pi_features_extractor)
+        latent = sequences.outputs(policy.lstm_actor, features, (states[0], states[1]))
         return cast(th.Tensor, policy.mlp_extractor.forward_actor(latent))
 
     @staticmethod
@@ -255,14 +255,11 @@ def unknown_recurrent(policy: Any) -> str | None:
     """
     lstms = [lstm for lstm in (policy.lstm_actor, policy.lstm_critic) if lstm is not None]
     for lstm in lstms:
-        if type(lstm) is not nn.LSTM:
-            return f"the LSTM is a {type(lstm).__name__}"
-        if lstm.dropout > 0 and lstm.num_layers > 1:
-            return "the LSTM has dropout"
-        if lstm.bidirectional or lstm.proj_size or lstm.batch_first:
-            return "the LSTM is bidirectional, projected or takes batches first"
+        reason = unknown_lstm(lstm)
+        if reason is not None:
+            return reason
     others = [module for module in policy.modules() if module is not policy and module not in lstms]
-    return unknown_module(others) or replaced_in(lstms) or hooks(policy.modules())
+    return unknown_module(others) or hooks(policy.modules())
 
 
 def _distribution(policy: Any, latent_pi: th.Tensor, action_masks: th.Tensor | None) -> Any:
