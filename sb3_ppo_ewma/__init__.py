@@ -18,7 +18,17 @@ from sb3_ppo_ewma.ppg import PPG, PPGEWMA, AuxiliaryPhaseMixin
 from sb3_ppo_ewma.ppo_ewma import PPOEWMA, EwmaMixin
 
 if TYPE_CHECKING:
-    from sb3_ppo_ewma.contrib import MaskablePPOEWMA, RecurrentPPOEWMA
+    from sb3_ppo_ewma.contrib import (
+        MaskablePPG,
+        MaskablePPGEWMA,
+        MaskablePPOEWMA,
+        MaskableRecurrentPPG,
+        MaskableRecurrentPPGEWMA,
+        MaskableRecurrentPPOEWMA,
+        RecurrentPPG,
+        RecurrentPPGEWMA,
+        RecurrentPPOEWMA,
+    )
 
 __version__ = "0.1.0"
 __all__ = [
@@ -31,12 +41,19 @@ __all__ = [
     "EwmaMixin",
     "ImpalaCNN",
     "ImpalaPolicy",
+    "MaskablePPG",
+    "MaskablePPGEWMA",
     "MaskablePPOEWMA",
+    "MaskableRecurrentPPG",
+    "MaskableRecurrentPPGEWMA",
+    "MaskableRecurrentPPOEWMA",
     "NoiseScaleCallback",
     "PPGCnnPolicy",
     "PPGImpalaPolicy",
     "PPGMultiInputPolicy",
     "PPGPolicy",
+    "RecurrentPPG",
+    "RecurrentPPGEWMA",
     "RecurrentPPOEWMA",
     "SmallGridCNN",
     "__version__",
@@ -46,7 +63,17 @@ __all__ = [
 # Gymnasium's make() finds the games, by EnvPool's names, once this package is imported.
 _envpool_env.register(_envpool_env.PROCGEN)
 
-_CONTRIB = ("MaskablePPOEWMA", "RecurrentPPOEWMA")
+_CONTRIB = (
+    "MaskablePPG",
+    "MaskablePPGEWMA",
+    "MaskablePPOEWMA",
+    "MaskableRecurrentPPG",
+    "MaskableRecurrentPPGEWMA",
+    "MaskableRecurrentPPOEWMA",
+    "RecurrentPPG",
+    "RecurrentPPGEWMA",
+    "RecurrentPPOEWMA",
+)
 
 
 def __getattr__(name: str) -> Any:

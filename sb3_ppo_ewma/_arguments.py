@@ -132,6 +132,21 @@ def check_sb3_arguments(arguments: dict[str, Any], advantage_decay: float | None
         raise SB3ArgumentError(f"clip_range_vf must be positive, or None for no clipping, got {clip_range_vf}")
 
 
+def check_policy_class(model: Any, needed: type, reason: str) -> None:
+    """
+    :param model: an algorithm that is about to build its policy
+    :param needed: class that the policy must be derived from
+    :param reason: what that class has
+    :raises ValueError: if the policy is not derived from it
+    """
+    if not (isinstance(model.policy_class, type) and issubclass(model.policy_class, needed)):
+        base = next(iter(model.policy_aliases.values())).__name__
+        raise ValueError(
+            f"policy must be one of {', '.join(map(repr, model.policy_aliases))} or a class derived from {base}, "
+            f"{reason}, got {model.policy_class}"
+        )
+
+
 def check_update_limits(n_epochs: Any, max_grad_norm: Any, target_kl: Any) -> None:
     """
     :param n_epochs: number of epochs

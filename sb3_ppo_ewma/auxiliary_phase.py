@@ -81,7 +81,7 @@ class AuxiliaryPhase:
         :param progress: where to show how far it is
         """
         old_parameters = self._old_parameters(buffer)
-        n_minibatches = math.ceil(buffer.n_samples / self._batch_size)
+        n_minibatches = math.ceil(buffer.n_samples / buffer.whole_sequences(self._batch_size))
         try:
             for epoch in range(n_epochs):
                 for i, indices in enumerate(buffer.minibatches(self._batch_size)):
@@ -97,11 +97,8 @@ class AuxiliaryPhase:
         self, buffer: PhaseBuffer, indices: np.ndarray, old_parameters: list[th.Tensor]
     ) -> AuxiliaryMinibatch:
         chosen = th.as_tensor(indices, device=self._device)
-        return AuxiliaryMinibatch(
-            buffer.observations(indices, self._device),
-            buffer.returns(indices, self._device),
-            [parameter[chosen] for parameter in old_parameters],
-        )
+        samples = buffer.samples(indices, self._device)
+        return AuxiliaryMinibatch(samples, [parameter[chosen] for parameter in old_parameters])
 
     @th.no_grad()
     def _old_parameters(self, buffer: PhaseBuffer) -> list[th.Tensor]:
@@ -111,10 +108,10 @@ class AuxiliaryPhase:
         """
         self._policy.set_training_mode(False)
         blocks: list[th.Tensor] = []
-        step = max(self._batch_size, EVALUATION_BATCH_SIZE)
+        step = buffer.whole_sequences(max(self._batch_size, EVALUATION_BATCH_SIZE))
         for start in range(0, buffer.n_samples, step):
             chosen = slice(start, start + step)
-            parameters = self._engine.old_parameters(buffer.observations(chosen, self._device))
+            parameters = self._engine.old_parameters(buffer.samples(chosen, self._device))
             # One block each: many small ones that stay would keep the large ones between them from being used again.
             blocks = blocks or [each.new_empty((buffer.n_samples, *each.shape[1:])) for each in parameters]
             for block, parameter in zip(blocks, parameters, strict=True):

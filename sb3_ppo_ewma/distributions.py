@@ -25,6 +25,8 @@ from sb3_ppo_ewma.losses import Coefficient, bernoulli_kl, categorical_kl
 SelfSoftplus = TypeVar("SelfSoftplus", bound="SoftplusDiagGaussianDistribution")
 Parameters: TypeAlias = list[th.Tensor]
 
+# Packages whose masked distributions are torch's with masked logits
+_MASKED = ("sb3_contrib.", "sb3_ppo_ewma.")
 _LOG_SQRT_2PI = 0.5 * math.log(2 * math.pi)
 
 
@@ -34,7 +36,10 @@ def to_policy_actions(action_space: spaces.Space[Any], actions: th.Tensor) -> th
     :param actions: actions as the rollout buffer stores them
     :return: the same in the form that the policy's distribution expects
     """
-    return actions.long().flatten() if isinstance(action_space, spaces.Discrete) else actions
+    if isinstance(action_space, spaces.Discrete):
+        return actions.long().flatten()
+    # Buffers of sb3-contrib keep integers, which Bernoulli's loss refuses.
+    return actions.float() if isinstance(action_space, spaces.MultiBinary) else actions
 
 
 # === Closed forms ===
@@ -406,7 +411,7 @@ def _torch_class(distribution: Distribution) -> Any:
     for cls in type(distribution).__mro__:
         if cls.__module__.startswith("torch.distributions."):
             return cls
-        if not cls.__module__.startswith("sb3_contrib."):  # whose masked distributions are torch's with masked logits
+        if not cls.__module__.startswith(_MASKED):
             break
     raise ValueError(
         f"the distribution of the actions is a {type(distribution).__name__}, which cannot be rebuilt from its "

@@ -3,7 +3,7 @@ MaskablePPO differ in."""
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import numpy as np
 import torch as th
@@ -55,6 +55,18 @@ class Evaluation(NamedTuple):
 class PolicyEvaluation:
     """The evaluation of SB3's ``PPO``. Other families override its methods."""
 
+    # What an auxiliary phase keeps of a rollout beside observations and value targets: arrays of the rollout buffer,
+    # of every step, and of the first step of each environment
+    step_fields: ClassVar[tuple[str, ...]] = ()
+    sequence_fields: ClassVar[tuple[str, ...]] = ()
+
+    def further_arguments(self, samples: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """
+        :param samples: minibatch from the rollout buffer or of an auxiliary phase
+        :return: positional and keyword arguments that methods of the policy take beside observations and actions
+        """
+        return (), {}
+
     def evaluate_actions(
         self, policy: Any, samples: Any, actions: th.Tensor
     ) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
@@ -64,7 +76,8 @@ class PolicyEvaluation:
         :param actions: its actions in the form the distribution expects
         :return: values, log-probabilities and entropies of the actions
         """
-        result = policy.evaluate_actions(samples.observations, actions)
+        args, kwargs = self.further_arguments(samples)
+        result = policy.evaluate_actions(samples.observations, actions, *args, **kwargs)
         return cast(tuple[th.Tensor, th.Tensor, th.Tensor | None], result)
 
     def log_prob(self, policy: Any, samples: Any, actions: th.Tensor) -> th.Tensor:
@@ -75,6 +88,31 @@ class PolicyEvaluation:
         :return: (batch,) the log-probabilities of :meth:`evaluate_actions`, perhaps without evaluating the critic
         """
         return self.evaluate_actions(policy, samples, actions)[1]
+
+    def distribution(self, policy: Any, samples: Any) -> Any:
+        """
+        :param policy: the policy
+        :param samples: minibatch from the rollout buffer or of an auxiliary phase
+        :return: SB3's action distribution, without evaluating the critic
+        """
+        return policy.get_distribution(samples.observations)
+
+    def evaluate_auxiliary(self, policy: Any, samples: Any) -> tuple[Any, th.Tensor, th.Tensor]:
+        """
+        :param policy: a policy with the auxiliary value head
+        :param samples: samples of an auxiliary phase
+        :return: SB3's action distribution; values V and V_aux, (batch,) each
+        """
+        args, kwargs = self.further_arguments(samples)
+        result = policy.evaluate_auxiliary(samples.observations, *args, **kwargs)
+        return cast(tuple[Any, th.Tensor, th.Tensor], result)
+
+    def unknown_sequences(self, policy: Any) -> str | None:
+        """
+        :param policy: the policy
+        :return: why the sequences of its LSTM cannot be evaluated without padding, ``None`` if they can
+        """
+        return "the policy is not recurrent"
 
     def padding_mask(self, samples: Any) -> th.Tensor | None:
         """

@@ -11,6 +11,7 @@ from stable_baselines3.common.distributions import DiagGaussianDistribution, Dis
 from stable_baselines3.common.policies import (
     ActorCriticCnnPolicy,
     ActorCriticPolicy,
+    BasePolicy,
     MultiInputActorCriticPolicy,
 )
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, MlpExtractor, create_mlp
@@ -30,10 +31,57 @@ StdActivation = Literal["exp", "softplus"]
 _SMALL_HEAD = 0.1
 
 
-class PPGPolicy(ActorCriticPolicy):
+class AuxiliaryHeadMixin(BasePolicy):
     """
-    SB3's actor-critic policy for Phasic Policy Gradient. It adds a linear auxiliary value head on the last layer of the
-    policy network, and ``critic_arch`` sets what critic and policy share.
+    Adds to an actor-critic policy a linear auxiliary value head on the last layer of the policy network. Place it
+    first: ``class MyPolicy(AuxiliaryHeadMixin, MyActorCriticPolicy)``.
+
+    Source: Cobbe et al. 2020, https://arxiv.org/abs/2009.04416
+    """
+
+    aux_value_net: nn.Linear
+    mlp_extractor: Any
+    value_net: Any
+    ortho_init: bool
+    share_features_extractor: bool
+
+    def _build(self, lr_schedule: Schedule) -> None:
+        super()._build(lr_schedule)  # type: ignore[misc]  # every actor-critic policy has it
+        # Keep the random state: all other weights then equal those of a policy without this head.
+        with preserved_generators(th.device("cpu")):
+            self.aux_value_net = nn.Linear(self.mlp_extractor.latent_dim_pi, 1)
+            self._initialize_aux_head(self.aux_value_net)
+        # Rebuild the optimizer, which lacks the head's parameters.
+        optimizer: Any = self.optimizer_class
+        self.optimizer = optimizer(self.parameters(), lr=lr_schedule(1), **self.optimizer_kwargs)
+
+    def _initialize_aux_head(self, head: nn.Linear) -> None:
+        if self.ortho_init:
+            head.apply(partial(self.init_weights, gain=1))  # as SB3's value head
+
+    def evaluate_auxiliary(self, obs: PyTorchObs) -> tuple[Distribution, th.Tensor, th.Tensor]:
+        """
+        Compute in one forward pass all outputs that the auxiliary phase trains.
+
+        :param obs: observations, (batch, ...)
+        :return: action distribution; values V and auxiliary values V_aux, both (batch,)
+        """
+        features: Any = self.extract_features(obs)  # type: ignore[call-arg]  # the extractor is the policy's own
+        pi_features, vf_features = (features, features) if isinstance(features, th.Tensor) else features
+        latent_pi = self.mlp_extractor.forward_actor(pi_features)
+        return self._auxiliary_outputs(latent_pi, self.mlp_extractor.forward_critic(vf_features))
+
+    def _auxiliary_outputs(
+        self, latent_pi: th.Tensor, latent_vf: th.Tensor
+    ) -> tuple[Distribution, th.Tensor, th.Tensor]:
+        values, aux_values = self.value_net(latent_vf), self.aux_value_net(latent_pi)
+        distribution = self._get_action_dist_from_latent(latent_pi)  # type: ignore[operator]  # as above
+        return distribution, values.flatten(), aux_values.flatten()
+
+
+class CriticArchMixin(AuxiliaryHeadMixin):
+    """
+    Lets ``critic_arch`` set what critic and policy share.
 
     The trunk is the features extractor, followed by the layers of ``trunk_arch``; ``net_arch`` gives the separate
     layers of policy and critic after it. If the trunk has no weights (vector observations without ``trunk_arch``), the
@@ -55,10 +103,15 @@ class PPGPolicy(ActorCriticPolicy):
         logarithm, as in SB3; ``"softplus"``: as
         :class:`~sb3_ppo_ewma.distributions.SoftplusDiagGaussianDistribution` does
     :param share_features_extractor: ``None``, or the value that ``critic_arch`` implies
-    :param kwargs: other keyword arguments of ``ActorCriticPolicy``
+    :param kwargs: other keyword arguments of the policy this is mixed into
     :raises ValueError: for an unknown choice, or one that contradicts another argument
     :raises TypeError: if ``trunk_arch`` is not a list of integers
     """
+
+    activation_fn: type[nn.Module]
+    action_dist: Any
+    features_dim: int
+    net_arch: Any
 
     def __init__(
         self,
@@ -88,9 +141,8 @@ class PPGPolicy(ActorCriticPolicy):
         self.critic_arch: CriticArch = critic_arch
         self.trunk_arch = list(trunk_arch or [])
         self.std_activation: StdActivation = std_activation
-        super().__init__(
-            observation_space, action_space, lr_schedule, net_arch, share_features_extractor=shares, **kwargs
-        )
+        build: Any = super().__init__  # of the policy this is mixed into
+        build(observation_space, action_space, lr_schedule, net_arch, share_features_extractor=shares, **kwargs)
 
     def make_features_extractor(self) -> BaseFeaturesExtractor:
         """
@@ -101,7 +153,8 @@ class PPGPolicy(ActorCriticPolicy):
 
     def _build_mlp_extractor(self) -> None:
         if self.critic_arch != "detach":
-            return super()._build_mlp_extractor()
+            super()._build_mlp_extractor()  # type: ignore[misc]  # every actor-critic policy has it
+            return
         self.mlp_extractor = DetachedCriticMlpExtractor(
             self.features_dim, net_arch=self.net_arch, activation_fn=self.activation_fn, device=self.device
         )
@@ -111,7 +164,7 @@ class PPGPolicy(ActorCriticPolicy):
             if not isinstance(self.action_dist, DiagGaussianDistribution):
                 raise ValueError(
                     "std_activation='softplus' needs a Box action space and use_sde=False, got "
-                    f"{self.action_space} and use_sde={self.use_sde}; gSDE has use_expln"
+                    f"{self.action_space} and use_sde={getattr(self, 'use_sde', False)}; gSDE has use_expln"
                 )
             self.action_dist = SoftplusDiagGaussianDistribution(self.action_dist.action_dim)
         super()._build(lr_schedule)
@@ -120,31 +173,6 @@ class PPGPolicy(ActorCriticPolicy):
                 f"critic_arch='detach' is not known to the mlp_extractor of {type(self).__name__}: detach the features "
                 "in its forward_critic() and use critic_arch='shared'"
             )
-        # Keep the random state: all other weights then equal those of a policy without this head.
-        with preserved_generators(th.device("cpu")):
-            self.aux_value_net = nn.Linear(self.mlp_extractor.latent_dim_pi, 1)
-            self._initialize_aux_head(self.aux_value_net)
-        # Rebuild the optimizer, which lacks the head's parameters.
-        optimizer: Any = self.optimizer_class
-        self.optimizer = optimizer(self.parameters(), lr=lr_schedule(1), **self.optimizer_kwargs)
-
-    def _initialize_aux_head(self, head: nn.Linear) -> None:
-        if self.ortho_init:
-            head.apply(partial(self.init_weights, gain=1))  # as SB3's value head
-
-    def evaluate_auxiliary(self, obs: PyTorchObs) -> tuple[Distribution, th.Tensor, th.Tensor]:
-        """
-        Compute in one forward pass all outputs that the auxiliary phase trains.
-
-        :param obs: observations, (batch, ...)
-        :return: action distribution; values V and auxiliary values V_aux, both (batch,)
-        """
-        features = self.extract_features(obs)
-        pi_features, vf_features = (features, features) if isinstance(features, th.Tensor) else features
-        latent_pi = self.mlp_extractor.forward_actor(pi_features)
-        values = self.value_net(self.mlp_extractor.forward_critic(vf_features))
-        aux_values = self.aux_value_net(latent_pi)
-        return self._get_action_dist_from_latent(latent_pi), values.flatten(), aux_values.flatten()
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         own = {
@@ -153,6 +181,13 @@ class PPGPolicy(ActorCriticPolicy):
             "std_activation": self.std_activation,
         }
         return {**super()._get_constructor_parameters(), **own}
+
+
+class PPGPolicy(CriticArchMixin, ActorCriticPolicy):
+    """
+    SB3's actor-critic policy for Phasic Policy Gradient: with the auxiliary value head of :class:`AuxiliaryHeadMixin`
+    and the parameters of :class:`CriticArchMixin`.
+    """
 
 
 class PPGCnnPolicy(PPGPolicy, ActorCriticCnnPolicy):

@@ -11,11 +11,11 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import MaybeCallback, Schedule
 from stable_baselines3.common.utils import FloatSchedule, update_learning_rate
 
-from sb3_ppo_ewma._arguments import check_integer, check_number, check_schedule, warn_caller
+from sb3_ppo_ewma._arguments import check_integer, check_number, check_policy_class, check_schedule, warn_caller
 from sb3_ppo_ewma._engine.iteration import AuxiliaryCoefficients, make_iteration
 from sb3_ppo_ewma.auxiliary_phase import AuxiliaryPhase, PhaseProgress
 from sb3_ppo_ewma.following import make_optimizer
-from sb3_ppo_ewma.policies import PPGCnnPolicy, PPGImpalaPolicy, PPGMultiInputPolicy, PPGPolicy
+from sb3_ppo_ewma.policies import AuxiliaryHeadMixin, PPGCnnPolicy, PPGImpalaPolicy, PPGMultiInputPolicy, PPGPolicy
 from sb3_ppo_ewma.ppo_ewma import EwmaMixin
 from sb3_ppo_ewma.rollouts import PhaseBuffer, Rollout, default_aux_batch_size
 from sb3_ppo_ewma.training_log import log_phase
@@ -117,15 +117,16 @@ class AuxiliaryPhaseMixin(EwmaMixin):
         }
 
     def _setup_model(self) -> None:
-        if not (isinstance(self.policy_class, type) and issubclass(self.policy_class, PPGPolicy)):
-            raise ValueError(
-                f"policy must be one of {', '.join(map(repr, self.policy_aliases))} or a class derived from PPGPolicy, "
-                f"which has the auxiliary value head, got {self.policy_class}"
-            )
+        check_policy_class(self, AuxiliaryHeadMixin, "which has the auxiliary value head")
         super()._setup_model()
         self.aux_lr_schedule = self._make_aux_lr_schedule()
         self.aux_optimizer = make_optimizer(self.policy, self.aux_lr_schedule)
-        self.phase_buffer = PhaseBuffer(self.n_policy_iterations) if self.n_aux_epochs > 0 else None
+        evaluation = self.policy_evaluation
+        self.phase_buffer = (
+            PhaseBuffer(self.n_policy_iterations, evaluation.step_fields, evaluation.sequence_fields)
+            if self.n_aux_epochs > 0
+            else None
+        )
 
     def _make_aux_lr_schedule(self) -> Schedule:
         check_schedule("aux_learning_rate", self.aux_learning_rate)
@@ -234,18 +235,24 @@ class PPG(AuxiliaryPhaseMixin, PPO):
     """
 
 
-class PPGEWMA(PPG):
+class EwmaDefaultMixin(AuxiliaryPhaseMixin):
+    """
+    Changes the default of ``prox_decay`` to ``"auto"``. Place it first.
+
+    :param args: positional arguments of the algorithm this is mixed into
+    :param prox_decay: as in :class:`~sb3_ppo_ewma.EwmaMixin`
+    :param kwargs: keyword arguments of the algorithm this is mixed into
+    """
+
+    def __init__(self, *args: Any, prox_decay: float | Literal["auto"] | None = "auto", **kwargs: Any) -> None:
+        super().__init__(*args, prox_decay=prox_decay, **kwargs)
+
+
+class PPGEWMA(EwmaDefaultMixin, PPG):
     """
     PPG-EWMA: :class:`PPG` whose proximal policy is an exponentially weighted moving average, which starts anew after
     every auxiliary phase. Only the default ``prox_decay="auto"`` differs from :class:`PPG`.
 
     Paper: https://arxiv.org/abs/2110.00641 (Hilton, Cobbe, Schulman: Batch size-invariance for policy optimization)
     Code of the authors: https://github.com/openai/ppo-ewma
-
-    :param args: positional arguments of :class:`PPG`
-    :param prox_decay: as in :class:`~sb3_ppo_ewma.EwmaMixin`
-    :param kwargs: keyword arguments of :class:`PPG`
     """
-
-    def __init__(self, *args: Any, prox_decay: float | Literal["auto"] | None = "auto", **kwargs: Any) -> None:
-        super().__init__(*args, prox_decay=prox_decay, **kwargs)

@@ -8,7 +8,7 @@ import copy
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch as th
@@ -28,6 +28,8 @@ _BLOCK = 2**22
 
 # Names of what a phase buffer stores. Keys of dictionary observations stand behind a slash.
 _RETURNS, _OBSERVATIONS = "returns", "observations"
+# Hidden and cell states of actor and critic, in the order of sb3-contrib's ``RNNStates``
+LSTM_STATES = ("hidden_states_pi", "cell_states_pi", "hidden_states_vf", "cell_states_vf")
 
 
 @dataclass
@@ -157,14 +159,14 @@ class BufferMinibatches:
     """
 
     def __init__(self, buffer: RolloutBuffer) -> None:
-        self._buffer = buffer
+        self.buffer = buffer
 
     def minibatches(self, batch_size: int | None) -> Iterator[Any]:
         """
         :param batch_size: number of samples, ``None``: all
         :return: one epoch
         """
-        return self._buffer.get(batch_size)
+        return self.buffer.get(batch_size)
 
     def update_targets(self) -> None:
         """Nothing to do: every minibatch is read from the buffer."""
@@ -390,16 +392,41 @@ def default_aux_batch_size(n_samples: int) -> int:
     return max(1, n_samples // _AUX_MINIBATCHES)
 
 
+class PhaseSamples(NamedTuple):
+    """
+    Samples of an auxiliary phase. Those of a recurrent policy are whole sequences of one length, one after the other.
+
+    :param observations: tensor or dictionary of tensors, (batch, ...) each
+    :param returns: (batch,) value targets of the policy phase
+    :param action_masks: (batch, n_actions) which actions are valid, in a masked family
+    :param episode_starts: (batch, 1) whether a sample begins an episode, in a recurrent family
+    :param lstm_states: ``LSTM_STATES`` that sequences begin with, (layers, n_sequences, units) each, in a recurrent
+        family
+    """
+
+    observations: Any
+    returns: th.Tensor
+    action_masks: th.Tensor | None = None
+    episode_starts: th.Tensor | None = None
+    lstm_states: Any = None
+
+
 class PhaseBuffer:
     """
     Observations and value targets of the rollouts of a policy phase, each quantity in one preallocated block and in the
     dtype of the rollout buffer, which is that of the observation space. Memory is reserved with the first rollout.
 
     :param n_rollouts: number of rollouts of a phase
+    :param step_fields: further arrays of the rollout buffer to keep, a row for every step
+    :param sequence_fields: further arrays, of the first step of each environment, whose steps are then a sequence that
+        stays whole
     """
 
-    def __init__(self, n_rollouts: int) -> None:
+    def __init__(
+        self, n_rollouts: int, step_fields: tuple[str, ...] = (), sequence_fields: tuple[str, ...] = ()
+    ) -> None:
         self.n_rollouts = n_rollouts
+        self._step_fields, self._sequence_fields = step_fields, sequence_fields
         self._n_stored = 0
         self._blocks: dict[str, np.ndarray] = {}
 
@@ -438,7 +465,7 @@ class PhaseBuffer:
         available = available_memory()
         if self._blocks or available is None:
             return
-        needed = self.n_rollouts * sum(array.nbytes for array in _samples_of(buffer).values())
+        needed = self.n_rollouts * sum(array.nbytes for array in self._samples_of(buffer).values())
         if needed > available:
             n_samples = self.n_rollouts * buffer.buffer_size * buffer.n_envs
             raise ValueError(
@@ -453,7 +480,7 @@ class PhaseBuffer:
         :param buffer: rollout buffer, it is copied
         :raises ValueError: if the phase is complete or the size differs from that of the rollouts before
         """
-        self._store(_samples_of(buffer))
+        self._store(self._samples_of(buffer))
 
     def _store(self, samples: dict[str, np.ndarray]) -> None:
         if self.is_full:
@@ -478,12 +505,45 @@ class PhaseBuffer:
         """
         One epoch: every stored sample once, in an order that mixes iterations and environments.
 
-        :param batch_size: number of samples; the last minibatch may be smaller
-        :return: indices for :meth:`observations` and :meth:`returns`
+        :param batch_size: number of samples, of which only whole sequences are taken; the last minibatch may be smaller
+        :return: indices for :meth:`samples`
         """
-        permutation = np.random.permutation(self.n_samples)  # SB3's generator for minibatches
-        for start in range(0, len(permutation), batch_size):
-            yield permutation[start : start + batch_size]
+        length = self._sequence_length
+        permutation = np.random.permutation(self.n_samples // length)  # SB3's generator for minibatches
+        n_sequences = self.whole_sequences(batch_size) // length
+        for start in range(0, len(permutation), n_sequences):
+            chosen = permutation[start : start + n_sequences]
+            yield (chosen[:, None] * length + np.arange(length)).ravel()
+
+    def whole_sequences(self, n_samples: int) -> int:
+        """
+        :param n_samples: number of samples
+        :return: number of samples in the whole sequences among them, at least one sequence
+        """
+        return max(1, n_samples // self._sequence_length) * self._sequence_length
+
+    @property
+    def _sequence_length(self) -> int:
+        """
+        :return: number of samples that stay together
+        """
+        if not self._sequence_fields or not self._blocks:
+            return 1
+        return len(self._blocks[_RETURNS][0]) // len(self._blocks[self._sequence_fields[0]][0])
+
+    def samples(self, indices: np.ndarray | slice, device: th.device) -> PhaseSamples:
+        """
+        :param indices: of samples, in whole sequences
+        :param device: where to put them
+        :return: the samples
+        """
+        further: dict[str, Any] = {name: self._gather(name, indices, device) for name in self._step_fields}
+        if self._sequence_fields:
+            length = self._sequence_length
+            chosen = np.arange(self.n_samples)[indices][::length] // length
+            states = [self._gather(name, chosen, device).swapaxes(0, 1) for name in self._sequence_fields]
+            further["lstm_states"] = [state.contiguous() for state in states]
+        return PhaseSamples(self.observations(indices, device), self.returns(indices, device), **further)
 
     def observations(self, indices: np.ndarray | slice, device: th.device) -> Any:
         """
@@ -493,7 +553,7 @@ class PhaseBuffer:
         """
         if _OBSERVATIONS in self._blocks:
             return self._gather(_OBSERVATIONS, indices, device)
-        names = [name for name in self._blocks if name != _RETURNS]
+        names = [name for name in self._blocks if name.startswith(f"{_OBSERVATIONS}/")]
         return {name.partition("/")[2]: self._gather(name, indices, device) for name in names}
 
     def returns(self, indices: np.ndarray | slice, device: th.device) -> th.Tensor:
@@ -506,7 +566,7 @@ class PhaseBuffer:
 
     def _gather(self, name: str, indices: np.ndarray | slice, device: th.device) -> th.Tensor:
         block = self._blocks[name]
-        samples = block.reshape(-1, *block.shape[2:])[: self.n_samples]  # a view
+        samples = block[: self._n_stored].reshape(-1, *block.shape[2:])  # a view
         # A copy in any case: a policy may change its input in place.
         chosen = samples[indices].copy() if isinstance(indices, slice) else samples[indices]
         return th.as_tensor(chosen, device=device)
@@ -526,9 +586,10 @@ class PhaseBuffer:
         :return: an equal part of the samples of all
         :raises OtherSizeError: if they cannot be divided
         """
-        n_samples = sum(len(piece[_RETURNS]) for piece in pieces)
-        if n_samples % size:
-            raise OtherSizeError(f"has rollouts of {n_samples} samples, which cannot be divided among {size} processes")
+        whole = self._sequence_fields[0] if self._sequence_fields else _RETURNS
+        count, kind = sum(len(piece[whole]) for piece in pieces), "sequences" if self._sequence_fields else "samples"
+        if count % size:
+            raise OtherSizeError(f"has rollouts of {count} {kind}, which cannot be divided among {size} processes")
         return {
             name: np.array_split(np.concatenate([piece[name] for piece in pieces]), size)[rank] for name in pieces[0]
         }
@@ -543,9 +604,9 @@ class PhaseBuffer:
         """
         if count >= self.n_rollouts:
             raise OtherSizeError(f"has {count} rollouts of a phase, n_policy_iterations={self.n_rollouts} allows fewer")
-        buffer = PhaseBuffer(self.n_rollouts)
+        buffer = PhaseBuffer(self.n_rollouts, self._step_fields, self._sequence_fields)
         buffer.check_memory(model_buffer)
-        expected = {name: (array.shape, array.dtype) for name, array in _samples_of(model_buffer).items()}
+        expected = {name: (array.shape, array.dtype) for name, array in self._samples_of(model_buffer).items()}
         for piece in pieces:
             given = {name: (array.shape, array.dtype) for name, array in piece.items()}
             if given != expected:
@@ -556,18 +617,23 @@ class PhaseBuffer:
             buffer._store(piece)
         return buffer
 
-
-def _samples_of(buffer: RolloutBuffer) -> dict[str, np.ndarray]:
-    """
-    :param buffer: rollout buffer, flattened or not
-    :return: what a phase stores of it, arrays of shape (n_steps · n_envs, ...)
-    """
-    n_samples = buffer.buffer_size * buffer.n_envs
-    samples = {_RETURNS: buffer.returns.reshape(n_samples)}
-    observations: Any = buffer.observations
-    shapes: Any = buffer.obs_shape
-    if not isinstance(observations, dict):
-        return {**samples, _OBSERVATIONS: observations.reshape(n_samples, *shapes)}
-    for key, array in observations.items():
-        samples[f"{_OBSERVATIONS}/{key}"] = array.reshape(n_samples, *shapes[key])
-    return samples
+    def _samples_of(self, buffer: RolloutBuffer) -> dict[str, np.ndarray]:
+        """
+        :param buffer: rollout buffer, flattened or not
+        :return: what a phase stores of it, arrays of shape (n_steps · n_envs, ...); of sequences (n_envs, ...)
+        """
+        n_samples = buffer.buffer_size * buffer.n_envs
+        samples = {_RETURNS: buffer.returns.reshape(n_samples)}
+        observations: Any = buffer.observations
+        shapes: Any = buffer.obs_shape
+        if not isinstance(observations, dict):
+            samples[_OBSERVATIONS] = observations.reshape(n_samples, *shapes)
+        else:
+            for key, array in observations.items():
+                samples[f"{_OBSERVATIONS}/{key}"] = array.reshape(n_samples, *shapes[key])
+        samples |= {name: getattr(buffer, name).reshape(n_samples, -1) for name in self._step_fields}
+        for name in self._sequence_fields:
+            array = getattr(buffer, name)
+            # (n_steps · n_envs, layers, units) environment by environment, or (n_steps, layers, n_envs, units)
+            samples[name] = array[:: buffer.buffer_size] if buffer.generator_ready else array[0].swapaxes(0, 1)
+        return samples

@@ -66,7 +66,10 @@ LAYERS: list[tuple[set[str], set[str]]] = [
     ({"ppo_ewma"}, set()),
     ({"ppg"}, set()),
     ({"callbacks.noise_scale"}, set()),
-    ({"contrib"}, {"sb3_contrib"}),
+    ({"contrib.masking"}, {"sb3_contrib"}),
+    ({"contrib.policies"}, set()),
+    ({"contrib.evaluation"}, set()),
+    ({"contrib.algorithms"}, set()),
 ]
 OWN_PARAMETERS = {
     "prox_decay",

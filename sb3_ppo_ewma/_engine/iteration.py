@@ -19,6 +19,7 @@ from sb3_ppo_ewma.rollouts import (
     BufferMinibatches,
     DeviceMinibatches,
     MinibatchSource,
+    PhaseSamples,
     Rollout,
     device_minibatches,
 )
@@ -73,15 +74,13 @@ class AuxiliaryCoefficients(NamedTuple):
 
 class AuxiliaryMinibatch(NamedTuple):
     """
-    Samples of the auxiliary phase.
+    Samples of the auxiliary phase, with the policy before it.
 
-    :param observations: tensor or dictionary of tensors, (batch, ...) each
-    :param returns: (batch,) value targets of the policy phase
+    :param samples: samples of the phase
     :param old_parameters: parameters of π_old's distributions, (batch, ...) each
     """
 
-    observations: Any
-    returns: th.Tensor
+    samples: PhaseSamples
     old_parameters: list[th.Tensor]
 
 
@@ -225,9 +224,9 @@ class Engine(Protocol):
         """
         ...
 
-    def old_parameters(self, observations: Any) -> list[th.Tensor]:
+    def old_parameters(self, samples: PhaseSamples) -> list[th.Tensor]:
         """
-        :param observations: observations of the auxiliary phase
+        :param samples: samples of the auxiliary phase
         :return: parameters of the policy's distributions for them, which :meth:`auxiliary_step` takes as π_old's
         """
         ...

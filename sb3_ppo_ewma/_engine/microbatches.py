@@ -64,7 +64,7 @@ class MicrobatchEngine(StandardEngine):
         self, minibatch: AuxiliaryMinibatch, coefficients: AuxiliaryCoefficients
     ) -> tuple[th.Tensor, dict[str, th.Tensor]]:
         evaluations = []
-        for share, part in self._parts(minibatch.observations, minibatch):
+        for share, part in self._parts(minibatch.samples.observations, minibatch):
             evaluation = self.evaluate_auxiliary(part)
             loss, _ = self.auxiliary_loss(evaluation, part, coefficients)
             (share * loss).backward()  # type: ignore[no-untyped-call]  # torch has no annotation here

@@ -36,7 +36,7 @@ _POLICIES = (
     *(policies.PPGPolicy, policies.PPGCnnPolicy, policies.PPGMultiInputPolicy),
     *(policies.ImpalaPolicy, policies.PPGImpalaPolicy),
 )
-_BASES = {*_POLICIES, *ActorCriticPolicy.__mro__}
+_BASES = {*_POLICIES, *policies.PPGPolicy.__mro__}
 # What a class derived from them may define: how it is built, and what training does not call
 _FREE = {
     *("__init__", "_build", "_build_mlp_extractor", "make_features_extractor", "init_weights", "_initialize_aux_head"),

@@ -21,6 +21,7 @@ from sb3_ppo_ewma._engine.iteration import (
 from sb3_ppo_ewma.distributions import distribution_parameters, torch_distributions, with_parameters
 from sb3_ppo_ewma.evaluation import Evaluation, Minibatch, averaged_parameters
 from sb3_ppo_ewma.ewma import ParameterEwma
+from sb3_ppo_ewma.rollouts import PhaseSamples
 from sb3_ppo_ewma.training_log import STEP
 
 _ANALYTIC, _PHASE = "kl_estimator='analytic'", "the auxiliary phase"
@@ -228,7 +229,9 @@ class ReferenceEngine:
         :param minibatch: samples
         :return: the minibatch under π_θ and π_old
         """
-        distribution, values, aux_values = self.iteration.policy.evaluate_auxiliary(minibatch.observations)
+        iteration = self.iteration
+        evaluated = iteration.evaluation.evaluate_auxiliary(iteration.policy, minibatch.samples)
+        distribution, values, aux_values = evaluated
         current = torch_distributions(distribution, _PHASE)
         kl = losses.analytic_kl(with_parameters(current, minibatch.old_parameters), current)
         return AuxiliaryEvaluation(kl, values, aux_values)
@@ -242,11 +245,11 @@ class ReferenceEngine:
         :param coefficients: hyper-parameters
         :return: loss of shape (), with gradient; statistics
         """
-        loss, statistics = losses.auxiliary_loss(*evaluation, minibatch.returns, **coefficients._asdict())
+        loss, statistics = losses.auxiliary_loss(*evaluation, minibatch.samples.returns, **coefficients._asdict())
         return loss, statistics._asdict()
 
-    def old_parameters(self, observations: Any) -> list[th.Tensor]:
-        distribution = self.iteration.policy.get_distribution(observations)
+    def old_parameters(self, samples: PhaseSamples) -> list[th.Tensor]:
+        distribution = self.iteration.evaluation.distribution(self.iteration.policy, samples)
         return distribution_parameters(torch_distributions(distribution, _PHASE))
 
     def end_epoch(self) -> None:

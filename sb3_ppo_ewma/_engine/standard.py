@@ -18,6 +18,7 @@ from sb3_ppo_ewma._engine.recognition import takes_channels_last
 from sb3_ppo_ewma.distributions import ClosedForm, GaussianForm, Parameters, closed_form
 from sb3_ppo_ewma.evaluation import Evaluation, Minibatch, averaged_parameters
 from sb3_ppo_ewma.ewma import ParameterEwma
+from sb3_ppo_ewma.rollouts import PhaseSamples
 
 
 class StandardPolicy:
@@ -143,14 +144,14 @@ class StandardEngine(FusedEngine):
 
     def evaluate_auxiliary(self, minibatch: AuxiliaryMinibatch) -> AuxiliaryEvaluation:
         policy = self.iteration.policy
-        latent_pi, latent_vf = self.standard.latents(minibatch.observations)
+        latent_pi, latent_vf = self.standard.latents(minibatch.samples.observations)
         values, aux_values = policy.value_net(latent_vf), policy.aux_value_net(latent_pi)
         parameters = self.standard.parameters(policy.action_net(latent_pi))
         kl = self.form.kl(minibatch.old_parameters, parameters)
         return AuxiliaryEvaluation(kl, values.flatten(), aux_values.flatten())
 
-    def old_parameters(self, observations: Any) -> list[th.Tensor]:
-        parameters = self.standard.parameters(self.standard.action_outputs(observations))
+    def old_parameters(self, samples: PhaseSamples) -> list[th.Tensor]:
+        parameters = self.standard.parameters(self.standard.action_outputs(samples.observations))
         if isinstance(self.form, GaussianForm):
             mean, std = parameters
             return [mean, std.expand_as(mean)]

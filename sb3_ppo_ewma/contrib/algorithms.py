@@ -1,0 +1,262 @@
+"""
+PPO-EWMA, PPG and PPG-EWMA for sb3-contrib's families, through the same mixins: recurrent policies, invalid-action
+masks, and both.
+"""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, TypeVar, cast
+
+import numpy as np
+import torch as th
+from sb3_contrib import MaskablePPO, RecurrentPPO
+from sb3_contrib.common.maskable.buffers import (
+    MaskableDictRolloutBuffer,
+    MaskableDictRolloutBufferSamples,
+    MaskableRolloutBuffer,
+    MaskableRolloutBufferSamples,
+)
+from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
+from sb3_contrib.common.recurrent.type_aliases import RNNStates
+from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.type_aliases import MaybeCallback
+
+from sb3_ppo_ewma._arguments import check_policy_class
+from sb3_ppo_ewma.contrib import policies
+from sb3_ppo_ewma.contrib.evaluation import MaskableEvaluation, MaskableRecurrentEvaluation, RecurrentEvaluation
+from sb3_ppo_ewma.contrib.masking import MaskedCollection, check_masks
+from sb3_ppo_ewma.evaluation import PolicyEvaluation
+from sb3_ppo_ewma.ppg import AuxiliaryPhaseMixin, EwmaDefaultMixin
+from sb3_ppo_ewma.ppo_ewma import EwmaMixin
+
+SelfMaskable = TypeVar("SelfMaskable", bound="MaskableMixin")
+
+# === What the families add to the core ===
+
+
+class LstmState:
+    """
+    Saves the hidden states between two rollouts, which sb3-contrib drops, with the interface of a module's state.
+
+    :param model: whose ``_last_lstm_states`` they are
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+
+    def state_dict(self) -> dict[str, th.Tensor]:
+        """
+        :return: the four tensors (hidden and cell state of actor and critic)
+        """
+        states = cast(RNNStates, self._model._last_lstm_states)
+        tensors = [*states.pi, *states.vf]
+        return {name: tensor.detach().clone() for name, tensor in zip(self._names, tensors, strict=True)}
+
+    def load_state_dict(self, state_dict: dict[str, th.Tensor], strict: bool = True) -> None:
+        """
+        States of another number of environments are ignored: they start from zero, as in sb3-contrib.
+
+        :param state_dict: from :meth:`state_dict`
+        :param strict: not used, part of the interface of ``torch.nn.Module``
+        """
+        tensors = [state_dict[name].to(self._model.device) for name in self._names]
+        if tensors[0].shape[1] == self._model.n_envs:
+            self._model._last_lstm_states = RNNStates((tensors[0], tensors[1]), (tensors[2], tensors[3]))
+
+    _names: ClassVar[tuple[str, ...]] = ("hidden_pi", "cell_pi", "hidden_vf", "cell_vf")
+
+
+class RecurrentMixin(EwmaMixin):
+    """What an algorithm with LSTM policies adds. Place it first."""
+
+    _own_states: ClassVar[tuple[str, ...]] = (*EwmaMixin._own_states, "lstm_state")
+    _silent_states: ClassVar[frozenset[str]] = EwmaMixin._silent_states | {"lstm_state"}
+    policy_evaluation: ClassVar[PolicyEvaluation] = RecurrentEvaluation()
+
+    def _setup_model(self) -> None:
+        check_policy_class(self, RecurrentActorCriticPolicy, "which has an LSTM")
+        super()._setup_model()
+        self.lstm_state = LstmState(self)
+
+
+class MaskableMixin(EwmaMixin):
+    """What an algorithm with action masks adds. Place it first."""
+
+    policy_evaluation: ClassVar[PolicyEvaluation] = MaskableEvaluation()
+    samples_classes: ClassVar[Mapping[type[RolloutBuffer], type[Any]]] = {
+        MaskableRolloutBuffer: MaskableRolloutBufferSamples,
+        MaskableDictRolloutBuffer: MaskableDictRolloutBufferSamples,
+    }
+
+    def learn(  # type: ignore[override]  # as in MaskablePPO, use_masking stands before progress_bar
+        self: SelfMaskable,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        log_interval: int = 1,
+        tb_log_name: str | None = None,
+        reset_num_timesteps: bool = True,
+        use_masking: bool = True,
+        progress_bar: bool = False,
+    ) -> SelfMaskable:
+        """
+        Train, as ``MaskablePPO.learn``.
+
+        :param total_timesteps: number of environment steps
+        :param callback: called at every step
+        :param log_interval: iterations between logs
+        :param tb_log_name: name of the run for tensorboard; ``None``: that of the class
+        :param reset_num_timesteps: whether to count steps from 0
+        :param use_masking: whether to use invalid-action masks
+        :param progress_bar: show a progress bar
+        :return: the model
+        """
+        return super().learn(
+            total_timesteps,
+            callback,
+            log_interval,
+            tb_log_name,
+            reset_num_timesteps,
+            progress_bar,
+            use_masking=use_masking,
+        )
+
+    def predict(
+        self,
+        observation: Any,
+        state: tuple[np.ndarray, ...] | None = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = False,
+        action_masks: np.ndarray | None = None,
+    ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
+        """
+        As ``MaskablePPO.predict``, for a recurrent policy also with its state.
+
+        :param observation: observations
+        :param state: state of the policy, ``None``: zero
+        :param episode_start: (n_envs,) whether observations begin episodes
+        :param deterministic: take the most likely actions
+        :param action_masks: (n_envs, n) True for valid actions; ``None``: all are valid
+        :return: actions, new state
+        :raises ValueError: if no action is valid in one of the environments
+        """
+        if action_masks is not None:
+            masks = np.atleast_2d(np.asarray(action_masks))
+            check_masks(masks, self.action_space, lambda index: f"environment {index[0]}")
+        policy: Any = self.policy
+        result = policy.predict(observation, state, episode_start, deterministic, action_masks=action_masks)
+        return cast(tuple[np.ndarray, tuple[np.ndarray, ...] | None], result)
+
+
+class MaskableRecurrentMixin(MaskableMixin, RecurrentMixin):
+    """What an algorithm with LSTM policies and action masks adds. Place it first, before ``MaskedCollection``."""
+
+    policy_evaluation: ClassVar[PolicyEvaluation] = MaskableRecurrentEvaluation()
+    # What learn() was given
+    _use_masking = True
+
+    def _setup_model(self) -> None:
+        check_policy_class(self, policies.MaskedRecurrentMixin, "which takes action masks")
+        super()._setup_model()
+
+    def collect_rollouts(self, *args: Any, **kwargs: Any) -> bool:
+        """
+        As in ``MaskablePPO``.
+
+        :param args: positional arguments of ``MaskablePPO``'s method
+        :param kwargs: keyword arguments of ``MaskablePPO``'s method
+        :return: False when a callback ended the collection
+        """
+        kwargs.setdefault("use_masking", self._use_masking)
+        return super().collect_rollouts(*args, **kwargs)
+
+
+# === PPO-EWMA ===
+
+
+class RecurrentPPOEWMA(RecurrentMixin, RecurrentPPO):
+    """
+    PPO-EWMA with LSTM policies: all parameters of ``sb3_contrib.RecurrentPPO`` in the same order with the same
+    defaults; those of :class:`~sb3_ppo_ewma.EwmaMixin` by keyword.
+
+    Current and proximal policy start each sequence from the hidden states stored at collection.
+    """
+
+
+class MaskablePPOEWMA(MaskableMixin, MaskablePPO):
+    """
+    PPO-EWMA with invalid-action masks: all parameters of ``sb3_contrib.MaskablePPO`` in the same order with the same
+    defaults; those of :class:`~sb3_ppo_ewma.EwmaMixin` by keyword.
+    """
+
+
+class MaskableRecurrentPPOEWMA(MaskableRecurrentMixin, MaskedCollection, RecurrentPPO):  # type: ignore[misc]  # learn()
+    """
+    PPO-EWMA with LSTM policies and invalid-action masks: all parameters of ``sb3_contrib.RecurrentPPO`` in the same
+    order with the same defaults; those of :class:`~sb3_ppo_ewma.EwmaMixin` by keyword. Environments have a method
+    ``action_masks()``, as for ``MaskablePPO``; ``predict`` takes masks and states.
+    """
+
+    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
+        "MlpLstmPolicy": policies.MaskedLstmPolicy,
+        "CnnLstmPolicy": policies.MaskedCnnLstmPolicy,
+        "MultiInputLstmPolicy": policies.MaskedMultiInputLstmPolicy,
+    }
+
+
+# === PPG ===
+
+
+class RecurrentPPG(RecurrentMixin, AuxiliaryPhaseMixin, RecurrentPPO):
+    """
+    PPG with LSTM policies: all parameters of ``sb3_contrib.RecurrentPPO`` in the same order; those of
+    :class:`~sb3_ppo_ewma.AuxiliaryPhaseMixin` and :class:`~sb3_ppo_ewma.EwmaMixin` by keyword, with the defaults of
+    :class:`~sb3_ppo_ewma.PPG`.
+
+    The auxiliary phase trains on whole sequences, all steps of an environment in a rollout, from the states they began
+    with; ``aux_batch_size`` is rounded down to a number of them, at least one.
+    """
+
+    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
+        "MlpLstmPolicy": policies.RecurrentPPGPolicy,
+        "CnnLstmPolicy": policies.RecurrentPPGCnnPolicy,
+        "MultiInputLstmPolicy": policies.RecurrentPPGMultiInputPolicy,
+    }
+
+
+class MaskablePPG(MaskableMixin, AuxiliaryPhaseMixin, MaskablePPO):
+    """
+    PPG with invalid-action masks: all parameters of ``sb3_contrib.MaskablePPO`` in the same order; those of
+    :class:`~sb3_ppo_ewma.AuxiliaryPhaseMixin` and :class:`~sb3_ppo_ewma.EwmaMixin` by keyword, with the defaults of
+    :class:`~sb3_ppo_ewma.PPG`.
+    """
+
+    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
+        "MlpPolicy": policies.MaskablePPGPolicy,
+        "CnnPolicy": policies.MaskablePPGCnnPolicy,
+        "MultiInputPolicy": policies.MaskablePPGMultiInputPolicy,
+    }
+
+
+class MaskableRecurrentPPG(MaskableRecurrentMixin, AuxiliaryPhaseMixin, MaskedCollection, RecurrentPPO):  # type: ignore[misc]  # learn()
+    """PPG with LSTM policies and invalid-action masks: :class:`RecurrentPPG` and :class:`MaskablePPG` in one."""
+
+    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
+        "MlpLstmPolicy": policies.MaskedRecurrentPPGPolicy,
+        "CnnLstmPolicy": policies.MaskedRecurrentPPGCnnPolicy,
+        "MultiInputLstmPolicy": policies.MaskedRecurrentPPGMultiInputPolicy,
+    }
+
+
+# === PPG-EWMA ===
+
+
+class RecurrentPPGEWMA(EwmaDefaultMixin, RecurrentPPG):
+    """:class:`RecurrentPPG` whose proximal policy is a moving average, as :class:`~sb3_ppo_ewma.PPGEWMA`."""
+
+
+class MaskablePPGEWMA(EwmaDefaultMixin, MaskablePPG):
+    """:class:`MaskablePPG` whose proximal policy is a moving average, as :class:`~sb3_ppo_ewma.PPGEWMA`."""
+
+
+class MaskableRecurrentPPGEWMA(EwmaDefaultMixin, MaskableRecurrentPPG):  # type: ignore[misc]  # learn()
+    """:class:`MaskableRecurrentPPG` whose proximal policy is a moving average, as :class:`~sb3_ppo_ewma.PPGEWMA`."""

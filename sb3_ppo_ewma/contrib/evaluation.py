@@ -1,0 +1,130 @@
+"""How policies of sb3-contrib's families are evaluated: with masks, with the states of an LSTM, with both."""
+
+from typing import Any, ClassVar, cast
+
+import torch as th
+from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
+from sb3_contrib.common.recurrent.policies import (
+    RecurrentActorCriticPolicy,
+)
+from sb3_contrib.common.recurrent.type_aliases import RNNStates
+from stable_baselines3.common.utils import obs_as_tensor
+
+from sb3_ppo_ewma._engine.recognition import hooks, replaced_in, replaced_method
+from sb3_ppo_ewma.contrib import policies
+from sb3_ppo_ewma.contrib.masking import check_masks
+from sb3_ppo_ewma.evaluation import PolicyEvaluation
+from sb3_ppo_ewma.rollouts import LSTM_STATES, Rollout, observations_at
+
+
+class MaskableEvaluation(PolicyEvaluation):
+    """The evaluation of ``MaskablePPO``: distributions with invalid actions masked."""
+
+    step_fields: ClassVar[tuple[str, ...]] = ("action_masks",)
+
+    def further_arguments(self, samples: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        args, kwargs = super().further_arguments(samples)
+        return args, {**kwargs, "action_masks": samples.action_masks}
+
+    def log_prob(self, policy: Any, samples: Any, actions: th.Tensor) -> th.Tensor:
+        if _evaluates_in_its_own_way(policy, MaskableActorCriticPolicy):
+            return super().log_prob(policy, samples, actions)
+        return cast(th.Tensor, self.distribution(policy, samples).log_prob(actions))
+
+    def distribution(self, policy: Any, samples: Any) -> Any:
+        return policy.get_distribution(samples.observations, action_masks=samples.action_masks)
+
+    def collected_rollout(self, model: Any) -> Rollout:
+        check_masks(
+            model.rollout_buffer.action_masks,
+            model.action_space,
+            lambda index: f"environment {index[1]} at step {index[0]} of the rollout",
+        )
+        return super().collected_rollout(model)
+
+
+class RecurrentEvaluation(PolicyEvaluation):
+    """The evaluation of ``RecurrentPPO``: sequences, from the hidden states stored at collection."""
+
+    step_fields: ClassVar[tuple[str, ...]] = ("episode_starts",)
+    sequence_fields: ClassVar[tuple[str, ...]] = LSTM_STATES
+
+    def further_arguments(self, samples: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        _, kwargs = super().further_arguments(samples)
+        return (rnn_states(samples), samples.episode_starts.flatten()), kwargs
+
+    def log_prob(self, policy: Any, samples: Any, actions: th.Tensor) -> th.Tensor:
+        if _evaluates_in_its_own_way(policy, RecurrentActorCriticPolicy):
+            return super().log_prob(policy, samples, actions)
+        return cast(th.Tensor, self.distribution(policy, samples).log_prob(actions))
+
+    def distribution(self, policy: Any, samples: Any) -> Any:
+        (states, episode_starts), kwargs = self.further_arguments(samples)
+        distribution, _ = policy.get_distribution(samples.observations, states.pi, episode_starts, **kwargs)
+        return distribution
+
+    def padding_mask(self, samples: Any) -> th.Tensor | None:
+        return cast(th.Tensor, samples.mask > 1e-8)
+
+    def predict_values(self, policy: Any, buffer: Any, indices: slice) -> th.Tensor:
+        # Every sample is a sequence of length one, from the hidden state stored before it: (samples, layers, units)
+        states = [
+            buffer.to_torch(states[indices].swapaxes(0, 1)).contiguous()
+            for states in (buffer.hidden_states_vf, buffer.cell_states_vf)
+        ]
+        episode_starts = buffer.to_torch(buffer.episode_starts[indices]).flatten()
+        values = policy.predict_values(observations_at(buffer, indices), tuple(states), episode_starts)
+        return cast(th.Tensor, values)
+
+    def predict_last_values(self, policy: Any, rollout: Rollout) -> th.Tensor:
+        observations = obs_as_tensor(rollout.last_obs, policy.device)
+        dones = th.as_tensor(rollout.last_dones, dtype=th.float32, device=policy.device)
+        states = tuple(state.to(policy.device) for state in rollout.last_lstm_states)
+        return cast(th.Tensor, policy.predict_values(observations, states, dones))
+
+    def collected_rollout(self, model: Any) -> Rollout:
+        rollout = super().collected_rollout(model)
+        # On the CPU, as the buffer's arrays are, so that a queue saved on one device can be read on another
+        states = tuple(state.cpu() for state in cast(RNNStates, model._last_lstm_states).vf)
+        return Rollout(rollout.buffer, rollout.last_obs, rollout.last_dones, states)
+
+
+class MaskableRecurrentEvaluation(MaskableEvaluation, RecurrentEvaluation):
+    """Sequences of distributions with invalid actions masked."""
+
+    step_fields: ClassVar[tuple[str, ...]] = (*MaskableEvaluation.step_fields, *RecurrentEvaluation.step_fields)
+
+    def log_prob(self, policy: Any, samples: Any, actions: th.Tensor) -> th.Tensor:
+        return RecurrentEvaluation.log_prob(self, policy, samples, actions)
+
+    def distribution(self, policy: Any, samples: Any) -> Any:
+        return RecurrentEvaluation.distribution(self, policy, samples)
+
+
+def rnn_states(samples: Any) -> RNNStates:
+    """
+    :param samples: minibatch of a rollout buffer of sb3-contrib, or of an auxiliary phase
+    :return: states that its sequences begin with
+    """
+    states = samples.lstm_states
+    return states if isinstance(states, RNNStates) else RNNStates((states[0], states[1]), (states[2], states[3]))
+
+
+def _evaluates_in_its_own_way(policy: Any, sb3s: type[Any]) -> bool:
+    """
+    :param policy: any policy
+    :param sb3s: the class of sb3-contrib it derives from
+    :return: whether its log-probabilities may be others than those of ``get_distribution``
+    """
+    names = ("evaluate_actions", "extract_features", "get_distribution", "_get_action_dist_from_latent")
+    cls = type(policy)
+    ours = policies.MaskedRecurrentMixin
+    is_changed = any(
+        getattr(cls, name, None) not in (getattr(sb3s, name), vars(ours).get(name, getattr(sb3s, name)))
+        for name in names
+    )
+    return (
+        is_changed
+        or replaced_method(policy) is not None
+        or (replaced_in([policy.mlp_extractor]) or hooks([policy.mlp_extractor])) is not None
+    )
