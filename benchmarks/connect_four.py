@@ -7,9 +7,6 @@ From the root of the repository:
 Every algorithm is trained with every seed; then it plays 100 games, in every other one of which it begins.
 """
 
-import argparse
-import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,8 +14,6 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import sb3_contrib
-import torch as th
-from gymnasium import spaces
 from pettingzoo import AECEnv
 from pettingzoo.classic import connect_four_v3
 from sb3_contrib.common.maskable.utils import get_action_masks
@@ -26,7 +21,6 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.env_util import make_vec_env
 
 import sb3_ppo_ewma
-from benchmarks.metadata import metadata
 
 HERE = Path(__file__).parent
 TARGET = 90

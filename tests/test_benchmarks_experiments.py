@@ -18,7 +18,17 @@ pytestmark = pytest.mark.long
 
 report = pytest.importorskip("benchmarks.experiments.report", reason="needs rliable", exc_type=ImportError)
 
-NAMES = ["ewma", "defaults", "one_epoch", "staleness", "invariance", "center_of_mass", "tuned", "n_envs"]
+NAMES = [
+    "ewma",
+    "defaults",
+    "one_epoch",
+    "staleness",
+    "invariance",
+    "center_of_mass",
+    "tuned",
+    "n_envs",
+    "memory_masks",
+]
 CARTPOLE = {"policy": "MlpPolicy", "n_timesteps": 400, "n_envs": 2, "n_steps": 16, "batch_size": 16, "n_epochs": 1}
 
 
@@ -36,7 +46,8 @@ def test_quick_run_and_its_report(name, tmp_path):
     module = f"benchmarks.experiments.{name}"
     printed = execute(module, "--quick", "--jobs", 1, "--results", tmp_path).stdout
     experiment = importlib.import_module(module)
-    names = [variant.name for variant in experiment.variants() if variant.env == experiments.QUICK_ENV]
+    quick_env = getattr(experiment, "QUICK_ENV", experiments.QUICK_ENV)
+    names = [variant.name for variant in experiment.variants() if variant.env == quick_env]
     assert set(getattr(experiment, "QUICK_NAMES", [])) <= set(names)
     rows = read(tmp_path / f"{name}.csv")
     assert sorted(row["variant"] for row in rows) == sorted(getattr(experiment, "QUICK_NAMES", names))
