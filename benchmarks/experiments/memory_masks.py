@@ -50,7 +50,7 @@ TASKS = {
     "right door of the last room. In the other rooms two doors are open, drawn at every step; observations show them, "
     "and masks leave only them. A closed door costs 0.05 and one of the 20 steps that an episode can have; the right "
     "door at the end has a reward of 1. An agent without memory finds it in a quarter of the episodes.",
-    CUE: "The same rooms with four doors, all of them open: every action is valid, and only the cue has to be remembered.",
+    CUE: "The same rooms with four doors that are always open: only the cue has to be remembered.",
 }
 
 
