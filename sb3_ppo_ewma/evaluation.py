@@ -114,6 +114,13 @@ class PolicyEvaluation:
         """
         return "the policy is not recurrent"
 
+    def unknown_sequence_buffer(self, buffer: Any) -> str | None:
+        """
+        :param buffer: rollout buffer
+        :return: why its sequences cannot be read without padding, ``None`` if they can
+        """
+        return "the policy is not recurrent"
+
     def padding_mask(self, samples: Any) -> th.Tensor | None:
         """
         :param samples: minibatch from the rollout buffer

@@ -186,7 +186,7 @@ class DeviceMinibatches:
         self._buffer = buffer
         self._samples_class = samples_class
         extra_names = samples_class._fields[len(RolloutBufferSamples._fields) :]
-        _flatten(buffer, extra_names)
+        flatten_buffer(buffer, extra_names)
         observations: Any = buffer.observations
         self._observations: Any = (
             {key: self._tensor(array) for key, array in observations.items()}
@@ -268,9 +268,12 @@ def device_minibatches(buffer: RolloutBuffer, samples_class: type[Any]) -> Minib
         return BufferMinibatches(buffer)
 
 
-def _flatten(buffer: RolloutBuffer, extra_names: tuple[str, ...]) -> None:
+def flatten_buffer(buffer: RolloutBuffer, extra_names: tuple[str, ...]) -> None:
     """
     What SB3's ``get()`` does when it is called first.
+
+    :param buffer: filled rollout buffer
+    :param extra_names: names of its arrays beyond those of SB3's
     """
     if buffer.generator_ready:
         return

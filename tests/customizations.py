@@ -39,7 +39,7 @@ class Customization(NamedTuple):
         :param case: a training
         :return: whether it can be customised so
         """
-        names = f"{case.cls.__name__} {case.policy} {case.actions} {case.observations}"
+        names = f" {case.cls.__name__} {case.policy} {case.actions} {case.observations}"
         is_plain = case.cls.__name__ in ("PPOEWMA", "PPG", "PPGEWMA")
         return self.only in names and (self.policy is None or is_plain)
 
@@ -440,8 +440,8 @@ CUSTOMIZATIONS: dict[str, Customization] = {
     "hook of the optimizer": Customization(scale_gradients),
     "step patched": Customization(scale_gradients_in_step),
     "betas changed": Customization(change_betas, moment="rollout start"),
-    "get patched": Customization(unshuffle, only="PPOEWMA Mlp"),
-    "own buffer": Customization(model_kwargs={"rollout_buffer_class": OrderedBuffer}, only="PPOEWMA Mlp"),
+    "get patched": Customization(unshuffle, only=" PPOEWMA Mlp"),
+    "own buffer": Customization(model_kwargs={"rollout_buffer_class": OrderedBuffer}, only=" PPOEWMA Mlp"),
     "attribute of the policy": Customization(raw_images, only="Cnn"),
     "log_prob patched": Customization(patch_method(lambda model: model.policy.action_dist, "log_prob", doubled)),
     "entropy patched": Customization(patch_method(lambda model: model.policy.action_dist, "entropy", doubled)),

@@ -24,7 +24,24 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.vec_env import DummyVecEnv
 from torch import _dynamo, nn
 
-from sb3_ppo_ewma import PPG, PPGEWMA, PPOEWMA, ImpalaCNN, MaskablePPOEWMA, RecurrentPPOEWMA, SmallGridCNN, rollouts
+from sb3_ppo_ewma import (
+    PPG,
+    PPGEWMA,
+    PPOEWMA,
+    AuxiliaryPhaseMixin,
+    ImpalaCNN,
+    MaskablePPG,
+    MaskablePPGEWMA,
+    MaskablePPOEWMA,
+    MaskableRecurrentPPG,
+    MaskableRecurrentPPGEWMA,
+    MaskableRecurrentPPOEWMA,
+    RecurrentPPG,
+    RecurrentPPGEWMA,
+    RecurrentPPOEWMA,
+    SmallGridCNN,
+    rollouts,
+)
 from sb3_ppo_ewma._engine import dense, fused, microbatches, standard
 from tests.battery.envs import OBSERVATION_SPACES, VECTOR, SpaceEnv, copies
 from tests.battery.helpers import record_log
@@ -36,7 +53,7 @@ needs_compiler = pytest.mark.skipif(
     reason="needs a C++ compiler and a torch that can compile a backward pass",
 )
 # From the fastest to the slowest
-ENGINES = ("compiled dense", "compiled", "dense", "microbatches", "standard", "fused", "reference")
+ENGINES = ("compiled dense", "compiled", "dense", "microbatches", "sequences", "standard", "fused", "reference")
 
 SMALL_IMAGE = spaces.Box(0, 255, (8, 8, 2), np.uint8)
 IMAGE = spaces.Box(0, 255, (3, 36, 36), np.uint8)
@@ -105,6 +122,17 @@ PHASES: dict[str, list[Any]] = {
     "vf_true_coef": [0.0, 2.0],
     "vf_aux_coef": [0.0, 3.0],
 }
+MASKABLE_RECURRENT = (MaskableRecurrentPPOEWMA, MaskableRecurrentPPG, MaskableRecurrentPPGEWMA)
+MASKABLE = (MaskablePPOEWMA, MaskablePPG, MaskablePPGEWMA, *MASKABLE_RECURRENT)
+RECURRENT = (RecurrentPPOEWMA, RecurrentPPG, RecurrentPPGEWMA, *MASKABLE_RECURRENT)
+LSTMS: list[dict[str, Any]] = [
+    {},
+    {"enable_critic_lstm": False},
+    {"enable_critic_lstm": False, "shared_lstm": True},
+    {"n_lstm_layers": 2},
+    {"n_lstm_layers": 2, "lstm_kwargs": {"dropout": 0.5}},
+    {"lstm_kwargs": {"bias": False}},
+]
 SMALL_NETWORKS: list[tuple[Any, dict[str, Any]]] = [
     (SmallGridCNN, {"channels": (4,)}),
     (ImpalaCNN, {"channels": (3, 4), "n_blocks": 1}),
@@ -202,7 +230,7 @@ class Case:
         :return: the model, customised
         """
         change = self.change
-        env_class = MaskedEnv if self.cls is MaskablePPOEWMA else SpaceEnv
+        env_class = MaskedEnv if self.cls in MASKABLE else SpaceEnv
         env = DummyVecEnv(copies(lambda: env_class(SPACES[self.observations], self.actions, 5), self.n_envs))
         if self.is_double:
             env.buf_rews = env.buf_rews.astype(np.float64)
@@ -250,7 +278,7 @@ def generate(number: int) -> Case:
     draw = random.Random(number)
     kind = draw.choices(
         ("vector", "phasic", "image", "sde", "extractor", "optimizer", "recurrent", "maskable"),
-        (40, 18, 15, 4, 5, 8, 5, 5),
+        (38, 17, 14, 4, 5, 6, 12, 6),
     )[0]
     has_images = kind == "image" or (kind in ("phasic", "maskable") and draw.random() < 0.2)
     if has_images:
@@ -262,13 +290,13 @@ def generate(number: int) -> Case:
     if kind == "phasic" or (kind == "image" and draw.random() < 0.3):
         cls = draw.choice((PPG, PPGEWMA))
     elif kind == "recurrent":
-        cls = RecurrentPPOEWMA
-        if observations == "multidiscrete":
+        cls = draw.choice((RecurrentPPOEWMA, RecurrentPPOEWMA, *RECURRENT))
+        if observations == "multidiscrete" and cls is RecurrentPPOEWMA:
             observations = "vector"  # SB3 counts its features in numpy integers, which torch's LSTM refuses
-        if actions == "multibinary":
-            actions = "box"  # sb3-contrib's recurrent buffer gives its loss integers, which it cannot take
     elif kind == "maskable":
-        cls, actions = MaskablePPOEWMA, draw.choice(("discrete", "multidiscrete", "multibinary"))
+        cls = draw.choice((MaskablePPOEWMA, MaskablePPG, MaskablePPGEWMA))
+    if cls in MASKABLE:
+        actions = draw.choice(("discrete", "multidiscrete", "multibinary"))
     if kind == "sde":
         actions = "box"
     if kind == "extractor":
@@ -277,7 +305,7 @@ def generate(number: int) -> Case:
     case.n_envs = draw.choice((1, 1, 2))
     # sb3-contrib's buffers keep the states of an LSTM in single precision.
     # Convolutions round so much that clips and activations differ, and with them what follows.
-    case.is_double = (draw.random() < 0.7 or has_images) and cls is not RecurrentPPOEWMA
+    case.is_double = (draw.random() < 0.7 or has_images) and cls not in RECURRENT
     _draw_arguments(draw, case)
     _draw_policy_arguments(draw, case, kind)
     if number % 5 in (1, 3) and kind not in ("extractor", "optimizer"):
@@ -297,7 +325,7 @@ def _customize(draw: random.Random, case: Case) -> None:
 
 def _policy_name(cls: Any, observations: str) -> str:
     kind = {"image": "Cnn", "small_image": "Cnn", "dict": "MultiInput", "vector_dict": "MultiInput"}
-    return kind.get(observations, "Mlp") + ("LstmPolicy" if cls is RecurrentPPOEWMA else "Policy")
+    return kind.get(observations, "Mlp") + ("LstmPolicy" if cls in RECURRENT else "Policy")
 
 
 def _some(draw: random.Random, options: dict[str, list[Any]], share: float) -> dict[str, Any]:
@@ -315,7 +343,7 @@ def _draw_arguments(draw: random.Random, case: Case) -> None:
         given["staleness_mode"] = draw.choice(("decoupled", "behavior", "proximal"))
     if given.get("kl_estimator") == "analytic" and given.get("staleness_mode") == "behavior":
         given["prox_decay"] = 0.5  # refused without an EWMA
-    if case.cls in (PPG, PPGEWMA):
+    if issubclass(case.cls, AuxiliaryPhaseMixin):
         given |= {"n_policy_iterations": 2, "n_aux_epochs": 2, "aux_batch_size": 6, "aux_learning_rate": 0.005}
         given |= _some(draw, PHASES, 0.3)
     case.arguments = given
@@ -332,15 +360,16 @@ def _draw_policy_arguments(draw: random.Random, case: Case, kind: str) -> None:
         given["features_extractor_kwargs"] = {"features_dim": 6}
     elif case.policy.startswith("MultiInput"):
         given["features_extractor_kwargs"] = {"cnn_output_dim": 6}
-    if case.cls in (PPG, PPGEWMA):
+    if issubclass(case.cls, AuxiliaryPhaseMixin):
         given["optimizer_kwargs"] = draw.choice(PHASIC_OPTIMIZERS)
+    if case.cls in RECURRENT:
+        given |= {"lstm_hidden_size": 4, **draw.choice(LSTMS)}
+    elif issubclass(case.cls, AuxiliaryPhaseMixin):
         given["critic_arch"] = draw.choice(("dual", "shared", "detach"))
         if draw.random() < 0.4:
             given["trunk_arch"] = [5]
         if case.actions.startswith("box") and draw.random() < 0.4:
             given["std_activation"] = "softplus"
-    elif case.cls is RecurrentPPOEWMA:
-        given |= {"lstm_hidden_size": 4, **draw.choice(({}, {"enable_critic_lstm": False, "shared_lstm": True}))}
     elif draw.random() < 0.2:
         given["share_features_extractor"] = False
     if kind == "extractor":

@@ -62,7 +62,7 @@ CHOICES: dict[str, tuple[str, dict[str, Any]]] = {
     "dictionary of images": ("microbatches", {"policy": "MultiInputPolicy", "observations": "dict", **SMALL_CNNS}),
     "gSDE": ("fused", {"use_sde": True}),
     "maskable": ("fused", {"cls": MaskablePPOEWMA, "actions": "discrete"}),
-    "recurrent": ("fused", {"cls": RecurrentPPOEWMA, "policy": "MlpLstmPolicy", **with_policy(lstm_hidden_size=4)}),
+    "recurrent": ("sequences", {"cls": RecurrentPPOEWMA, "policy": "MlpLstmPolicy", **with_policy(lstm_hidden_size=4)}),
     "SGD": ("reference", with_policy(optimizer_class=th.optim.SGD)),
     "maximize": ("reference", with_policy(optimizer_kwargs={"maximize": True})),
     "AdamW": ("reference", with_policy(optimizer_class=th.optim.AdamW)),

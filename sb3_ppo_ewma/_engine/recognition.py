@@ -3,7 +3,7 @@ Recognise policies that faster code can stand in for. Each function returns the 
 Anything unknown is a reason: methods overridden in a class or replaced in an instance, modules of other types, hooks.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from typing import Any
 
 import torch as th
@@ -71,7 +71,7 @@ _GLOBAL_HOOKS = (
 _RELIED_ON = {
     *("forward", "evaluate_actions", "evaluate_auxiliary", "extract_features", "get_distribution", "forward_actor"),
     *("_get_action_dist_from_latent", "forward_critic", "__call__", "_call_impl", "_wrapped_call_impl", "__getattr__"),
-    *("get", "_get_samples", "swap_and_flatten", "to_torch"),
+    *("get", "_get_samples", "swap_and_flatten", "to_torch", "_process_sequence", "masked"),
 }
 _ORIGINALS: list[tuple[Any, str, Any]] = [
     (cls, name, function)
@@ -114,12 +114,9 @@ def unknown_policy(policy: Any) -> str | None:
     free = _FREE
     if not isinstance(policy.action_dist, FILLED_BY_SB3) and closed_form(policy.action_dist) is not None:
         free = {*_FREE, "_get_action_dist_from_latent"}  # the closed form is declared to compute the same
-    for base in cls.__mro__ if cls is not known else ():
-        overridden = (
-            [] if base in _BASES else [name for name in vars(base) if name not in free and hasattr(known, name)]
-        )
-        if overridden:
-            return f"{base.__name__} overrides {overridden[0]}"
+    overridden = overridden_method(cls, known, _BASES, free)
+    if overridden is not None:
+        return overridden
     if not (policy._compiled_call_impl is None or hasattr(policy._compiled_call_impl, "stands_in_for_forward")):
         return "the policy is compiled"
     replaced_names = methods(cls).intersection(vars(policy)) - _FREE
@@ -128,6 +125,30 @@ def unknown_policy(policy: Any) -> str | None:
     if type(policy.mlp_extractor) not in _MLP_EXTRACTORS:
         return f"the mlp_extractor is a {type(policy.mlp_extractor).__name__}"
     return replaced_in([policy.mlp_extractor]) or hooks([policy.mlp_extractor])
+
+
+def overridden_method(cls: Any, known: Any, bases: Set[Any], free: Set[str] = frozenset(_FREE)) -> str | None:
+    """
+    :param cls: class of a policy
+    :param known: class it is derived from
+    :param bases: classes whose methods are known, those of ``known`` among them
+    :param free: names of methods that may be overridden
+    :return: which method another class overrides, ``None`` if none
+    """
+    for base in cls.__mro__ if cls is not known else ():
+        names = [] if base in bases else [name for name in vars(base) if name not in free and hasattr(known, name)]
+        if names:
+            return f"{base.__name__} overrides {names[0]}"
+    return None
+
+
+def rely_on(classes: Iterable[Any]) -> None:
+    """
+    :param classes: further classes whose methods :func:`patched_classes` watches
+    """
+    _ORIGINALS.extend(
+        (cls, name, function) for cls in classes for name, function in vars(cls).items() if name in _RELIED_ON
+    )
 
 
 def unknown_distribution(policy: Any) -> str | None:
@@ -164,13 +185,37 @@ def unknown_modules(policy: Any) -> str | None:
     :param policy: any policy
     :return: which module is not known to compute each sample by itself, or has something replaced
     """
-    modules = [module for module in policy.modules() if module is not policy]
+    return unknown_module([module for module in policy.modules() if module is not policy])
+
+
+def unknown_module(modules: list[nn.Module]) -> str | None:
+    """
+    :param modules: modules
+    :return: which of them is not known to compute each sample by itself, or has something replaced
+    """
     for module in modules:
         if type(module) not in KNOWN_MODULES:
             return f"{type(module).__name__} is not one of the layers known to compute each sample by itself"
         if module._compiled_call_impl is not None:
             return f"a {type(module).__name__} is compiled"
     return replaced_in(modules)
+
+
+def unknown_lstm(lstm: nn.LSTM) -> str | None:
+    """
+    :param lstm: an LSTM
+    :return: why it does more than its layers one after the other, ``None`` if it does not
+    """
+    if type(lstm) is not nn.LSTM:
+        return f"the LSTM is a {type(lstm).__name__}"
+    if lstm.dropout > 0 and lstm.num_layers > 1:
+        return "the LSTM has dropout"
+    if lstm.bidirectional or lstm.proj_size or lstm.batch_first:
+        return "the LSTM is bidirectional, projected or takes batches first"
+    compiled: Any = lstm._compiled_call_impl
+    if not (compiled is None or hasattr(compiled, "stands_in_for_forward")):
+        return "an LSTM is compiled"
+    return replaced_in([lstm])
 
 
 def hooks(modules: Iterable[nn.Module]) -> str | None:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch as th
 
 from sb3_ppo_ewma._arguments import warn_caller
-from sb3_ppo_ewma._engine.collection import fast_forward, unknown_collection
+from sb3_ppo_ewma._engine.collection import fast_cells, fast_forward, unknown_collection
 from sb3_ppo_ewma._engine.compiled import CompilationError, CompiledDenseEngine, CompiledEngine, Graphs
 from sb3_ppo_ewma._engine.dense import DenseEngine
 from sb3_ppo_ewma._engine.dense_networks import unknown_networks, unknown_parameters
@@ -27,9 +27,10 @@ from sb3_ppo_ewma._engine.recognition import (
     unknown_policy,
 )
 from sb3_ppo_ewma._engine.reference import ReferenceEngine
+from sb3_ppo_ewma._engine.sequences import SequenceEngine
 from sb3_ppo_ewma._engine.standard import StandardEngine
 from sb3_ppo_ewma.evaluation import PolicyEvaluation
-from sb3_ppo_ewma.rollouts import DeviceMinibatches
+from sb3_ppo_ewma.rollouts import BufferMinibatches, DeviceMinibatches
 
 
 class Question(NamedTuple):
@@ -141,6 +142,23 @@ def _not_compiled(question: Question) -> str | None:
     return None if groups == {1} else "the optimizer has several parameter groups"
 
 
+def _unknown_sequences(question: Question) -> str | None:
+    iteration = question.iteration
+    if th.is_autocast_enabled(iteration.policy.device.type):
+        return "torch.autocast is on"
+    return patched_classes() or iteration.evaluation.unknown_sequences(iteration.policy)
+
+
+def _unknown_recurrent_buffer(question: Question) -> str | None:
+    iteration = question.iteration
+    if question.is_auxiliary:
+        return None
+    if not isinstance(iteration.source, BufferMinibatches):
+        return iteration.evaluation.unknown_sequence_buffer(iteration.model.rollout_buffer)
+    buffer = iteration.source.buffer
+    return iteration.evaluation.unknown_sequence_buffer(buffer) if buffer.full else "the rollout is not complete"
+
+
 BUFFER = Requirement(_other_minibatches, "SB3's rollout buffer, complete and in the dtype of the policy")
 NUMBERS = Requirement(_tensor_coefficients, "coefficients that are numbers")
 AUTOMATIC = Requirement(_not_automatic, "engine='auto'")
@@ -154,6 +172,10 @@ ONE_LOSS = Requirement(_several_objectives, "n_epochs_value=None")
 SAMPLED_KL = Requirement(_analytic_kl, "kl_estimator='sample'")
 NO_EXTRA_LOSS = Requirement(_extra_loss)
 IMAGES_ON_CPU = Requirement(lambda question: _not_images_on_cpu(question.iteration.policy))
+SEQUENCES = Requirement(
+    _unknown_sequences, "a recurrent policy that overrides no method of sb3-contrib's, without hooks or dropout"
+)
+SEQUENCE_BUFFER = Requirement(_unknown_recurrent_buffer, "the rollout buffer of the algorithm, complete")
 COMPILED = Requirement(_not_compiled, "torch_compile=True")
 
 # No code of the user runs between the minibatches of a training.
@@ -165,6 +187,7 @@ ENGINES: tuple[tuple[Any, tuple[Requirement, ...]], ...] = (
     (CompiledEngine, (AUTOMATIC, COMPILED, *_FIXED, ADAM, POLICY, MODULES)),
     (DenseEngine, (AUTOMATIC, ONE_LOSS, SAMPLED_KL, *_FIXED, ADAM, POLICY, DENSE)),
     (MicrobatchEngine, (AUTOMATIC, *_FIXED, ADAM, POLICY, MODULES, IMAGES_ON_CPU)),
+    (SequenceEngine, (AUTOMATIC, SEQUENCES, NO_EXTRA_LOSS, NUMBERS, SEQUENCE_BUFFER, ADAM)),
     (StandardEngine, (AUTOMATIC, ADAM, POLICY)),
     (FusedEngine, (AUTOMATIC, ADAM)),
     (ReferenceEngine, ()),
@@ -266,13 +289,9 @@ class EngineSelector:
         :return: context in which its policy collects
         """
         policy = model.policy
-        is_known = (
-            model.engine != "reference"
-            and not th.is_autocast_enabled(policy.device.type)
-            and patched_classes() is None
-            and unknown_collection(policy) is None
-        )
-        return fast_forward(policy) if is_known else contextlib.nullcontext()
+        if model.engine == "reference" or th.is_autocast_enabled(policy.device.type) or patched_classes() is not None:
+            return contextlib.nullcontext()
+        return fast_forward(policy) if unknown_collection(policy) is None else fast_cells(policy)
 
     def report(self, model: Any, iteration: Iteration) -> None:
         """

@@ -4,17 +4,41 @@ from typing import Any, ClassVar, cast
 
 import torch as th
 from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
+from sb3_contrib.common.recurrent.buffers import RecurrentDictRolloutBuffer, RecurrentRolloutBuffer
 from sb3_contrib.common.recurrent.policies import (
+    RecurrentActorCriticCnnPolicy,
     RecurrentActorCriticPolicy,
+    RecurrentMultiInputActorCriticPolicy,
 )
 from sb3_contrib.common.recurrent.type_aliases import RNNStates
 from stable_baselines3.common.utils import obs_as_tensor
+from torch import nn
 
-from sb3_ppo_ewma._engine.recognition import hooks, replaced_in, replaced_method
+from sb3_ppo_ewma._engine.recognition import hooks, overridden_method, rely_on, replaced_in, replaced_method
+from sb3_ppo_ewma._engine.sequences import unknown_recurrent
 from sb3_ppo_ewma.contrib import policies
-from sb3_ppo_ewma.contrib.masking import check_masks
+from sb3_ppo_ewma.contrib.masking import (
+    MaskedRecurrentDictRolloutBuffer,
+    MaskedRecurrentRolloutBuffer,
+    check_masks,
+)
 from sb3_ppo_ewma.evaluation import PolicyEvaluation
 from sb3_ppo_ewma.rollouts import LSTM_STATES, Rollout, observations_at
+
+# Policies whose code the faster engine knows
+_RECURRENT = (
+    *(policies.MaskedRecurrentPPGPolicy, policies.MaskedRecurrentPPGCnnPolicy),
+    *(policies.MaskedRecurrentPPGMultiInputPolicy, policies.RecurrentPPGPolicy),
+    *(policies.RecurrentPPGCnnPolicy, policies.RecurrentPPGMultiInputPolicy),
+    *(policies.MaskedLstmPolicy, policies.MaskedCnnLstmPolicy, policies.MaskedMultiInputLstmPolicy),
+    *(RecurrentActorCriticCnnPolicy, RecurrentMultiInputActorCriticPolicy, RecurrentActorCriticPolicy),
+)
+_KNOWN = frozenset(base for policy in _RECURRENT for base in policy.__mro__)
+_BUFFERS = (
+    *(RecurrentRolloutBuffer, RecurrentDictRolloutBuffer),
+    *(MaskedRecurrentRolloutBuffer, MaskedRecurrentDictRolloutBuffer),
+)
+rely_on({*_KNOWN, nn.LSTM, *(base for buffer in _BUFFERS for base in buffer.__mro__)})
 
 
 class MaskableEvaluation(PolicyEvaluation):
@@ -65,6 +89,24 @@ class RecurrentEvaluation(PolicyEvaluation):
 
     def padding_mask(self, samples: Any) -> th.Tensor | None:
         return cast(th.Tensor, samples.mask > 1e-8)
+
+    def unknown_sequences(self, policy: Any) -> str | None:
+        cls = type(policy)
+        known = next((base for base in cls.__mro__ if base in _RECURRENT), None)
+        if known is None:
+            return f"{cls.__name__} is not derived from RecurrentActorCriticPolicy"
+        if policy._compiled_call_impl is not None:
+            return "the policy is compiled"
+        replaced = replaced_method(policy)
+        if replaced is not None:
+            return f"{replaced} of the policy was replaced"
+        return overridden_method(cls, known, _KNOWN) or unknown_recurrent(policy)
+
+    def unknown_sequence_buffer(self, buffer: Any) -> str | None:
+        if type(buffer) not in _BUFFERS:
+            return f"the rollout buffer is a {type(buffer).__name__}"
+        replaced = replaced_method(buffer)
+        return None if replaced is None else f"{replaced} of the rollout buffer was replaced"
 
     def predict_values(self, policy: Any, buffer: Any, indices: slice) -> th.Tensor:
         # Every sample is a sequence of length one, from the hidden state stored before it: (samples, layers, units)
