@@ -266,7 +266,9 @@ def lstm_shares(table: pd.DataFrame, reps: int) -> list[str]:
     :return: lines of Markdown: which part of training the LSTMs' own arithmetic is, none if that was not measured
     """
     # Steps per second of an entry by those of the passes alone: the inverse of the ratio of their times
-    shares = against(table, LSTM_ONLY, reps) if LSTM_ONLY in table else {}
+    found = against(table, LSTM_ONLY, reps) if LSTM_ONLY in table else {}
+    # Auxiliary phases have passes of their own, which were not measured.
+    shares = {entry: share for entry, share in found.items() if not ENTRIES[entry].has_phases}
     rows = {f"`training`, part that {ENTRIES[LSTM_ONLY].name} would take": shares}
     return ["", *markdown_table(rows)] if shares else []
 
