@@ -30,7 +30,7 @@ HERE = Path(__file__).parent
 COLUMNS = ["case", "entry", "round", "steps", "seconds", "collect_seconds", "train_seconds", "cpu_seconds"]
 # The number of the round that is not counted. Its first chunk compiles and allocates.
 WARM_UP = 0
-_CODE = ["sb3_ppo_ewma/*.py", *(f"benchmarks/speed/{name}.py" for name in ("lstm_only", "torchrl_update", "worker"))]
+_CODE = ["sb3_ppo_ewma/**/*.py", *(f"benchmarks/speed/{name}.py" for name in ("lstm_only", "torchrl_update", "worker"))]
 # What changes how many threads JAX and the libraries under PyTorch use
 _FLAGS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "XLA_FLAGS", "JAX_PLATFORMS", "NPROC")
 
