@@ -94,7 +94,7 @@ def report(file: Path) -> None:
     intro = [
         "Two tasks that need memory; in one of them most actions are invalid. Final return: mean of the training "
         "episodes that ended in the last tenth of training, with sampled actions. All variants share the settings, "
-        "which were chosen with other seeds for memory and masks together.",
+        "which pilot runs with memory and masks together decided.",
         "",
         common.save(figure, file),
     ]
