@@ -5,11 +5,14 @@ import importlib
 import shutil
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import pandas as pd
 import pytest
+from gymnasium.utils.env_checker import check_env
 
 from benchmarks.experiments import runs as experiments
+from benchmarks.experiments.environments import CUE, CUE_DOORS
 from benchmarks.experiments.runs import COLUMNS, RETURNS, Table, Variant
 from benchmarks.experiments.training import Result, train
 from tests.test_benchmarks import execute
@@ -18,7 +21,17 @@ pytestmark = pytest.mark.long
 
 report = pytest.importorskip("benchmarks.experiments.report", reason="needs rliable", exc_type=ImportError)
 
-NAMES = ["ewma", "defaults", "one_epoch", "staleness", "invariance", "center_of_mass", "tuned", "n_envs"]
+NAMES = [
+    "ewma",
+    "defaults",
+    "one_epoch",
+    "staleness",
+    "invariance",
+    "center_of_mass",
+    "tuned",
+    "n_envs",
+    "memory_masks",
+]
 CARTPOLE = {"policy": "MlpPolicy", "n_timesteps": 400, "n_envs": 2, "n_steps": 16, "batch_size": 16, "n_epochs": 1}
 
 
@@ -36,7 +49,8 @@ def test_quick_run_and_its_report(name, tmp_path):
     module = f"benchmarks.experiments.{name}"
     printed = execute(module, "--quick", "--jobs", 1, "--results", tmp_path).stdout
     experiment = importlib.import_module(module)
-    names = [variant.name for variant in experiment.variants() if variant.env == experiments.QUICK_ENV]
+    quick_env = getattr(experiment, "QUICK_ENV", experiments.QUICK_ENV)
+    names = [variant.name for variant in experiment.variants() if variant.env == quick_env]
     assert set(getattr(experiment, "QUICK_NAMES", [])) <= set(names)
     rows = read(tmp_path / f"{name}.csv")
     assert sorted(row["variant"] for row in rows) == sorted(getattr(experiment, "QUICK_NAMES", names))
@@ -217,6 +231,57 @@ def test_a_training_and_its_seed():
     measured = train("ppo_ewma", "CartPole-v1", {**CARTPOLE, "callback": "sb3_ppo_ewma.NoiseScaleCallback"}, 0)
     assert np.array_equal(first.returns, measured.returns, equal_nan=True)
     assert measured.diagnostics["noise_scale_joint"] > 0
+
+
+# === Environments ===
+
+
+def play(env_id: str, action_of, seed: int) -> tuple[list[np.ndarray], list[float], bool]:
+    """
+    :return: observations and rewards of an episode, and whether it was cut short
+    """
+    env = gym.make(env_id)
+    observation, _ = env.reset(seed=seed)
+    observations, rewards, is_over = [observation], [], False
+    while not is_over:
+        action = action_of(observations, env.unwrapped.action_masks())
+        observation, reward, terminated, truncated, _ = env.step(action)
+        observations.append(observation)
+        rewards.append(float(reward))
+        is_over = terminated or truncated
+    return observations, rewards, truncated
+
+
+@pytest.mark.parametrize("env_id", [CUE, CUE_DOORS])
+def test_cue_environments(env_id):
+    check_env(gym.make(env_id).unwrapped, skip_render_check=True)
+    n_cues = 4
+
+    def through_open_doors(observations, mask):
+        observation = observations[-1]
+        assert np.array_equal(observation[n_cues + 1 :], mask)  # what masks know is observed
+        is_last = bool(observation[n_cues])
+        assert mask.sum() == (2 if env_id == CUE_DOORS and not is_last else n_cues)
+        return int(observations[0][:n_cues].argmax()) if is_last else int(np.flatnonzero(mask)[-1])
+
+    observations, rewards, was_cut = play(env_id, through_open_doors, seed=3)
+    assert rewards == [0.0] * 4 + [1.0]
+    assert not was_cut
+    assert observations[0][:n_cues].sum() == 1
+    assert not np.any([observation[:n_cues] for observation in observations[1:]])  # the cue is seen once
+    assert [observation[n_cues] for observation in observations] == [0.0] * 4 + [1.0] * 2
+
+    def another_door(observations, mask):
+        door = through_open_doors(observations, mask)
+        return (door + 1) % n_cues if observations[-1][n_cues] else door
+
+    assert play(env_id, another_door, seed=3)[1] == [0.0] * 5
+
+
+def test_closed_doors_cost_steps():
+    _, rewards, was_cut = play(CUE_DOORS, lambda observations, mask: int(np.flatnonzero(~mask)[0]), seed=0)
+    assert rewards == [-0.05] * 20
+    assert was_cut
 
 
 # === Reports ===

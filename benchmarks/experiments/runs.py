@@ -41,7 +41,7 @@ class Variant:
 
     :param env: environment
     :param name: of this variant among those of the environment
-    :param algo: name of an algorithm in the zoo
+    :param algo: name of an algorithm in the zoo, or of a class of this package
     :param settings: complete, as an entry of the zoo's files
     :param is_tested: whether the final return is that of test episodes, instead of those of training
     """
@@ -159,6 +159,7 @@ def execute(
     quick: dict[str, Any],
     report: Callable[[Path], None],
     quick_names: Sequence[str] | None = None,
+    quick_env: str = QUICK_ENV,
 ) -> None:
     """
     Train what is missing, then report.
@@ -168,6 +169,7 @@ def execute(
     :param quick: settings that make a run short
     :param report: is given the CSV
     :param quick_names: of the variants of a smoke test; ``None``: all
+    :param quick_env: environment of a smoke test
     """
     folder = args.results or (REPOSITORY / "logs" / "quick" if args.quick else RESULTS)
     table = Table(folder / f"{args.name}.csv")
@@ -176,7 +178,7 @@ def execute(
             variants = [
                 replace(v, settings={**v.settings, **quick})
                 for v in variants
-                if v.env == QUICK_ENV and (quick_names is None or v.name in quick_names)
+                if v.env == quick_env and (quick_names is None or v.name in quick_names)
             ]
         chosen = [
             variant
