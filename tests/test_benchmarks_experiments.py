@@ -2,6 +2,8 @@
 
 import csv
 import importlib
+import json
+import pickle
 import shutil
 from pathlib import Path
 
@@ -18,7 +20,7 @@ pytestmark = pytest.mark.long
 
 report = pytest.importorskip("benchmarks.experiments.report", reason="needs rliable", exc_type=ImportError)
 
-NAMES = ["ewma", "defaults", "one_epoch", "staleness", "invariance", "center_of_mass", "tuned", "n_envs"]
+NAMES = ["ewma", "defaults", "one_epoch", "staleness", "invariance", "center_of_mass", "tuned", "n_envs", "elastic"]
 CARTPOLE = {"policy": "MlpPolicy", "n_timesteps": 400, "n_envs": 2, "n_steps": 16, "batch_size": 16, "n_epochs": 1}
 
 
@@ -30,13 +32,14 @@ def read(file: Path) -> list[dict[str, str]]:
 # === Every experiment ===
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES[:-1], pytest.param("elastic", marks=pytest.mark.slow)])
 def test_quick_run_and_its_report(name, tmp_path):
     pytest.importorskip("minatar")
     module = f"benchmarks.experiments.{name}"
     printed = execute(module, "--quick", "--jobs", 1, "--results", tmp_path).stdout
     experiment = importlib.import_module(module)
-    names = [variant.name for variant in experiment.variants() if variant.env == experiments.QUICK_ENV]
+    quick_env = getattr(experiment, "QUICK_ENV", experiments.QUICK_ENV)
+    names = [variant.name for variant in experiment.variants() if variant.env == quick_env]
     assert set(getattr(experiment, "QUICK_NAMES", [])) <= set(names)
     rows = read(tmp_path / f"{name}.csv")
     assert sorted(row["variant"] for row in rows) == sorted(getattr(experiment, "QUICK_NAMES", names))
@@ -217,6 +220,29 @@ def test_a_training_and_its_seed():
     measured = train("ppo_ewma", "CartPole-v1", {**CARTPOLE, "callback": "sb3_ppo_ewma.NoiseScaleCallback"}, 0)
     assert np.array_equal(first.returns, measured.returns, equal_nan=True)
     assert measured.diagnostics["noise_scale_joint"] > 0
+
+
+def test_a_segment_continues_with_another_number_of_processes(tmp_path):
+    from benchmarks.experiments.elastic import run_segment
+    from sb3_ppo_ewma import PPOEWMA
+
+    settings = {**CARTPOLE, "normalize": True, "gamma": 0.9, "gae_lambda": 0.5, "learning_rate": "lin_0.01"}
+    settings |= {"n_timesteps": 384, "n_steps": 32, "batch_size": 32, "tuned_for_n_envs": 2}
+    (tmp_path / "job.json").write_text(json.dumps({"env": "CartPole-v1", "settings": settings, "seed": 0}))
+    # An iteration has 64 samples, of 2 environments or 4.
+    for until, n_processes, n_envs, n_steps, n_tests in ((128, 2, 4, 16, 3), (256, 1, 2, 32, 6)):
+        run_segment(tmp_path, until, n_processes)
+        model = PPOEWMA.load(tmp_path / "model.zip")
+        assert (model.num_timesteps, model.fitted_hyperparameters["n_envs"], model.n_steps) == (until, n_envs, n_steps)
+        # The schedule covers the whole run.
+        assert model.learning_rate(model._current_progress_remaining) == pytest.approx(0.01 * (384 - until) / 384)
+        with (tmp_path / "vecnormalize.pkl").open("rb") as statistics:
+            # Each segment adds the observations of its resets.
+            assert pickle.load(statistics).obs_rms.count == pytest.approx(until, abs=8)
+        assert len(json.loads((tmp_path / "tests.json").read_text())) == n_tests
+    (tmp_path / "job.json").write_text("{}")
+    with pytest.raises(RuntimeError, match=r"(?s)a segment of 1 process\(es\) until step 384 failed:.*KeyError: 'env'"):
+        run_segment(tmp_path, 384, 1)
 
 
 # === Reports ===
