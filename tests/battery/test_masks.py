@@ -11,9 +11,11 @@ import pytest
 import torch as th
 from sb3_contrib.common.recurrent.type_aliases import RNNStates
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList
+from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
 
 from sb3_ppo_ewma import MaskableRecurrentPPOEWMA, RecurrentPPOEWMA
+from sb3_ppo_ewma.contrib import MaskedEvalCallback, WithMasks
 from sb3_ppo_ewma.contrib.policies import MaskedLstmPolicy
 from sb3_ppo_ewma.policies import copy_policy
 from tests.battery.algorithms import MASKABLE, Algorithm
@@ -382,3 +384,23 @@ def test_going_on_without_masks_is_told(tmp_path: Path) -> None:
     callback.init_callback(model)
     assert model.collect_rollouts(model.env, callback, buffer, 16, True)  # as MaskablePPO.learn() calls it
     assert not buffer.action_masks.all()
+
+
+def test_evaluation_keeps_the_states_and_the_masks() -> None:
+    class Own(MaskedLstmPolicy):
+        def predict(self, observation: Any, state: Any = None, *args: Any, **kwargs: Any) -> Any:
+            calls.append((state is not None, kwargs["action_masks"] is not None))
+            return super().predict(observation, state, *args, **kwargs)
+
+    calls: list[tuple[bool, bool]] = []
+    env = DummyVecEnv(copies(lambda: Strict(episode_length=5), 2))
+    model = MaskableRecurrentPPOEWMA(Own, env, n_steps=16, batch_size=8, seed=0)
+    callback = MaskedEvalCallback(DummyVecEnv(copies(lambda: Strict(episode_length=5), 2)), eval_freq=16, verbose=0)
+    model.learn(32, callback)
+    assert callback.model is model
+    assert np.isfinite(callback.last_mean_reward)
+    assert len(calls) > 5
+    assert calls == [(False, True), *[(True, True)] * (len(calls) - 1)]
+    calls.clear()
+    evaluate_policy(WithMasks(model, env), env, n_eval_episodes=2, warn=False)
+    assert calls == [(False, True), *[(True, True)] * (len(calls) - 1)]
