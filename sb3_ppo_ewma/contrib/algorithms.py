@@ -24,10 +24,13 @@ from stable_baselines3.common.type_aliases import MaybeCallback
 from sb3_ppo_ewma._arguments import check_policy_class
 from sb3_ppo_ewma.contrib import policies
 from sb3_ppo_ewma.contrib.evaluation import MaskableEvaluation, MaskableRecurrentEvaluation, RecurrentEvaluation
-from sb3_ppo_ewma.contrib.masking import MaskedCollection, check_masks, mask_sizes
+from sb3_ppo_ewma.contrib.masking import MaskedCollection, checked_masks
 from sb3_ppo_ewma.evaluation import PolicyEvaluation
 from sb3_ppo_ewma.ppg import AuxiliaryPhaseMixin, EwmaDefaultMixin
 from sb3_ppo_ewma.ppo_ewma import EwmaMixin
+
+# Of MaskablePPO.collect_rollouts(), the last of which is use_masking
+_N_COLLECT_ARGUMENTS = 5
 
 SelfMaskable = TypeVar("SelfMaskable", bound="MaskableMixin")
 
@@ -140,8 +143,7 @@ class MaskableMixin(EwmaMixin):
         :raises ValueError: if no action is valid in one of the environments
         """
         if action_masks is not None:
-            masks = np.asarray(action_masks).reshape(-1, sum(mask_sizes(self.action_space)))
-            check_masks(masks, self.action_space, lambda index: f"environment {index[0]}")
+            checked_masks(action_masks, self.action_space, lambda index: f"environment {index}")
         policy: Any = self.policy
         result = policy.predict(observation, state, episode_start, deterministic, action_masks=action_masks)
         return cast(tuple[np.ndarray, tuple[np.ndarray, ...] | None], result)
@@ -166,7 +168,8 @@ class MaskableRecurrentMixin(MaskableMixin, RecurrentMixin):
         :param kwargs: keyword arguments of ``MaskablePPO``'s method
         :return: False when a callback ended the collection
         """
-        kwargs.setdefault("use_masking", self._use_masking)
+        if len(args) < _N_COLLECT_ARGUMENTS:
+            kwargs.setdefault("use_masking", self._use_masking)
         return super().collect_rollouts(*args, **kwargs)
 
 

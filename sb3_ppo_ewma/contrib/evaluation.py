@@ -20,7 +20,7 @@ from sb3_ppo_ewma.contrib import policies
 from sb3_ppo_ewma.contrib.masking import (
     MaskedRecurrentDictRolloutBuffer,
     MaskedRecurrentRolloutBuffer,
-    check_masks,
+    checked_masks,
 )
 from sb3_ppo_ewma.evaluation import PolicyEvaluation
 from sb3_ppo_ewma.rollouts import LSTM_STATES, Rollout, observations_at
@@ -59,10 +59,12 @@ class MaskableEvaluation(PolicyEvaluation):
         return policy.get_distribution(samples.observations, action_masks=samples.action_masks)
 
     def collected_rollout(self, model: Any) -> Rollout:
-        check_masks(
-            model.rollout_buffer.action_masks,
+        # MaskablePPO's collection does not look at them.
+        buffer = model.rollout_buffer
+        checked_masks(
+            buffer.action_masks,
             model.action_space,
-            lambda index: f"environment {index[1]} at step {index[0]} of the rollout",
+            lambda index: f"environment {index % buffer.n_envs} at step {index // buffer.n_envs} of the rollout",
         )
         return super().collected_rollout(model)
 

@@ -1,7 +1,7 @@
 """Policies for the families of sb3-contrib: recurrent ones with masks, and both with an auxiliary value head."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, cast
 
 import numpy as np
@@ -36,7 +36,6 @@ class MaskedRecurrentMixin(RecurrentActorCriticPolicy):
     """
 
     _action_masks: Any = None
-    _mask_source: Callable[[], np.ndarray] | None = None
 
     def _build(self, lr_schedule: Schedule) -> None:
         self.action_dist = masked_distribution(self.action_space)
@@ -47,20 +46,6 @@ class MaskedRecurrentMixin(RecurrentActorCriticPolicy):
         :return: a new features extractor
         """
         return _with_integer_dimension(super().make_features_extractor())
-
-    @contextlib.contextmanager
-    def masks_from(self, source: Callable[[], np.ndarray]) -> Iterator[None]:
-        """
-        Within this context, a call of the policy without masks, for a batch of the size of theirs, takes them from a
-        function. Copies of the policy do not.
-
-        :param source: gives the masks
-        """
-        self._mask_source = source
-        try:
-            yield
-        finally:
-            self._mask_source = None
 
     @contextlib.contextmanager
     def masked(self, action_masks: Any) -> Iterator[None]:
@@ -97,9 +82,6 @@ class MaskedRecurrentMixin(RecurrentActorCriticPolicy):
         :param action_masks: (batch, n) the masks
         :return: actions, values, log-probabilities, new states
         """
-        if action_masks is None and self._mask_source is not None:
-            masks = self._mask_source()
-            action_masks = masks if len(masks) == len(episode_starts) else None  # else of a callback
         with self.masked(action_masks):
             return super().forward(obs, lstm_states, episode_starts, deterministic)
 
@@ -158,10 +140,6 @@ class MaskedRecurrentMixin(RecurrentActorCriticPolicy):
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         return {**super()._get_constructor_parameters(), **_lstm_parameters(self)}
-
-    def __getstate__(self) -> dict[str, Any]:
-        # The source of masks has the environments, which cannot always be copied.
-        return {**vars(self), "_mask_source": None}
 
 
 class MaskedLstmPolicy(MaskedRecurrentMixin, RecurrentActorCriticPolicy):
