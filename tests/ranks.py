@@ -343,10 +343,15 @@ def families(folder: Path, rank: int, world_size: int) -> dict[str, str]:
     discrete = {"n_steps": 32, "batch_size": 32, "n_epochs": 2, "seed": 0, "device": "cpu"}
     cartpole = make_vec_env("CartPole-v1", 2)
     masked = make_vec_env(lambda: InvalidActionEnvDiscrete(dim=5, n_invalid_actions=2), 2)
+    phases = {"n_policy_iterations": 2, "n_aux_epochs": 1}
     dictionary = VecNormalize(make_vec_env(SimpleMultiObsEnv, 2), norm_obs_keys=["vec"])
     models = {
         "recurrent": sb3_ppo_ewma.RecurrentPPOEWMA("MlpLstmPolicy", cartpole, **discrete),
         "maskable": sb3_ppo_ewma.MaskablePPOEWMA("MlpPolicy", masked, **discrete),
+        "recurrent, phasic": sb3_ppo_ewma.RecurrentPPGEWMA("MlpLstmPolicy", cartpole, **discrete, **phases),
+        "maskable, phasic": sb3_ppo_ewma.MaskablePPG("MlpPolicy", masked, **discrete, **phases),
+        "both": sb3_ppo_ewma.MaskableRecurrentPPOEWMA("MlpLstmPolicy", masked, **discrete),
+        "both, phasic": sb3_ppo_ewma.MaskableRecurrentPPG("MlpLstmPolicy", masked, **discrete, **phases),
         "dictionary": PPOEWMA("MultiInputPolicy", dictionary, **discrete),
         "sde": PPOEWMA("MlpPolicy", make_vec_env("Pendulum-v1", 2), use_sde=True, **discrete),
         "compiled": PPOEWMA("MlpPolicy", cartpole, torch_compile=True, **discrete),
@@ -359,6 +364,38 @@ def families(folder: Path, rank: int, world_size: int) -> dict[str, str]:
         found[name] = hashlib.sha256(parameters_of(model).tobytes()).hexdigest()
         found[f"warnings of {name}"] = " ".join(str(each.message) for each in caught)
     return found
+
+
+def stored_of(model: Any) -> list[dict[str, np.ndarray]]:
+    """
+    :param model: of an algorithm with auxiliary phases
+    :return: what is stored for the next phase
+    """
+    return [{name: array.copy() for name, array in piece.items()} for piece in model.phase_buffer.pieces()]
+
+
+def sequences(folder: Path, rank: int, world_size: int) -> dict[str, Any]:
+    """Goes on within a phase of sequences where one process stopped, with its environments divided."""
+    del world_size
+    model = sb3_ppo_ewma.RecurrentPPGEWMA.load(folder / "sequences", make_vec_env("CartPole-v1", 2, seed=rank))
+    model.load_replay_buffer(folder / "sequences_rollouts")
+    stored = stored_of(model)
+    model.learn(4 * 16, reset_num_timesteps=False)
+    return {"stored": stored, "phases": model._n_phases}
+
+
+def write_sequences(folder: Path) -> list[dict[str, np.ndarray]]:
+    """
+    :param folder: for the files that :func:`sequences` reads
+    :return: the rollouts in them
+    """
+    settings: dict[str, Any] = {"n_steps": 16, "batch_size": 32, "n_policy_iterations": 3, "tuned_for_n_envs": 4}
+    environments = make_vec_env("CartPole-v1", 4, seed=0)
+    model = sb3_ppo_ewma.RecurrentPPGEWMA("MlpLstmPolicy", environments, device="cpu", seed=0, **settings)
+    model.learn(2 * 4 * 16)
+    model.save(folder / "sequences")
+    model.save_replay_buffer(folder / "sequences_rollouts")
+    return stored_of(model)
 
 
 def refusals(folder: Path, rank: int, world_size: int) -> list[str]:
@@ -383,7 +420,8 @@ def refusals(folder: Path, rank: int, world_size: int) -> list[str]:
 def short(folder: Path, rank: int, world_size: int) -> dict[str, Any]:
     """One after the other, since it takes longer to start processes."""
     return {
-        each.__name__: each(folder, rank, world_size) for each in (stopping, differing, resuming, families, refusals)
+        each.__name__: each(folder, rank, world_size)
+        for each in (stopping, differing, resuming, sequences, families, refusals)
     }
 
 
