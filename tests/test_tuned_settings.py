@@ -36,7 +36,9 @@ def envs(n_envs, env_id="CartPole-v1"):
 
 
 def model_for(n_envs, algorithm=PPOEWMA, **changed):
-    return algorithm(policy_of(algorithm), envs(n_envs), **{**SETTINGS, **changed})
+    policy = policy_of(algorithm)
+    small = {"policy_kwargs": {"lstm_hidden_size": 8}} if policy == "MlpLstmPolicy" else {}
+    return algorithm(policy, envs(n_envs), **{**SETTINGS, **small, **changed})
 
 
 def policy_of(algorithm):
