@@ -150,6 +150,23 @@ def test_masks_without_valid_action_are_refused_in_predict(maskable_algo: Algori
         model.predict(observation[0], action_masks=np.array([0, 0, 0, 1, 1]))
 
 
+@pytest.mark.parametrize(
+    "masks", [np.ones(4), np.ones((2, 4)), np.array([]), np.array([np.nan, 1, 1]), ["a", "b", "c"]]
+)
+def test_masks_of_another_size_or_kind_are_refused_in_predict(maskable_algo: Algorithm, masks: Any) -> None:
+    model = maskable_algo.make(MaskedSpaceEnv())
+    with pytest.raises(ValueError, match=r"action_masks must be 3 numbers or booleans .*Discrete\(3\)"):
+        model.predict(np.zeros(3, np.float32), action_masks=masks)
+
+
+@pytest.mark.parametrize("algo", RECURRENT_MASKABLE, ids=str)
+def test_masks_of_another_size_are_refused(algo: Algorithm) -> None:
+    env = MaskedSpaceEnv()
+    env.action_masks = lambda: np.ones(4)
+    with pytest.raises(ValueError, match=r"action_masks must be 3 numbers or booleans .*Discrete\(3\)"):
+        algo.make(env).learn(16)
+
+
 class MatrixMaskEnv(MaskedSpaceEnv):
     """Masks as a matrix, with a row for each action, which MaskablePPO takes too."""
 
