@@ -24,6 +24,7 @@ _PACKAGES = [
     "mujoco",
     "ale_py",
     "envpool",
+    "pettingzoo",
     "numpy",
 ]
 # What a number depends on; results and documentation may change without it.

@@ -310,3 +310,66 @@ def test_envpool(tmp_path):
         assert pinned == pytest.approx(speeds["EnvPoolVecEnv, pinned"][index] / best, rel=0.02)
     assert result["learning_steps_per_second"].keys() == speeds.keys()
     assert "while training" in ended.stdout
+
+
+# === Connect Four ===
+
+
+@pytest.fixture
+def connect_four():
+    pytest.importorskip("pettingzoo")
+    pytest.importorskip("pygame")  # which the games import
+    from benchmarks import connect_four
+
+    return connect_four
+
+
+def test_one_player_of_connect_four(connect_four):
+    from pettingzoo.classic import connect_four_v3
+
+    def against(*columns):
+        remaining = list(columns)
+        return connect_four.OnePlayer(connect_four_v3.env(), lambda observation, mask: remaining.pop(0))
+
+    # The player begins, and has four in a column before the opponent
+    env = against(1, 1, 1)
+    observation, _ = env.reset(options={"player": 0})
+    assert observation.sum() == 0
+    assert [env.step(0)[1:3] for _ in range(4)] == [(0.0, False)] * 3 + [(1.0, True)]
+    # The opponent begins and wins
+    env = against(1, 1, 1, 1)
+    observation, _ = env.reset(options={"player": 1})
+    assert observation[5, 1].tolist() == [0, 1]  # a piece of the opponent
+    assert [env.step(0)[1:3] for _ in range(3)] == [(0.0, False)] * 2 + [(-1.0, True)]
+    # A column of six pieces is full
+    env = against(3, 3, 3)
+    env.reset(options={"player": 0})
+    for _ in range(3):
+        assert env.action_masks().all()
+        env.step(3)
+    assert env.action_masks().tolist() == [True, True, True, False, True, True, True]
+
+
+def test_who_begins_is_drawn(connect_four):
+    from pettingzoo.classic import connect_four_v3
+
+    env = connect_four.OnePlayer(connect_four_v3.env(), lambda observation, mask: 0)
+    pieces = [int(env.reset(seed=seed)[0].sum()) for seed in range(20)]
+    assert set(pieces) == {0, 1}
+    assert pieces == [int(env.reset(seed=seed)[0].sum()) for seed in range(20)]
+
+
+def test_connect_four(connect_four, tmp_path):
+    few = ["--seeds", 0, "--timesteps", 512, "--games", 4, "--output", tmp_path / "connect_four.json"]
+    ended = execute("benchmarks.connect_four", *few)
+    content = json.loads((tmp_path / "connect_four.json").read_text())
+    assert [result["algorithm"] for result in content["results"]] == list(connect_four.ALGORITHMS)
+    assert all(result["won"] + result["drawn"] + result["lost"] == 4 for result in content["results"])
+    assert content["settings"]["hyperparameters"]["MaskablePPGEWMA"]["n_policy_iterations"] == 8
+    assert "MaskablePPO seed 0:" in ended.stdout
+
+
+def test_stored_games_of_connect_four():
+    content = json.loads((REPOSITORY / "benchmarks" / "results" / "connect_four.json").read_text())
+    assert len(content["results"]) == 9
+    assert all(result["won"] >= content["target"] for result in content["results"])

@@ -2,14 +2,19 @@
 
 import csv
 import importlib
+import json
+import pickle
 import shutil
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import pandas as pd
 import pytest
+from gymnasium.utils.env_checker import check_env
 
 from benchmarks.experiments import runs as experiments
+from benchmarks.experiments.environments import CUE, CUE_DOORS
 from benchmarks.experiments.runs import COLUMNS, RETURNS, Table, Variant
 from benchmarks.experiments.training import Result, train
 from tests.test_benchmarks import execute
@@ -18,7 +23,18 @@ pytestmark = pytest.mark.long
 
 report = pytest.importorskip("benchmarks.experiments.report", reason="needs rliable", exc_type=ImportError)
 
-NAMES = ["ewma", "defaults", "one_epoch", "staleness", "invariance", "center_of_mass", "tuned", "n_envs"]
+NAMES = [
+    "ewma",
+    "defaults",
+    "one_epoch",
+    "staleness",
+    "invariance",
+    "center_of_mass",
+    "tuned",
+    "n_envs",
+    "memory_masks",
+    "elastic",
+]
 CARTPOLE = {"policy": "MlpPolicy", "n_timesteps": 400, "n_envs": 2, "n_steps": 16, "batch_size": 16, "n_epochs": 1}
 
 
@@ -30,13 +46,14 @@ def read(file: Path) -> list[dict[str, str]]:
 # === Every experiment ===
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES[:-1], pytest.param("elastic", marks=pytest.mark.slow)])
 def test_quick_run_and_its_report(name, tmp_path):
     pytest.importorskip("minatar")
     module = f"benchmarks.experiments.{name}"
     printed = execute(module, "--quick", "--jobs", 1, "--results", tmp_path).stdout
     experiment = importlib.import_module(module)
-    names = [variant.name for variant in experiment.variants() if variant.env == experiments.QUICK_ENV]
+    quick_env = getattr(experiment, "QUICK_ENV", experiments.QUICK_ENV)
+    names = [variant.name for variant in experiment.variants() if variant.env == quick_env]
     assert set(getattr(experiment, "QUICK_NAMES", [])) <= set(names)
     rows = read(tmp_path / f"{name}.csv")
     assert sorted(row["variant"] for row in rows) == sorted(getattr(experiment, "QUICK_NAMES", names))
@@ -217,6 +234,80 @@ def test_a_training_and_its_seed():
     measured = train("ppo_ewma", "CartPole-v1", {**CARTPOLE, "callback": "sb3_ppo_ewma.NoiseScaleCallback"}, 0)
     assert np.array_equal(first.returns, measured.returns, equal_nan=True)
     assert measured.diagnostics["noise_scale_joint"] > 0
+
+
+# === Environments ===
+
+
+def play(env_id: str, action_of, seed: int) -> tuple[list[np.ndarray], list[float], bool]:
+    """
+    :return: observations and rewards of an episode, and whether it was cut short
+    """
+    env = gym.make(env_id)
+    observation, _ = env.reset(seed=seed)
+    observations, rewards, is_over = [observation], [], False
+    while not is_over:
+        action = action_of(observations, env.unwrapped.action_masks())
+        observation, reward, terminated, truncated, _ = env.step(action)
+        observations.append(observation)
+        rewards.append(float(reward))
+        is_over = terminated or truncated
+    return observations, rewards, truncated
+
+
+@pytest.mark.parametrize("env_id", [CUE, CUE_DOORS])
+def test_cue_environments(env_id):
+    check_env(gym.make(env_id).unwrapped, skip_render_check=True)
+    n_cues = 4
+
+    def through_open_doors(observations, mask):
+        observation = observations[-1]
+        assert np.array_equal(observation[n_cues + 1 :], mask)  # what masks know is observed
+        is_last = bool(observation[n_cues])
+        assert mask.sum() == (2 if env_id == CUE_DOORS and not is_last else n_cues)
+        return int(observations[0][:n_cues].argmax()) if is_last else int(np.flatnonzero(mask)[-1])
+
+    observations, rewards, was_cut = play(env_id, through_open_doors, seed=3)
+    assert rewards == [0.0] * 4 + [1.0]
+    assert not was_cut
+    assert observations[0][:n_cues].sum() == 1
+    assert not np.any([observation[:n_cues] for observation in observations[1:]])  # the cue is seen once
+    assert [observation[n_cues] for observation in observations] == [0.0] * 4 + [1.0] * 2
+
+    def another_door(observations, mask):
+        door = through_open_doors(observations, mask)
+        return (door + 1) % n_cues if observations[-1][n_cues] else door
+
+    assert play(env_id, another_door, seed=3)[1] == [0.0] * 5
+
+
+def test_closed_doors_cost_steps():
+    _, rewards, was_cut = play(CUE_DOORS, lambda observations, mask: int(np.flatnonzero(~mask)[0]), seed=0)
+    assert rewards == [-0.05] * 20
+    assert was_cut
+
+
+def test_a_segment_continues_with_another_number_of_processes(tmp_path):
+    from benchmarks.experiments.elastic import run_segment
+    from sb3_ppo_ewma import PPOEWMA
+
+    settings = {**CARTPOLE, "normalize": True, "gamma": 0.9, "gae_lambda": 0.5, "learning_rate": "lin_0.01"}
+    settings |= {"n_timesteps": 384, "n_steps": 32, "batch_size": 32, "tuned_for_n_envs": 2}
+    (tmp_path / "job.json").write_text(json.dumps({"env": "CartPole-v1", "settings": settings, "seed": 0}))
+    # An iteration has 64 samples, of 2 environments or 4.
+    for until, n_processes, n_envs, n_steps, n_tests in ((128, 2, 4, 16, 3), (256, 1, 2, 32, 6)):
+        run_segment(tmp_path, until, n_processes)
+        model = PPOEWMA.load(tmp_path / "model.zip")
+        assert (model.num_timesteps, model.fitted_hyperparameters["n_envs"], model.n_steps) == (until, n_envs, n_steps)
+        # The schedule covers the whole run.
+        assert model.learning_rate(model._current_progress_remaining) == pytest.approx(0.01 * (384 - until) / 384)
+        with (tmp_path / "vecnormalize.pkl").open("rb") as statistics:
+            # Each segment adds the observations of its resets.
+            assert pickle.load(statistics).obs_rms.count == pytest.approx(until, abs=8)
+        assert len(json.loads((tmp_path / "tests.json").read_text())) == n_tests
+    (tmp_path / "job.json").write_text("{}")
+    with pytest.raises(RuntimeError, match=r"(?s)a segment of 1 process\(es\) until step 384 failed:.*KeyError: 'env'"):
+        run_segment(tmp_path, 384, 1)
 
 
 # === Reports ===

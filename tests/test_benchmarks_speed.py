@@ -10,19 +10,22 @@ from types import SimpleNamespace
 
 import pandas as pd
 import pytest
+import torch as th
 import yaml
+from sb3_contrib import RecurrentPPO
 
 from benchmarks.metadata import REPOSITORY
 from benchmarks.speed import report, run, worker
 from benchmarks.speed.cases import CASES, ENTRIES, case_settings, entry_settings, quick
 from benchmarks.speed.worker import Chunk, EntryError
+from sb3_ppo_ewma import RecurrentPPOEWMA
 
 pytestmark = pytest.mark.long
 
 
 def settings_of(case: str, entry: str) -> dict:
     small = quick(CASES[case])
-    return {**case_settings(small), **entry_settings(small, ENTRIES[entry])}
+    return {**case_settings(small), **entry_settings(small, entry)}
 
 
 # === Measurement ===
@@ -53,7 +56,7 @@ def test_quick_run(tmp_path):
 def pretend(tmp_path, monkeypatch):
     """Starts the measurement with workers that only pretend; tells who was asked, in this order."""
     asked = []
-    names = {str(entry_settings(CASES["cartpole"], entry)): name for name, entry in ENTRIES.items()}
+    names = {str(entry_settings(CASES["cartpole"], name)): name for name in ENTRIES}
 
     class Pretender:
         def __init__(self, settings, device):
@@ -184,6 +187,43 @@ def test_time_is_told_apart(monkeypatch):
     stopwatch = worker.Stopwatch({**settings_of("cartpole", "sb3"), "n_iterations": 2}, "cpu")
     for _ in range(2):  # the second does not add to the first
         assert stopwatch.chunk()[:5] == (30, 15.0, 6.0, 8.0, 30.0)
+
+
+def test_passes_of_the_lstms_alone(monkeypatch):
+    settings = settings_of("cartpole_lstm", "lstm_only")
+    model = worker.build_model(settings, "cpu")
+    shapes, train = [], model.train
+
+    def recorded():
+        shapes.append([tuple(sequences.shape) for batch in model._inputs for _, sequences, _ in batch])
+        train()
+
+    model.train = recorded
+    drawn = []
+    get = model._model.rollout_buffer.get
+    monkeypatch.setattr(
+        model._model.rollout_buffer,
+        "get",
+        lambda size: (drawn.append(samples) or samples for samples in get(size)),
+    )
+    model.learn(2 * 2 * 16, reset_num_timesteps=False)
+    assert model._model.num_timesteps == 2 * 2 * 16
+    # Of two iterations: two epochs of two minibatches of 16 samples, for actor and critic
+    assert [len(each) for each in shapes] == [8, 8]
+    assert all(steps * sequences >= 16 and features == 4 for steps, sequences, features in shapes[0])
+    # The model trained on the minibatches that were measured
+    measured, trained = drawn[:4], drawn[4:8]
+    for one, other in zip(measured, trained, strict=True):
+        assert th.equal(one.observations, other.observations)
+
+
+def test_a_case_with_classes_of_its_own(monkeypatch):
+    monkeypatch.setattr(run, "missing", lambda packages: [])
+    plan = run.available({name: CASES[name] for name in ("cartpole", "cartpole_lstm")}, list(ENTRIES))
+    assert plan["cartpole_lstm"] == ["sb3", "lstm_only", "ppo_ewma_none", "ppo_ewma", "ppg", "ppg_ewma"]
+    assert "lstm_only" not in plan["cartpole"]
+    built = {name: type(worker.build_model(settings_of("cartpole_lstm", name), "cpu")) for name in ("sb3", "ppo_ewma")}
+    assert built == {"sb3": RecurrentPPO, "ppo_ewma": RecurrentPPOEWMA}
 
 
 def test_a_compiled_entry_that_is_not_compiled_fails():
@@ -356,6 +396,16 @@ def test_what_collects_nothing_is_only_compared_in_training():
     row = "PPO-EWMA's update in TorchRL"
     assert cells(text, row, "training ÷ PPO of SB3") == "1.25"
     assert cells(text, row, "learn ÷ PPO of SB3") == cells(text, row, "collection, steps/s") == ""
+
+
+def test_part_of_the_lstms():
+    text = section(
+        chunks_of({"sb3": [10], "lstm_only": [4], "ppo_ewma": [8]}, "cartpole_lstm"), "CartPole-v1 with LSTMs"
+    )
+    heading = "`training`, part that forward and backward passes of the LSTMs alone would take"
+    assert cells(text, "PPO of SB3", heading) == "0.40"
+    assert cells(text, "PPOEWMA", heading) == "0.50"
+    assert "PPOEWMA: `RecurrentPPOEWMA`." in text
 
 
 def test_files_of_the_report(tmp_path, monkeypatch):

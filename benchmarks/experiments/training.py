@@ -54,7 +54,7 @@ class Result:
 
 def train(algo: str, env_id: str, settings: dict[str, Any], seed: int, is_tested: bool = False) -> Result:
     """
-    :param algo: name of an algorithm of the zoo
+    :param algo: name of an algorithm of the zoo, or of a class of this package
     :param env_id: environment
     :param settings: as an entry of the zoo's files
     :param seed: of the run
@@ -64,11 +64,14 @@ def train(algo: str, env_id: str, settings: dict[str, Any], seed: int, is_tested
     # Here, so that the libraries are not imported to read results.
     import torch as th
     from rl_zoo3.exp_manager import ExperimentManager
+    from rl_zoo3.utils import ALGOS
     from stable_baselines3.common.callbacks import BaseCallback
     from stable_baselines3.common.evaluation import evaluate_policy
     from stable_baselines3.common.utils import set_random_seed
     from stable_baselines3.common.vec_env import sync_envs_normalization, unwrap_vec_normalize
 
+    import sb3_ppo_ewma
+    from benchmarks.experiments import environments  # noqa: F401  # registers them
     from sb3_ppo_ewma.zoo import register
 
     class Recorder(BaseCallback):
@@ -102,6 +105,8 @@ def train(algo: str, env_id: str, settings: dict[str, Any], seed: int, is_tested
 
     th.set_num_threads(1)
     register()
+    if algo not in ALGOS:
+        ALGOS[algo] = getattr(sb3_ppo_ewma, algo)
     tests: list[float] = []
     began = time.monotonic()
     set_random_seed(seed)

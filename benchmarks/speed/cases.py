@@ -25,6 +25,8 @@ class Case:
     :param atari: AtariWrapper and four stacked frames
     :param normalize: normalise observations and rewards
     :param packages: modules that it needs
+    :param algorithms: by entry, the class that takes the place of its own. Entries that are not there are left out;
+        empty: all have their own
     """
 
     title: str
@@ -38,6 +40,7 @@ class Case:
     atari: bool = False
     normalize: bool = False
     packages: tuple[str, ...] = ()
+    algorithms: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,8 @@ class Entry:
     def is_compiled(self) -> bool:
         return bool(self.kwargs.get("torch_compile"))
 
+
+_LSTM_ONLY = "benchmarks.speed.lstm_only.LstmOnly"
 
 CASES = {
     "cartpole": Case(
@@ -157,6 +162,25 @@ CASES = {
         policy="CnnPolicy",
         policy_kwargs={"features_extractor_class": "ImpalaCNN", "ortho_init": False, "net_arch": []},
     ),
+    "cartpole_lstm": Case(
+        "CartPole-v1 with LSTMs",
+        "CartPole-v1",
+        n_envs=8,
+        ppo={"n_steps": 128, "batch_size": 256, "n_epochs": 4},
+        n_iterations=2,
+        phase={"n_policy_iterations": 2},
+        policy="MlpLstmPolicy",
+        policy_kwargs={"lstm_hidden_size": 256},
+        packages=("sb3_contrib",),
+        algorithms={
+            "sb3": "sb3_contrib.RecurrentPPO",
+            "lstm_only": _LSTM_ONLY,
+            "ppo_ewma_none": "sb3_ppo_ewma.RecurrentPPOEWMA",
+            "ppo_ewma": "sb3_ppo_ewma.RecurrentPPOEWMA",
+            "ppg": "sb3_ppo_ewma.RecurrentPPG",
+            "ppg_ewma": "sb3_ppo_ewma.RecurrentPPGEWMA",
+        },
+    ),
 }
 
 _PPO_EWMA, _PPG, _PPG_EWMA = (f"sb3_ppo_ewma.{name}" for name in ("PPOEWMA", "PPG", "PPGEWMA"))
@@ -178,6 +202,7 @@ ENTRIES = {
         packages=("torchrl",),
         only_in=("cartpole",),
     ),
+    "lstm_only": Entry("forward and backward passes of the LSTMs alone", _LSTM_ONLY, only_in=("cartpole_lstm",)),
     "ppo_ewma_none": Entry("PPOEWMA, prox_decay=None", _PPO_EWMA, {"prox_decay": None}),
     "ppo_ewma": Entry("PPOEWMA", _PPO_EWMA),
     "ppo_ewma_compiled": Entry("PPOEWMA, compiled", _PPO_EWMA, _COMPILED),
@@ -203,18 +228,19 @@ def case_settings(case: Case) -> dict[str, Any]:
     :param case: a case
     :return: all that its speed depends on, as JSON can have it
     """
-    others = ("title", "packages", "phase")
+    others = ("title", "packages", "phase", "algorithms")
     return {**{name: value for name, value in asdict(case).items() if name not in others}, "seed": SEED}
 
 
-def entry_settings(case: Case, entry: Entry) -> dict[str, Any]:
+def entry_settings(case: Case, name: str) -> dict[str, Any]:
     """
     :param case: a case
-    :param entry: an entry
+    :param name: of an entry
     :return: what it has beside the settings of the case
     """
+    entry = ENTRIES[name]
     phase = case.phase if entry.has_phases else {}
-    return {"algorithm": entry.algorithm, "kwargs": {**entry.kwargs, **phase}}
+    return {"algorithm": case.algorithms.get(name, entry.algorithm), "kwargs": {**entry.kwargs, **phase}}
 
 
 def missing(packages: tuple[str, ...]) -> list[str]:

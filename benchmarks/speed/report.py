@@ -26,6 +26,7 @@ import matplotlib.pyplot as plt  # after the choice of the backend
 
 HERE = Path(__file__).parent
 BASELINES = ["sb3", "sbx"]
+LSTM_ONLY = "lstm_only"
 LEARN, COLLECTION, TRAINING = PARTS = ["learn", "collection", "training"]
 _SECONDS = {LEARN: "seconds", COLLECTION: "collect_seconds", TRAINING: "train_seconds"}
 # What an EWMA costs: with it, without it
@@ -254,7 +255,22 @@ def case_section(case: str, chunks: pd.DataFrame, metadata: dict[str, Any], reps
         *markdown_table(ratios),
         "",
         *markdown_table(numbers),
+        *lstm_shares(tables[TRAINING], reps),
     ]
+
+
+def lstm_shares(table: pd.DataFrame, reps: int) -> list[str]:
+    """
+    :param table: of :func:`rates`, of training
+    :param reps: number of resamples
+    :return: lines of Markdown: which part of training the LSTMs' own arithmetic is, none if that was not measured
+    """
+    # Steps per second of an entry by those of the passes alone: the inverse of the ratio of their times
+    found = against(table, LSTM_ONLY, reps) if LSTM_ONLY in table else {}
+    # Auxiliary phases have passes of their own, which were not measured.
+    shares = {entry: share for entry, share in found.items() if not ENTRIES[entry].has_phases}
+    rows = {f"`training`, part that {ENTRIES[LSTM_ONLY].name} would take": shares}
+    return ["", *markdown_table(rows)] if shares else []
 
 
 def describe(case: str, settings: dict[str, Any], chunks: pd.DataFrame) -> str:
@@ -266,10 +282,17 @@ def describe(case: str, settings: dict[str, Any], chunks: pd.DataFrame) -> str:
     """
     ppo = settings["ppo"]
     n_rounds = chunks[chunks["round"] != WARM_UP]["round"].nunique()
+    there = set(chunks.entry)
+    classes = [
+        f"{ENTRIES[entry].name}: `{name.rpartition('.')[2]}`"
+        for entry, name in CASES[case].algorithms.items()
+        if entry in there and entry != LSTM_ONLY
+    ]
+    classes_in_place = f" Classes: {', '.join(classes)}." if classes else ""
     return (
         f"`{case}`: {settings['env']}, {settings['policy']}. Environments: {settings['n_envs']}, steps of each in a "
         f"rollout: {ppo['n_steps']}, minibatches of {ppo['batch_size']}, epochs: {ppo['n_epochs']}. "
-        f"Rounds: {n_rounds}, iterations in a chunk: {settings['n_iterations']}."
+        f"Rounds: {n_rounds}, iterations in a chunk: {settings['n_iterations']}.{classes_in_place}"
     )
 
 

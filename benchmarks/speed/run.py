@@ -30,7 +30,7 @@ HERE = Path(__file__).parent
 COLUMNS = ["case", "entry", "round", "steps", "seconds", "collect_seconds", "train_seconds", "cpu_seconds"]
 # The number of the round that is not counted. Its first chunk compiles and allocates.
 WARM_UP = 0
-_CODE = ["sb3_ppo_ewma/*.py", "benchmarks/speed/torchrl_update.py", "benchmarks/speed/worker.py"]
+_CODE = ["sb3_ppo_ewma/**/*.py", *(f"benchmarks/speed/{name}.py" for name in ("lstm_only", "torchrl_update", "worker"))]
 # What changes how many threads JAX and the libraries under PyTorch use
 _FLAGS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "XLA_FLAGS", "JAX_PLATFORMS", "NPROC")
 
@@ -121,7 +121,7 @@ def main() -> None:
     plan = available(cases, args.entries)
     settings = {name: case_settings(cases[name]) for name in plan}
     for name, entries in plan.items():
-        settings |= {f"{name} {entry}": entry_settings(cases[name], ENTRIES[entry]) for entry in entries}
+        settings |= {f"{name} {entry}": entry_settings(cases[name], entry) for entry in entries}
     results = Results(args.results)
     start = metadata()
     platform = {name: start.pop(name) for name in ("versions", "hardware")}
@@ -174,6 +174,8 @@ def available(cases: dict[str, Case], entries: list[str]) -> dict[str, list[str]
         plan[case_name] = []
         for entry_name in entries:
             entry = ENTRIES[entry_name]
+            if case.algorithms and entry_name not in case.algorithms:
+                continue
             if entry.only_in and case_name not in entry.only_in:
                 if entry.why:
                     print(f"{case_name} {entry_name}: left out, {entry.why}")

@@ -15,7 +15,7 @@ from sb3_ppo_ewma._engine.fused import FusedEngine
 from sb3_ppo_ewma._engine.iteration import Iteration
 from sb3_ppo_ewma._engine.recognition import hooks, unknown_lstm, unknown_module
 from sb3_ppo_ewma.evaluation import PolicyEvaluation
-from sb3_ppo_ewma.rollouts import LSTM_STATES, PhaseSamples, Rollout, flatten_buffer
+from sb3_ppo_ewma.rollouts import LSTM_STATES, PhaseSamples, Rollout, flatten_buffer, warn_too_large
 
 _MASKS = "action_masks"
 
@@ -199,12 +199,13 @@ class SequenceEvaluation(PolicyEvaluation):
 
     def distribution(self, policy: Any, samples: PhaseSamples) -> Any:
         latent_pi = self._latent_pi(policy, samples.observations, *_cut(samples))
-        return _distribution(policy, latent_pi, samples.action_masks)
+        return _distribution(policy, latent_pi, samples.further.get(_MASKS))
 
     def evaluate_auxiliary(self, policy: Any, samples: PhaseSamples) -> tuple[Any, th.Tensor, th.Tensor]:
         latent_pi, latent_vf = self._latents(policy, samples.observations, *_cut(samples))
         values, aux_values = policy.value_net(latent_vf), policy.aux_value_net(latent_pi)
-        return _distribution(policy, latent_pi, samples.action_masks), values.flatten(), aux_values.flatten()
+        distribution = _distribution(policy, latent_pi, samples.further.get(_MASKS))
+        return distribution, values.flatten(), aux_values.flatten()
 
     def predict_values(self, policy: Any, buffer: Any, indices: slice) -> th.Tensor:
         return self._family.predict_values(policy, buffer, indices)
@@ -243,9 +244,12 @@ class SequenceEngine(FusedEngine):
 
     def __init__(self, iteration: Iteration) -> None:
         super().__init__(iteration)
-        iteration.evaluation = SequenceEvaluation(iteration.evaluation)
-        if iteration.source is not None:
-            iteration.source = SequenceMinibatches(cast(Any, iteration.source).buffer)
+        try:
+            if iteration.source is not None:
+                iteration.source = SequenceMinibatches(cast(Any, iteration.source).buffer)
+            iteration.evaluation = SequenceEvaluation(iteration.evaluation)
+        except th.OutOfMemoryError:
+            warn_too_large(cast(Any, iteration.source).buffer)  # it goes on as the fused engine
 
 
 def unknown_recurrent(policy: Any) -> str | None:

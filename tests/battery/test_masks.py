@@ -2,14 +2,22 @@
 What masks do: invalid actions count for nothing, in collection, in every term of the losses and in the auxiliary phase.
 """
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch as th
-from stable_baselines3.common.callbacks import BaseCallback
+from sb3_contrib.common.recurrent.type_aliases import RNNStates
+from stable_baselines3.common.callbacks import BaseCallback, CallbackList
+from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
 
+from sb3_ppo_ewma import MaskableRecurrentPPOEWMA, RecurrentPPOEWMA
+from sb3_ppo_ewma.contrib import MaskedEvalCallback, WithMasks
+from sb3_ppo_ewma.contrib.policies import MaskedLstmPolicy
+from sb3_ppo_ewma.policies import copy_policy
 from tests.battery.algorithms import MASKABLE, Algorithm
 from tests.battery.envs import MaskedSpaceEnv, SpaceEnv, copies
 from tests.battery.helpers import assert_same, copy_parameters, record_log
@@ -278,3 +286,138 @@ def test_use_masking_is_that_of_each_training(maskable_algo: Algorithm) -> None:
     model.set_env(SpaceEnv(action_space="multidiscrete"))
     model.learn(16, use_masking=False)
     assert (model.rollout_buffer.action_masks == 0).sum() == 0
+
+
+def swap_policy(callback: BaseCallback) -> None:
+    model = callback.model
+    model.policy = copy_policy(model.policy).requires_grad_(True)
+
+
+def copy_the_policy(callback: BaseCallback) -> None:
+    assert callback.model.proximal_policy is not None
+
+
+def call_the_policy(callback: BaseCallback) -> None:
+    model, random_state = callback.model, th.get_rng_state()
+    observations, starts = th.zeros(3, *model.observation_space.shape), th.ones(3)
+    states = [th.zeros(1, 3, model.policy.lstm_actor.hidden_size)] * 2
+    with th.no_grad():
+        model.policy(observations, RNNStates(tuple(states), tuple(states)), starts)
+    th.set_rng_state(random_state)
+
+
+class Acts(BaseCallback):
+    """
+    Does something when a rollout begins and after every step of it.
+
+    :param act: what it does
+    """
+
+    def __init__(self, act: Callable[[BaseCallback], None]) -> None:
+        super().__init__()
+        self.act = act
+
+    def _on_rollout_start(self) -> None:
+        self.act(self)
+
+    def _on_step(self) -> bool:
+        self.act(self)
+        return True
+
+
+class Strict(MaskedSpaceEnv):
+    """An invalid action is an error."""
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        if not self.action_masks()[action]:
+            raise ValueError("invalid action")
+        return super().step(action)
+
+
+@pytest.mark.parametrize("act", [swap_policy, copy_the_policy, call_the_policy])
+@pytest.mark.parametrize("algo", RECURRENT_MASKABLE, ids=str)
+def test_what_callbacks_do_with_the_policy_leaves_the_masks_alone(
+    algo: Algorithm, act: Callable[[BaseCallback], None]
+) -> None:
+    env = DummyVecEnv(copies(lambda: Strict(episode_length=5), 2))
+    model = algo.make(env, **({"prox_decay": 0.5} if act is copy_the_policy else {}))
+    model.learn(64, Acts(act))
+    assert not model.rollout_buffer.action_masks.all()
+
+
+@pytest.mark.long
+def test_policies_are_copied_beside_environments_in_processes() -> None:
+    env = SubprocVecEnv(copies(lambda: Strict(episode_length=5), 2))
+    RECURRENT_MASKABLE[0].make(env, prox_decay=0.5).learn(64, Acts(copy_the_policy))
+    env.close()
+
+
+def test_masks_reach_a_forward_of_ones_own() -> None:
+    class Own(MaskedLstmPolicy):
+        def forward(self, *args: Any, action_masks: Any = None) -> Any:
+            seen.append(action_masks)
+            return super().forward(*args, action_masks=action_masks)
+
+    seen: list[Any] = []
+    MaskableRecurrentPPOEWMA(Own, Strict(episode_length=5), n_steps=16, batch_size=8, seed=0).learn(16)
+    assert len(seen) == 16
+    assert all(masks.shape == (1, 3) for masks in seen)
+
+
+class Without(MaskedSpaceEnv):
+    """
+    Its masks are no masks.
+
+    :param masks: what it returns
+    """
+
+    def __init__(self, masks: Any) -> None:
+        super().__init__(episode_length=5)
+        self.masks = masks
+
+    def action_masks(self) -> Any:
+        return self.masks
+
+
+@pytest.mark.parametrize("masks", [None, [True, True], [1.0, float("nan"), 1.0]], ids=str)
+def test_masks_of_another_kind_are_refused(masks: Any) -> None:
+    model = RECURRENT_MASKABLE[0].make(Without(masks))
+    message = "action_masks must be 3 numbers or booleans for every environment"
+    with pytest.raises(ValueError, match=message):
+        model.learn(16)
+    if masks is not None:
+        with pytest.raises(ValueError, match=message):
+            model.predict(model.env.reset(), action_masks=[masks])
+
+
+def test_going_on_without_masks_is_told(tmp_path: Path) -> None:
+    model = MaskableRecurrentPPOEWMA("MlpLstmPolicy", Strict(), n_steps=16, batch_size=8).learn(16)
+    with pytest.warns(UserWarning, match="RecurrentPPO takes no action masks"):
+        model.to_ppo()
+    model.save(tmp_path / "model")
+    with pytest.warns(UserWarning, match="RecurrentPPOEWMA takes no action masks, which its policy was made for"):
+        RecurrentPPOEWMA.load(tmp_path / "model")
+    buffer, callback = model.rollout_buffer, CallbackList([])
+    callback.init_callback(model)
+    assert model.collect_rollouts(model.env, callback, buffer, 16, True)  # as MaskablePPO.learn() calls it
+    assert not buffer.action_masks.all()
+
+
+def test_evaluation_keeps_the_states_and_the_masks() -> None:
+    class Own(MaskedLstmPolicy):
+        def predict(self, observation: Any, state: Any = None, *args: Any, **kwargs: Any) -> Any:
+            calls.append((state is not None, kwargs["action_masks"] is not None))
+            return super().predict(observation, state, *args, **kwargs)
+
+    calls: list[tuple[bool, bool]] = []
+    env = DummyVecEnv(copies(lambda: Strict(episode_length=5), 2))
+    model = MaskableRecurrentPPOEWMA(Own, env, n_steps=16, batch_size=8, seed=0)
+    callback = MaskedEvalCallback(DummyVecEnv(copies(lambda: Strict(episode_length=5), 2)), eval_freq=16, verbose=0)
+    model.learn(32, callback)
+    assert callback.model is model
+    assert np.isfinite(callback.last_mean_reward)
+    assert len(calls) > 5
+    assert calls == [(False, True), *[(True, True)] * (len(calls) - 1)]
+    calls.clear()
+    evaluate_policy(WithMasks(model, env), env, n_eval_episodes=2, warn=False)
+    assert calls == [(False, True), *[(True, True)] * (len(calls) - 1)]
