@@ -21,6 +21,7 @@ import numpy as np
 import torch as th
 import torch.distributed as dist
 from sb3_contrib.common.envs import InvalidActionEnvDiscrete
+from sb3_contrib.common.wrappers import ActionMasker
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import (
     BaseCallback,
@@ -62,7 +63,21 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "ppo_ewma_stale": {"algorithm": "PPOEWMA", "n_epochs": 1, "batch_size": 32, "staleness": 1, "kl_coef": 0.1},
     "ppg_ewma": {"algorithm": "PPGEWMA", "n_policy_iterations": 2, "n_aux_epochs": 2, "batch_size": 64},
+    # Whole rollouts, since recurrent minibatches are ranges of them; two sequences, one of each process
+    "maskable_recurrent_ppg_ewma": {
+        "algorithm": "MaskableRecurrentPPGEWMA",
+        "policy": "MlpLstmPolicy",
+        "policy_kwargs": {"lstm_hidden_size": 8},
+        "n_epochs": 3,
+        "batch_size": 128,
+        "n_policy_iterations": 2,
+        "n_aux_epochs": 2,
+        "aux_batch_size": 64,
+        "kl_coef": 0.1,
+        "kl_estimator": "analytic",
+    },
 }
+LSTM_STATES = ("hidden_states_pi", "cell_states_pi", "hidden_states_vf", "cell_states_vf")
 
 
 def start(name: str, folder: Path, world_size: int = 2, **env: str) -> list[subprocess.Popen[str]]:
@@ -137,7 +152,10 @@ def trained_on(
     """
     settings = dict(CASES[case])
     algorithm = getattr(sb3_ppo_ewma, settings.pop("algorithm"))
-    settings["batch_size"] //= world_size
+    for name in ("batch_size", "aux_batch_size"):
+        if name in settings:
+            settings[name] //= world_size
+    policy = settings.pop("policy", "MlpPolicy")
     history: list[np.ndarray] = []
     log: list[dict[str, Any]] = []
     n_envs = N_ENVS // world_size
@@ -148,7 +166,7 @@ def trained_on(
             result = super().collect_rollouts(*args, **kwargs)
             buffer: RolloutBuffer = self.rollout_buffer
             names = ("observations", "actions", "rewards", "episode_starts", "values", "log_probs", "advantages")
-            names = (*names, "returns")
+            names = (*names, "returns", *(name for name in ("action_masks", *LSTM_STATES) if hasattr(buffer, name)))
             if world_size == 1:
                 arrays = {name: getattr(buffer, name).copy() for name in names}
                 last = {"_last_obs": self._last_obs.copy(), "_last_episode_starts": self._last_episode_starts.copy()}
@@ -156,7 +174,8 @@ def trained_on(
             else:
                 recorded = recording.rollouts[len(history)]
                 for name in names:
-                    setattr(buffer, name, recorded["buffer"][name][:, mine].copy())
+                    array = recorded["buffer"][name]
+                    setattr(buffer, name, (array[:, :, mine] if name in LSTM_STATES else array[:, mine]).copy())
                 for name, array in recorded["last"].items():
                     setattr(self, name, array[mine].copy())
             return result
@@ -166,24 +185,33 @@ def trained_on(
             log.append(dict(self.logger.name_to_value))
             history.append(parameters_of(self))
 
-    env = make_vec_env("CartPole-v1", n_envs, seed=0)
-    model = OfRecording("MlpPolicy", env, n_steps=N_STEPS, seed=0, device="cpu", **settings)
-    with permutations(rank, world_size):
+    env = make_vec_env(
+        "CartPole-v1", n_envs, seed=0, wrapper_class=ActionMasker, wrapper_kwargs={"action_mask_fn": masks}
+    )
+    model = OfRecording(policy, env, n_steps=N_STEPS, seed=0, device="cpu", **settings)
+    with permutations(rank, world_size, N_ENVS if policy == "MlpLstmPolicy" else N_ENVS * N_STEPS):
         model.learn(N_ITERATIONS * N_ENVS * N_STEPS)
     assert model.num_timesteps == N_ITERATIONS * N_ENVS * N_STEPS
     return history, log
 
 
+def masks(env: Any) -> np.ndarray:
+    """:return: masks of CartPole: on one side of the middle, both actions are valid"""
+    return np.array([True, env.unwrapped.state[0] > 0])
+
+
 @contextmanager
-def permutations(rank: int, world_size: int) -> Iterator[None]:
+def permutations(rank: int, world_size: int, n_of_rollout: int) -> Iterator[None]:
     """
-    Within the context, minibatches of one process are those of two together.
+    Within the context, minibatches of one process are those of two together, and recurrent ones begin where the rollout
+    does.
 
     :param rank: of this process
     :param world_size: 1 or 2
+    :param n_of_rollout: number of samples, or of sequences, of a rollout of all processes
     """
     n_calls = 0
-    part = N_ENVS * N_STEPS // 2
+    part = n_of_rollout // 2
 
     def of_part(n_samples: int, which: int) -> np.ndarray:
         return np.random.RandomState(1000 * n_calls + which).permutation(n_samples)
@@ -199,11 +227,12 @@ def permutations(rank: int, world_size: int) -> Iterator[None]:
         both = [each // part * 2 * part + which * part + each % part for which, each in enumerate(both)]
         return np.stack(both, axis=1).flatten()
 
-    original, np.random.permutation = np.random.permutation, permutation
+    originals = np.random.permutation, np.random.randint
+    np.random.permutation, np.random.randint = permutation, lambda n: 0
     try:
         yield
     finally:
-        np.random.permutation = original
+        np.random.permutation, np.random.randint = originals
 
 
 def same_data(folder: Path, rank: int, world_size: int) -> dict[str, Any]:
@@ -343,10 +372,16 @@ def families(folder: Path, rank: int, world_size: int) -> dict[str, str]:
     discrete = {"n_steps": 32, "batch_size": 32, "n_epochs": 2, "seed": 0, "device": "cpu"}
     cartpole = make_vec_env("CartPole-v1", 2)
     masked = make_vec_env(lambda: InvalidActionEnvDiscrete(dim=5, n_invalid_actions=2), 2)
+    phases = {"n_policy_iterations": 2, "n_aux_epochs": 1}
+    lstm = {**discrete, "policy_kwargs": {"lstm_hidden_size": 8}}
     dictionary = VecNormalize(make_vec_env(SimpleMultiObsEnv, 2), norm_obs_keys=["vec"])
     models = {
-        "recurrent": sb3_ppo_ewma.RecurrentPPOEWMA("MlpLstmPolicy", cartpole, **discrete),
+        "recurrent": sb3_ppo_ewma.RecurrentPPOEWMA("MlpLstmPolicy", cartpole, **lstm),
         "maskable": sb3_ppo_ewma.MaskablePPOEWMA("MlpPolicy", masked, **discrete),
+        "recurrent, phasic": sb3_ppo_ewma.RecurrentPPGEWMA("MlpLstmPolicy", cartpole, **lstm, **phases),
+        "maskable, phasic": sb3_ppo_ewma.MaskablePPG("MlpPolicy", masked, **discrete, **phases),
+        "both": sb3_ppo_ewma.MaskableRecurrentPPOEWMA("MlpLstmPolicy", masked, **lstm),
+        "both, phasic": sb3_ppo_ewma.MaskableRecurrentPPG("MlpLstmPolicy", masked, **lstm, **phases),
         "dictionary": PPOEWMA("MultiInputPolicy", dictionary, **discrete),
         "sde": PPOEWMA("MlpPolicy", make_vec_env("Pendulum-v1", 2), use_sde=True, **discrete),
         "compiled": PPOEWMA("MlpPolicy", cartpole, torch_compile=True, **discrete),
@@ -359,6 +394,39 @@ def families(folder: Path, rank: int, world_size: int) -> dict[str, str]:
         found[name] = hashlib.sha256(parameters_of(model).tobytes()).hexdigest()
         found[f"warnings of {name}"] = " ".join(str(each.message) for each in caught)
     return found
+
+
+def stored_of(model: Any) -> list[dict[str, np.ndarray]]:
+    """
+    :param model: of an algorithm with auxiliary phases
+    :return: what is stored for the next phase
+    """
+    return [{name: array.copy() for name, array in piece.items()} for piece in model.phase_buffer.pieces()]
+
+
+def sequences(folder: Path, rank: int, world_size: int) -> dict[str, Any]:
+    """Goes on within a phase of sequences where one process stopped, with its environments divided."""
+    del world_size
+    model = sb3_ppo_ewma.RecurrentPPGEWMA.load(folder / "sequences", make_vec_env("CartPole-v1", 2, seed=rank))
+    model.load_replay_buffer(folder / "sequences_rollouts")
+    stored = stored_of(model)
+    model.learn(4 * 16, reset_num_timesteps=False)
+    return {"stored": stored, "phases": model._n_phases}
+
+
+def write_sequences(folder: Path) -> list[dict[str, np.ndarray]]:
+    """
+    :param folder: for the files that :func:`sequences` reads
+    :return: the rollouts in them
+    """
+    settings: dict[str, Any] = {"n_steps": 16, "batch_size": 32, "n_policy_iterations": 3, "tuned_for_n_envs": 4}
+    settings["policy_kwargs"] = {"lstm_hidden_size": 8}
+    environments = make_vec_env("CartPole-v1", 4, seed=0)
+    model = sb3_ppo_ewma.RecurrentPPGEWMA("MlpLstmPolicy", environments, device="cpu", seed=0, **settings)
+    model.learn(2 * 4 * 16)
+    model.save(folder / "sequences")
+    model.save_replay_buffer(folder / "sequences_rollouts")
+    return stored_of(model)
 
 
 def refusals(folder: Path, rank: int, world_size: int) -> list[str]:
@@ -383,7 +451,8 @@ def refusals(folder: Path, rank: int, world_size: int) -> list[str]:
 def short(folder: Path, rank: int, world_size: int) -> dict[str, Any]:
     """One after the other, since it takes longer to start processes."""
     return {
-        each.__name__: each(folder, rank, world_size) for each in (stopping, differing, resuming, families, refusals)
+        each.__name__: each(folder, rank, world_size)
+        for each in (stopping, differing, resuming, sequences, families, refusals)
     }
 
 

@@ -17,11 +17,23 @@ from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
 
-from sb3_ppo_ewma import PPG, PPGEWMA, PPOEWMA, MaskablePPOEWMA, RecurrentPPOEWMA
+from sb3_ppo_ewma import (
+    PPG,
+    PPGEWMA,
+    PPOEWMA,
+    AuxiliaryPhaseMixin,
+    MaskablePPGEWMA,
+    MaskablePPOEWMA,
+    MaskableRecurrentPPGEWMA,
+    MaskableRecurrentPPOEWMA,
+    RecurrentPPG,
+    RecurrentPPOEWMA,
+)
 
 N_STEPS = 32
 QUICK = {"n_steps": N_STEPS, "batch_size": 24, "n_epochs": 2, "device": "cpu", "learning_rate": 1e-2}
 SMALL = {"net_arch": [8]}
+LSTM = {**SMALL, "lstm_hidden_size": 8}
 # 5 rollouts before the interruption: one phase, and 2 rollouts of the next; it ends with the first rollout after it
 PHASES = {"n_policy_iterations": 3, "n_aux_epochs": 2, "aux_batch_size": 48, "aux_learning_rate": 1e-3}
 
@@ -123,9 +135,14 @@ RUNS: dict[str, tuple[type, spaces.Space, dict[str, Any]]] = {
     "recurrent": (
         RecurrentPPOEWMA,
         DISCRETE,
-        {"policy": "MlpLstmPolicy", "policy_kwargs": {**SMALL, "lstm_hidden_size": 8}, "staleness": 1},
+        {"policy": "MlpLstmPolicy", "policy_kwargs": LSTM, "staleness": 1},
     ),
     "maskable": (MaskablePPOEWMA, DISCRETE, {"policy": "MlpPolicy", "policy_kwargs": SMALL}),
+    "both": (
+        MaskableRecurrentPPOEWMA,
+        DISCRETE,
+        {"policy": "MlpLstmPolicy", "policy_kwargs": LSTM, "staleness": 1, "recompute_advantages": True},
+    ),
     "ppg": (PPG, DISCRETE, {"policy": "MlpPolicy", "policy_kwargs": SMALL, **PHASES}),
     # With a trunk for each, normalised observations and rewards, and a learning rate that has changed since the start
     "ppg, dual": (
@@ -153,6 +170,13 @@ RUNS: dict[str, tuple[type, spaces.Space, dict[str, Any]]] = {
         DISCRETE,
         {"policy": "MultiInputPolicy", "policy_kwargs": {**SMALL, "critic_arch": "shared"}, **PHASES},
     ),
+    "ppg, recurrent": (RecurrentPPG, BOX, {"policy": "MlpLstmPolicy", "policy_kwargs": LSTM, **PHASES}),
+    "ppg, maskable": (MaskablePPGEWMA, DISCRETE, {"policy": "MlpPolicy", "policy_kwargs": SMALL, **PHASES}),
+    "ppg, both": (
+        MaskableRecurrentPPGEWMA,
+        DISCRETE,
+        {"policy": "MlpLstmPolicy", "policy_kwargs": {**LSTM, "shared_lstm": True}, "n_epochs_value": 1, **PHASES},
+    ),
     # 4 rollouts are trained on before the interruption, one waits; the phase ends with the second one after it.
     "ppg, stale": (
         PPGEWMA,
@@ -160,7 +184,7 @@ RUNS: dict[str, tuple[type, spaces.Space, dict[str, Any]]] = {
         {"policy": "MlpPolicy", "policy_kwargs": SMALL, "staleness": 1, "advantage_decay": 0.7, **PHASES},
     ),
 }
-NORMALIZED = {"everything", "ppg, dual"}
+NORMALIZED = {"everything", "ppg, dual", "ppg, recurrent"}
 ENVIRONMENTS = {"ppg, images": ImageWalkEnv, "ppg, dictionaries": DictWalkEnv}
 PHASIC = [name for name in RUNS if name.startswith("ppg")]
 
@@ -206,14 +230,14 @@ def resume(name: str, folder: pathlib.Path, with_rollouts: bool = True) -> BaseA
 def go_on(model: BaseAlgorithm) -> dict[str, dict]:
     """Train the second half and return parameters, averages, optimisers, kept rollouts and the next random numbers."""
     model.learn(3 * N_STEPS * model.n_envs, reset_num_timesteps=False)
-    lstm_state = model.lstm_state.state_dict() if isinstance(model, RecurrentPPOEWMA) else {}
+    lstm_state = model.lstm_state.state_dict() if hasattr(model, "lstm_state") else {}
     draws = {"torch": th.rand(4), "numpy": np.random.rand(4).tolist(), "python": random.random()}
     return {**model.get_parameters(), "lstm_state": lstm_state, "phases": phases(model), "draws": draws}
 
 
 def phases(model: BaseAlgorithm) -> dict[str, Any]:
     """:return: the number of auxiliary phases, and what is stored for the next one"""
-    if not isinstance(model, PPG):
+    if not isinstance(model, AuxiliaryPhaseMixin):
         return {}
     stored = [
         {name: th.from_numpy(array.copy()) for name, array in piece.items()} for piece in model.phase_buffer.pieces()

@@ -22,7 +22,17 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.utils import set_random_seed
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecNormalize
 
-from sb3_ppo_ewma import PPGEWMA, PPOEWMA, EnvPoolVecEnv, MaskablePPOEWMA, RecurrentPPOEWMA
+from sb3_ppo_ewma import (
+    PPGEWMA,
+    PPOEWMA,
+    EnvPoolVecEnv,
+    MaskablePPG,
+    MaskablePPOEWMA,
+    MaskableRecurrentPPGEWMA,
+    MaskableRecurrentPPOEWMA,
+    RecurrentPPG,
+    RecurrentPPOEWMA,
+)
 
 pytestmark = [
     pytest.mark.long,
@@ -42,13 +52,24 @@ def masked() -> VecEnv:
     return make_vec_env(lambda: InvalidActionEnvDiscrete(dim=5, n_invalid_actions=2), N_ENVS, seed=0)
 
 
+LSTM = {"policy_kwargs": {"lstm_hidden_size": 8}}
+PHASES = {"n_policy_iterations": 2, "n_aux_epochs": 1}
 CASES: dict[str, Any] = {
     "cartpole": lambda: (PPOEWMA, "MlpPolicy", normalized("CartPole-v1"), {}),
     "sde": lambda: (PPOEWMA, "MlpPolicy", normalized("Pendulum-v1"), {"use_sde": True, "sde_sample_freq": 4}),
     "stale": lambda: (PPOEWMA, "MlpPolicy", make_vec_env("Acrobot-v1", N_ENVS, seed=0), {"staleness": 1}),
-    "phasic": lambda: (PPGEWMA, "MlpPolicy", normalized("CartPole-v1"), {"n_policy_iterations": 2, "n_aux_epochs": 1}),
+    "phasic": lambda: (PPGEWMA, "MlpPolicy", normalized("CartPole-v1"), PHASES),
     "recurrent": lambda: (RecurrentPPOEWMA, "MlpLstmPolicy", make_vec_env("CartPole-v1", N_ENVS, seed=0), {}),
     "maskable": lambda: (MaskablePPOEWMA, "MlpPolicy", masked(), {}),
+    "maskable, phasic": lambda: (MaskablePPG, "MlpPolicy", masked(), PHASES),
+    "recurrent, phasic": lambda: (RecurrentPPG, "MlpLstmPolicy", normalized("CartPole-v1"), {**LSTM, **PHASES}),
+    "both": lambda: (MaskableRecurrentPPOEWMA, "MlpLstmPolicy", masked(), {**LSTM, "staleness": 1}),
+    "both, phasic": lambda: (
+        MaskableRecurrentPPGEWMA,
+        "MlpLstmPolicy",
+        VecNormalize(masked(), norm_obs=False),
+        {**LSTM, **PHASES},
+    ),
     "dictionary": lambda: (PPOEWMA, "MultiInputPolicy", normalized(SimpleMultiObsEnv, norm_obs_keys=["vec"]), {}),
     "processes": lambda: (
         PPOEWMA,
@@ -140,13 +161,13 @@ def test_without_lag_the_numbers_are_those_of_one_process(case: str) -> None:
         model.env.close()
     alone, other = found
     assert len(alone["seen"]) == 6 * N_STEPS
-    if case == "maskable":  # discrete actions, which sb3-contrib has no reason to clip
+    if case.startswith("maskable"):  # discrete actions, which sb3-contrib has no reason to clip
         other["seen"] = [{name: step[name] for name in step if name != "clipped_actions"} for step in other["seen"]]
     assert differences(alone, other) == []
     assert not multiprocessing.active_children()
 
 
-@pytest.mark.parametrize("case", ["cartpole", "recurrent", "phasic"])
+@pytest.mark.parametrize("case", ["cartpole", "recurrent", "phasic", "both, phasic"])
 def test_a_rollout_lacks_no_more_trainings_than_allowed(case: str) -> None:
     model = make(case, async_rollouts=1)
     lags = []
@@ -238,6 +259,22 @@ def test_envpool_after_a_reset_in_this_process() -> None:
     assert model.num_timesteps == 384
     assert len(model.ep_info_buffer) > 0
     env.close()
+
+
+@pytest.mark.parametrize("algorithm", [MaskablePPOEWMA, MaskableRecurrentPPOEWMA])
+def test_a_step_without_valid_action_is_refused(algorithm: Any) -> None:
+    class DeadEnd(InvalidActionEnvDiscrete):
+        def action_masks(self) -> list[bool]:
+            return [self.current_step != 20] * 5
+
+    env = DummyVecEnv([lambda: DeadEnd(dim=5)])
+    model = algorithm(
+        "MlpLstmPolicy" if algorithm is MaskableRecurrentPPOEWMA else "MlpPolicy", env, async_rollouts=1, **SETTINGS
+    )
+    with pytest.raises(ValueError, match="valid action, environment 0 at step 20 of the rollout has none"):
+        model.learn(64)
+    model.env.close()
+    assert not multiprocessing.active_children()
 
 
 class Stops(BaseCallback):

@@ -14,7 +14,20 @@ from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 
-from sb3_ppo_ewma import EwmaMixin, MaskablePPOEWMA, RecurrentPPOEWMA
+import sb3_ppo_ewma
+from sb3_ppo_ewma import (
+    AuxiliaryPhaseMixin,
+    EwmaMixin,
+    MaskablePPG,
+    MaskablePPGEWMA,
+    MaskablePPOEWMA,
+    MaskableRecurrentPPG,
+    MaskableRecurrentPPGEWMA,
+    MaskableRecurrentPPOEWMA,
+    RecurrentPPG,
+    RecurrentPPGEWMA,
+    RecurrentPPOEWMA,
+)
 
 QUICK = {"n_steps": 32, "batch_size": 24, "n_epochs": 2, "device": "cpu", "learning_rate": 0.01}
 LSTM = {"net_arch": [8], "lstm_hidden_size": 8}
@@ -48,9 +61,18 @@ def make_maskable(env=InvalidActionEnvDiscrete, policy="MlpPolicy", **kwargs) ->
     )
 
 
+def make_both(algorithm=MaskableRecurrentPPOEWMA, **kwargs) -> MaskableRecurrentPPOEWMA:
+    env = InvalidActionEnvDiscrete(dim=6, n_invalid_actions=3)
+    return algorithm("MlpLstmPolicy", env, policy_kwargs=LSTM, **{**QUICK, **kwargs})
+
+
+def make_phasic(**kwargs) -> MaskableRecurrentPPGEWMA:
+    return make_both(MaskableRecurrentPPGEWMA, n_policy_iterations=3, n_aux_epochs=1, **kwargs)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("kwargs", OPTIONS)
-@pytest.mark.parametrize("make", [make_recurrent, make_maskable])
+@pytest.mark.parametrize("make", [make_recurrent, make_maskable, make_both, make_phasic])
 def test_training_saving_and_loading(make, kwargs, tmp_path):
     model = make(**kwargs)
     before = parameters(model.policy)
@@ -87,7 +109,7 @@ class ShiftAdvantages(BaseCallback):
         buffer.advantages += 100
 
 
-@pytest.mark.parametrize("make", [make_recurrent, make_maskable])
+@pytest.mark.parametrize("make", [make_recurrent, make_maskable, make_both])
 def test_recomputed_advantages_are_those_of_collection_before_any_update(make):
     model = make(learning_rate=0.0, recompute_advantages=True).learn(64)
     model.learn(64, callback := ShiftAdvantages(), reset_num_timesteps=False)
@@ -151,7 +173,10 @@ def test_masks_reach_the_proximal_policy(env):
         assert masks[0, int(action[0] if action.ndim == 1 else action[0, -1])] or action.ndim > 1
 
 
-@pytest.mark.parametrize(("make", "plain"), [(make_recurrent, RecurrentPPO), (make_maskable, MaskablePPO)])
+@pytest.mark.parametrize(
+    ("make", "plain"),
+    [(make_recurrent, RecurrentPPO), (make_maskable, MaskablePPO), (make_both, RecurrentPPO)],
+)
 def test_back_to_the_plain_algorithm(make, plain, tmp_path):
     model = make().learn(64)
     back = model.to_ppo()
@@ -164,7 +189,15 @@ def test_back_to_the_plain_algorithm(make, plain, tmp_path):
     assert all_equal(parameters(again.proximal_policy), parameters(model.policy))
 
 
-@pytest.mark.parametrize(("make", "plain"), [(make_recurrent, RecurrentPPO), (make_maskable, MaskablePPO)])
+@pytest.mark.parametrize(
+    ("make", "plain"),
+    [
+        (make_recurrent, RecurrentPPO),
+        (make_maskable, MaskablePPO),
+        (make_both, RecurrentPPO),
+        (make_phasic, RecurrentPPO),
+    ],
+)
 def test_the_plain_algorithm_loads_the_file(make, plain, tmp_path):
     model = make().learn(64)
     model.save(tmp_path / "model")
@@ -181,13 +214,38 @@ def test_the_plain_algorithm_loads_the_file(make, plain, tmp_path):
         plain.load(tmp_path / "model")
 
 
-@pytest.mark.parametrize(("cls", "plain"), [(RecurrentPPOEWMA, RecurrentPPO), (MaskablePPOEWMA, MaskablePPO)])
+PLAIN = [
+    (RecurrentPPOEWMA, RecurrentPPO),
+    (RecurrentPPG, RecurrentPPO),
+    (RecurrentPPGEWMA, RecurrentPPO),
+    (MaskablePPOEWMA, MaskablePPO),
+    (MaskablePPG, MaskablePPO),
+    (MaskablePPGEWMA, MaskablePPO),
+    (MaskableRecurrentPPOEWMA, RecurrentPPO),
+    (MaskableRecurrentPPG, RecurrentPPO),
+    (MaskableRecurrentPPGEWMA, RecurrentPPO),
+]
+
+
+@pytest.mark.parametrize(("cls", "plain"), PLAIN)
 def test_signature(cls, plain):
-    assert issubclass(cls, (EwmaMixin, plain))
+    assert issubclass(cls, EwmaMixin)
+    assert issubclass(cls, plain)
+    assert issubclass(cls, AuxiliaryPhaseMixin) == ("PPG" in cls.__name__)
+    assert sb3_ppo_ewma.__all__.count(cls.__name__) == 1
     ours, theirs = inspect.signature(cls).parameters, inspect.signature(plain).parameters
     assert list(ours)[: len(theirs)] == list(theirs)
-    assert all(ours[name].default == theirs[name].default for name in theirs)
+    others = {"n_epochs"} if "PPG" in cls.__name__ else set()
+    assert {name for name in theirs if ours[name].default != theirs[name].default} == others
+    assert ours["prox_decay"].default == (None if cls.__name__.endswith("PPG") else "auto")
     assert all(p.kind is p.KEYWORD_ONLY for name, p in ours.items() if name not in theirs)
+
+
+@pytest.mark.parametrize("masks", [True, False])
+def test_learn_has_the_arguments_of_the_plain_algorithm(masks):
+    cls, plain = (MaskableRecurrentPPG, MaskablePPO) if masks else (RecurrentPPG, RecurrentPPO)
+    ours, theirs = (list(inspect.signature(each.learn).parameters) for each in (cls, plain))
+    assert ours[: len(theirs)] == theirs
 
 
 @pytest.mark.long

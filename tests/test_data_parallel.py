@@ -149,8 +149,10 @@ def test_log_is_of_all_ranks(trained: tuple[Path, list[dict[str, Any]]]) -> None
 @pytest.fixture(scope="module")
 def short(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
     """By name of what two processes did, what each found."""
-    by_rank = ranks.results("short", tmp_path_factory.mktemp("short"))
-    return {name: [rank[name] for rank in by_rank] for name in by_rank[0]}
+    folder = tmp_path_factory.mktemp("short")
+    written = ranks.write_sequences(folder)
+    by_rank = ranks.results("short", folder)
+    return {"sequences of one process": written} | {name: [rank[name] for rank in by_rank] for name in by_rank[0]}
 
 
 def test_a_wish_to_stop_ends_all(short: dict[str, list[Any]]) -> None:
@@ -177,6 +179,19 @@ def test_a_phase_goes_on_from_a_checkpoint(short: dict[str, list[Any]]) -> None:
         assert rank["n_phases_False"] == 0  # it begins anew, in both
     # The same generators were loaded
     assert first["actions_True"] != second["actions_True"]
+
+
+def test_sequences_are_divided_whole(short: dict[str, list[Any]]) -> None:
+    written, by_rank = short["sequences of one process"], short["sequences"]
+    assert len(written) == 2
+    for rank, found in enumerate(by_rank):
+        assert found["phases"] == 1
+        for whole, part in zip(written, found["stored"], strict=True):
+            for name, array in whole.items():
+                # Those of the first two environments, then those of the others
+                half = len(array) // 2
+                assert half == (2 if "states" in name else 2 * 16)
+                np.testing.assert_array_equal(part[name], array[rank * half :][:half])
 
 
 def test_one_process_then_two_then_one_count_as_one(tmp_path: Path) -> None:
@@ -207,7 +222,7 @@ def test_one_process_then_two_then_one_count_as_one(tmp_path: Path) -> None:
 def test_all_families_train_in_two_ranks(short: dict[str, list[Any]]) -> None:
     first, second = short["families"]
     assert first == second
-    assert len(first) == 2 * 5
+    assert len(first) == 2 * 9
     assert "data-parallel training averages gradients" in first["warnings of compiled"]
 
 

@@ -74,7 +74,7 @@ def test_runs_are_interrupted_within_a_phase(name, runs):
     assert (after["number"], len(after["stored"])) == (2, 1 if name == "ppg, stale" else 2)
 
 
-@pytest.mark.parametrize("name", ["ppg", "ppg, images"])
+@pytest.mark.parametrize("name", ["ppg", "ppg, images", "ppg, both"])
 def test_without_the_stored_rollouts_the_phase_starts_anew(name, runs):
     root, uninterrupted = runs
     model = resume(name, root / name, with_rollouts=False)

@@ -6,12 +6,25 @@ import pickle
 import numpy as np
 import pytest
 import torch as th
+from sb3_contrib import RecurrentPPO
 from sb3_contrib.common.envs import InvalidActionEnvDiscrete
 from stable_baselines3 import PPO
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import DummyVecEnv
 
-from sb3_ppo_ewma import PPG, PPGEWMA, PPOEWMA, EwmaMixin, MaskablePPOEWMA, RecurrentPPOEWMA
+from sb3_ppo_ewma import (
+    PPG,
+    PPGEWMA,
+    PPOEWMA,
+    EwmaMixin,
+    MaskablePPG,
+    MaskablePPOEWMA,
+    MaskableRecurrentPPGEWMA,
+    MaskableRecurrentPPOEWMA,
+    RecurrentPPG,
+    RecurrentPPGEWMA,
+    RecurrentPPOEWMA,
+)
 from sb3_ppo_ewma.batch_scaling import settings_of
 
 # 256 samples in 4 minibatches, 2 epochs
@@ -23,7 +36,13 @@ def envs(n_envs, env_id="CartPole-v1"):
 
 
 def model_for(n_envs, algorithm=PPOEWMA, **changed):
-    return algorithm("MlpPolicy", envs(n_envs), **{**SETTINGS, **changed})
+    policy = policy_of(algorithm)
+    small = {"policy_kwargs": {"lstm_hidden_size": 8}} if policy == "MlpLstmPolicy" else {}
+    return algorithm(policy, envs(n_envs), **{**SETTINGS, **small, **changed})
+
+
+def policy_of(algorithm):
+    return "MlpLstmPolicy" if issubclass(algorithm, RecurrentPPO) else "MlpPolicy"
 
 
 def in_memory(model):
@@ -161,7 +180,7 @@ def test_where_iterations_cannot_grow_rollouts_are_shorter():
 # === Files ===
 
 
-@pytest.mark.parametrize("algorithm", [PPOEWMA, PPG, PPGEWMA])
+@pytest.mark.parametrize("algorithm", [PPOEWMA, PPG, PPGEWMA, RecurrentPPGEWMA])
 def test_loaded_for_another_number_it_is_rescaled_from_what_was_tuned(algorithm):
     load = in_memory(model_for(64, algorithm).learn(512))
     assert load(env=envs(8)).n_steps == 32
@@ -277,9 +296,8 @@ def test_goes_on_to_the_bit():
 
 @pytest.mark.parametrize("algorithm", [PPOEWMA, PPGEWMA, RecurrentPPOEWMA])
 def test_set_env(algorithm):
-    policy = "MlpLstmPolicy" if algorithm is RecurrentPPOEWMA else "MlpPolicy"
     more = {"n_policy_iterations": 3} if algorithm is PPGEWMA else {}
-    model = algorithm(policy, envs(8), **SETTINGS, **more).learn(512)
+    model = algorithm(policy_of(algorithm), envs(8), **SETTINGS, **more).learn(512)
     optimizer, parameters = model.policy.optimizer, [each.clone() for each in model.policy.parameters()]
     weight = model.policy_ewma.total_weight
     state = th.get_rng_state()
@@ -303,13 +321,31 @@ def test_set_env(algorithm):
     assert model.num_timesteps == 1280
 
 
-def test_set_env_with_masks():
+@pytest.mark.parametrize(
+    "algorithm", [MaskablePPOEWMA, MaskablePPG, MaskableRecurrentPPOEWMA, MaskableRecurrentPPGEWMA]
+)
+def test_set_env_with_masks(algorithm):
     def masked(n_envs):
         return DummyVecEnv([lambda: InvalidActionEnvDiscrete(dim=8, n_invalid_actions=4)] * n_envs)
 
-    model = MaskablePPOEWMA("MlpPolicy", masked(8), **SETTINGS).learn(256)
+    model = algorithm(policy_of(algorithm), masked(8), **SETTINGS).learn(256)
     model.set_env(masked(4))
+    assert model.n_steps == 64
     assert model.learn(256, reset_num_timesteps=False).num_timesteps == 512
+
+
+def test_sequences_of_another_length_are_lost_with_a_warning(tmp_path):
+    model = model_for(8, RecurrentPPG, n_policy_iterations=3).learn(512)
+    model.save(tmp_path / "model")
+    model.save_replay_buffer(tmp_path / "rollouts")
+    model.set_env(envs(16))
+    loaded = RecurrentPPG.load(tmp_path / "model", env=envs(16))
+    with pytest.warns(UserWarning, match=r"another number of environments are not read.*expects"):
+        loaded.load_replay_buffer(tmp_path / "rollouts")
+    for changed in (model, loaded):
+        with pytest.warns(UserWarning, match="the phase starts anew"):
+            changed.learn(3 * 256, reset_num_timesteps=False)
+        assert changed.logger.name_to_value["aux/n_phases"] == 1
 
 
 def test_rollouts_of_another_size_are_lost_with_a_warning():
