@@ -147,6 +147,16 @@ def check_policy_class(model: Any, needed: type, reason: str) -> None:
         )
 
 
+def default_log_name(model: Any, learn: Any) -> str | None:
+    """
+    :param model: an algorithm
+    :param learn: method of the algorithm that it extends
+    :return: name of its runs for tensorboard, ``None`` if that algorithm has one of its own
+    """
+    is_known = learn.__module__.partition(".")[0] in _PACKAGES
+    return type(model).__name__ if is_known else None
+
+
 def check_update_limits(n_epochs: Any, max_grad_norm: Any, target_kl: Any) -> None:
     """
     :param n_epochs: number of epochs

@@ -60,7 +60,7 @@ class PolicyEvaluation:
     step_fields: ClassVar[tuple[str, ...]] = ()
     sequence_fields: ClassVar[tuple[str, ...]] = ()
 
-    def further_arguments(self, samples: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def extra_arguments(self, samples: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """
         :param samples: minibatch from the rollout buffer or of an auxiliary phase
         :return: positional and keyword arguments that methods of the policy take beside observations and actions
@@ -76,7 +76,7 @@ class PolicyEvaluation:
         :param actions: its actions in the form the distribution expects
         :return: values, log-probabilities and entropies of the actions
         """
-        args, kwargs = self.further_arguments(samples)
+        args, kwargs = self.extra_arguments(samples)
         result = policy.evaluate_actions(samples.observations, actions, *args, **kwargs)
         return cast(tuple[th.Tensor, th.Tensor, th.Tensor | None], result)
 
@@ -110,7 +110,7 @@ class PolicyEvaluation:
         :param samples: samples of an auxiliary phase
         :return: SB3's action distribution; values V and V_aux, (batch,) each
         """
-        args, kwargs = self.further_arguments(samples)
+        args, kwargs = self.extra_arguments(samples)
         result = policy.evaluate_auxiliary(samples.observations, *args, **kwargs)
         return cast(tuple[Any, th.Tensor, th.Tensor], result)
 

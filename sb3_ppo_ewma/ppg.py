@@ -51,8 +51,8 @@ class AuxiliaryPhaseMixin(EwmaMixin):
     aux_lr_schedule: Schedule
     phase_buffer: PhaseBuffer | None
 
-    _own_states: ClassVar[tuple[str, ...]] = (*EwmaMixin._own_states, "aux_optimizer")
-    _own_buffers: ClassVar[tuple[str, ...]] = (*EwmaMixin._own_buffers, "phase_buffer")
+    _own_states: ClassVar[tuple[str, ...]] = ("aux_optimizer",)
+    _own_buffers: ClassVar[tuple[str, ...]] = ("phase_buffer",)
     _further_optimizers: ClassVar[Mapping[str, str]] = {
         **EwmaMixin._further_optimizers,
         "aux_optimizer": "aux_lr_schedule",

@@ -412,20 +412,20 @@ class PhaseSamples(NamedTuple):
 
     :param observations: tensor or dictionary of tensors, (batch, ...) each
     :param returns: (batch,) value targets of the policy phase
-    :param further: by name of an array of the rollout buffer, the rows of the samples, (batch, ...);
+    :param extra: by name of an array of the rollout buffer, the rows of the samples, (batch, ...);
         ``"lstm_states"``: the ``LSTM_STATES`` that sequences begin with, (layers, n_sequences, units) each
     """
 
     observations: Any
     returns: th.Tensor
-    further: dict[str, Any]
+    extra: dict[str, Any]
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name not in self.further:
+        if name.startswith("__") or name not in self.extra:
             raise AttributeError(
                 f"the auxiliary phase keeps no {name}: name it in step_fields of the algorithm's policy_evaluation"
             )
-        return self.further[name]
+        return self.extra[name]
 
 
 class PhaseBuffer:
@@ -554,13 +554,13 @@ class PhaseBuffer:
         :param device: where to put them
         :return: the samples
         """
-        further: dict[str, Any] = {name: self._gather(name, indices, device) for name in self._step_fields}
+        extra: dict[str, Any] = {name: self._gather(name, indices, device) for name in self._step_fields}
         if self._sequence_fields:
             length = self._sequence_length
             chosen = np.arange(self.n_samples)[indices][::length] // length
             states = [self._gather(name, chosen, device).swapaxes(0, 1) for name in self._sequence_fields]
-            further["lstm_states"] = [state.contiguous() for state in states]
-        return PhaseSamples(self.observations(indices, device), self.returns(indices, device), further)
+            extra["lstm_states"] = [state.contiguous() for state in states]
+        return PhaseSamples(self.observations(indices, device), self.returns(indices, device), extra)
 
     def observations(self, indices: np.ndarray | slice, device: th.device) -> Any:
         """

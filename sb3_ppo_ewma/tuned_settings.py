@@ -58,7 +58,7 @@ def fit_to_envs(model: Any) -> None:
                 f"{model.n_envs * world_size()} environments, give load() its value for {model.tuned_for_n_envs}"
             )
     model.tuned_hyperparameters = {**tuned, **by_hand}
-    result = _rescale({**attributes, **model.tuned_hyperparameters}, model.n_envs)
+    result = _rescale({**attributes, **model.tuned_hyperparameters, **_whole_sequences(model)}, model.n_envs)
     fitted = _fitted(result)
     attributes.update(fitted)
     n_envs = result.hyperparameters["n_envs"]
@@ -157,6 +157,19 @@ def _rescale(settings: Mapping[str, Any], n_envs: int) -> Rescaled:
     tuned_for = settings["tuned_for_n_envs"]
     check_integer("tuned_for_n_envs", tuned_for, minimum=1)
     return rescale({**settings, "n_envs": tuned_for}, Fraction(n_envs * world_size(), tuned_for))
+
+
+def _whole_sequences(model: Any) -> dict[str, Any]:
+    """
+    :param model: one of this package's algorithms
+    :return: ``aux_batch_size`` with which the auxiliary phase of a recurrent policy really trains, if one is given
+    """
+    tuned = model.tuned_hyperparameters
+    size = tuned.get("aux_batch_size")
+    if size is None or not model.policy_evaluation.sequence_fields:
+        return {}
+    length = tuned["n_steps"]
+    return {"aux_batch_size": max(1, size // length) * length}
 
 
 def _fitted(result: Rescaled) -> dict[str, Any]:

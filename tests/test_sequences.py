@@ -20,7 +20,7 @@ from torch import nn
 from sb3_ppo_ewma import MaskableRecurrentPPGEWMA, RecurrentPPG, RecurrentPPOEWMA
 from sb3_ppo_ewma.contrib import policies
 from sb3_ppo_ewma.contrib.evaluation import RecurrentEvaluation
-from sb3_ppo_ewma.contrib.masking import MaskedRecurrentRolloutBuffer
+from sb3_ppo_ewma.contrib.masking import MaskableRecurrentRolloutBuffer
 from tests.battery.envs import SpaceEnv, copies
 from tests.battery.helpers import copy_parameters
 from tests.engines import MaskedEnv
@@ -200,10 +200,10 @@ def test_others_are_trained_as_sb3_contrib_does(name: str) -> None:
 
 
 INHERITED: list[tuple[Any, str]] = [
-    (policies.MaskedRecurrentPPGPolicy, "evaluate_actions"),
-    (policies.MaskedRecurrentPPGPolicy, "extract_features"),
-    (policies.MaskedRecurrentPPGPolicy, "_auxiliary_outputs"),
-    (MaskedRecurrentRolloutBuffer, "_get_samples"),
+    (policies.MaskableRecurrentPPGPolicy, "evaluate_actions"),
+    (policies.MaskableRecurrentPPGPolicy, "extract_features"),
+    (policies.MaskableRecurrentPPGPolicy, "_auxiliary_outputs"),
+    (MaskableRecurrentRolloutBuffer, "_get_samples"),
     (recurrent_buffers, "create_sequencers"),
 ]
 

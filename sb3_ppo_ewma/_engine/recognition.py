@@ -74,8 +74,8 @@ _RELIED_ON = {
     *("get", "_get_samples", "swap_and_flatten", "to_torch", "_process_sequence", "masked", "_auxiliary_outputs"),
     *("create_sequencers", "pad", "pad_and_flatten"),
 }
-# Owner, name and what it has of that name, inherited or its own
-_ORIGINALS: list[tuple[Any, str, Any]] = []
+# By owner and name, what it has of that name, inherited or its own; ``None`` where that was replaced before
+_ORIGINALS: dict[tuple[Any, str], Any] = {}
 _METHODS: dict[Any, frozenset[str]] = {}
 
 
@@ -84,11 +84,26 @@ def rely_on(owners: Iterable[Any]) -> None:
     :param owners: classes and modules whose functions :func:`patched_classes` watches from now on
     """
     for owner in owners:
-        defined = set().union(*map(vars, getattr(owner, "__mro__", [owner])))  # not by the class of a class
-        names = _RELIED_ON & defined
+        names = {name for name in _RELIED_ON if _defining(owner, name) is not None}
         if owner in CLOSED_FORM_DISTRIBUTIONS:
             names |= {name for name, function in vars(owner).items() if callable(function)}
-        _ORIGINALS.extend((owner, name, getattr(owner, name)) for name in names)
+        for name in names:
+            function = getattr(owner, name)
+            is_own = getattr(function, "__module__", None) == _module(_defining(owner, name))
+            _ORIGINALS.setdefault((owner, name), function if is_own else None)
+
+
+def _defining(owner: Any, name: str) -> Any:
+    """
+    :param owner: class or module
+    :param name: name of a function
+    :return: the class among its bases, or the module, that has it; ``None`` if none has
+    """
+    return next((base for base in getattr(owner, "__mro__", (owner,)) if name in vars(base)), None)
+
+
+def _module(owner: Any) -> str:
+    return str(owner.__module__ if isinstance(owner, type) else owner.__name__)
 
 
 rely_on({*_BASES, *KNOWN_MODULES, *CLOSED_FORM_DISTRIBUTIONS, *DictRolloutBuffer.__mro__, *RolloutBuffer.__mro__})
@@ -126,7 +141,7 @@ def unknown_policy(policy: Any) -> str | None:
     free = _FREE
     if not isinstance(policy.action_dist, FILLED_BY_SB3) and closed_form(policy.action_dist) is not None:
         free = {*_FREE, "_get_action_dist_from_latent"}  # the closed form is declared to compute the same
-    overridden = overridden_method(cls, known, _BASES, free)
+    overridden = overridden_method(cls, _BASES, free)
     if overridden is not None:
         return overridden
     if not (policy._compiled_call_impl is None or hasattr(policy._compiled_call_impl, "stands_in_for_forward")):
@@ -140,17 +155,17 @@ def unknown_policy(policy: Any) -> str | None:
     return replaced_in([policy.mlp_extractor]) or hooks([policy.mlp_extractor])
 
 
-def overridden_method(cls: Any, known: Any, bases: frozenset[Any], free: Set[str] = frozenset(_FREE)) -> str | None:
+def overridden_method(cls: Any, bases: frozenset[Any], free: Set[str] = frozenset(_FREE)) -> str | None:
     """
     :param cls: class of a policy
-    :param known: class it is derived from
-    :param bases: classes whose methods are known, those of ``known`` among them
+    :param bases: classes whose methods are known, some of them bases of ``cls``
     :param free: names of methods that may be overridden
-    :return: which method another class overrides, ``None`` if none
+    :return: which method of theirs another class overrides, ``None`` if none
     """
-    for base in cls.__mro__ if cls is not known else ():
+    known = bases.intersection(cls.__mro__)
+    for base in cls.__mro__:
         names = [] if base in bases else [name for name in vars(base) if name not in free]
-        overridden = [name for name in names if any(hasattr(other, name) for other in bases.intersection(cls.__mro__))]
+        overridden = [name for name in names if any(hasattr(other, name) for other in known)]
         if overridden:
             return f"{base.__name__} overrides {overridden[0]}"
     return None
@@ -261,10 +276,9 @@ def patched_classes() -> str | None:
     """
     :return: which method of the classes that faster engines know was replaced since this module was imported
     """
-    for owner, name, function in _ORIGINALS:
-        if getattr(owner, name, None) is not function:
-            defining = next((base for base in getattr(owner, "__mro__", ()) if name in vars(base)), owner)
-            return f"{defining.__name__}.{name} was replaced"
+    for (owner, name), function in _ORIGINALS.items():
+        if function is None or getattr(owner, name, None) is not function:
+            return f"{(_defining(owner, name) or owner).__name__}.{name} was replaced"
     return None
 
 

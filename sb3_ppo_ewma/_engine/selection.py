@@ -142,6 +142,10 @@ def _not_compiled(question: Question) -> str | None:
     return None if groups == {1} else "the optimizer has several parameter groups"
 
 
+def _not_recurrent(question: Question) -> str | None:
+    return None if question.iteration.evaluation.sequence_fields else "the policy is not recurrent"
+
+
 def _unknown_sequences(question: Question) -> str | None:
     iteration = question.iteration
     if th.is_autocast_enabled(iteration.policy.device.type):
@@ -172,6 +176,7 @@ ONE_LOSS = Requirement(_several_objectives, "n_epochs_value=None")
 SAMPLED_KL = Requirement(_analytic_kl, "kl_estimator='sample'")
 NO_EXTRA_LOSS = Requirement(_extra_loss)
 IMAGES_ON_CPU = Requirement(lambda question: _not_images_on_cpu(question.iteration.policy))
+RECURRENT = Requirement(_not_recurrent)
 SEQUENCES = Requirement(
     _unknown_sequences, "a recurrent policy that overrides no method of sb3-contrib's, without hooks or dropout"
 )
@@ -187,7 +192,7 @@ ENGINES: tuple[tuple[Any, tuple[Requirement, ...]], ...] = (
     (CompiledEngine, (AUTOMATIC, COMPILED, *_FIXED, ADAM, POLICY, MODULES)),
     (DenseEngine, (AUTOMATIC, ONE_LOSS, SAMPLED_KL, *_FIXED, ADAM, POLICY, DENSE)),
     (MicrobatchEngine, (AUTOMATIC, *_FIXED, ADAM, POLICY, MODULES, IMAGES_ON_CPU)),
-    (SequenceEngine, (AUTOMATIC, SEQUENCES, NO_EXTRA_LOSS, NUMBERS, SEQUENCE_BUFFER, ADAM)),
+    (SequenceEngine, (AUTOMATIC, RECURRENT, SEQUENCES, NO_EXTRA_LOSS, NUMBERS, SEQUENCE_BUFFER, ADAM)),
     (StandardEngine, (AUTOMATIC, ADAM, POLICY)),
     (FusedEngine, (AUTOMATIC, ADAM)),
     (ReferenceEngine, ()),

@@ -3,19 +3,27 @@ Recurrent policies without padding and without a loop over time: sequences are c
 is called once for all those of about one length.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, NamedTuple, cast
 
 import numpy as np
 import torch as th
 from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.type_aliases import RolloutBufferSamples
 from torch import nn
 
 from sb3_ppo_ewma._engine.fused import FusedEngine
 from sb3_ppo_ewma._engine.iteration import Iteration
 from sb3_ppo_ewma._engine.recognition import hooks, unknown_lstm, unknown_module
 from sb3_ppo_ewma.evaluation import PolicyEvaluation
-from sb3_ppo_ewma.rollouts import LSTM_STATES, PhaseSamples, Rollout, flatten_buffer, warn_too_large
+from sb3_ppo_ewma.rollouts import (
+    LSTM_STATES,
+    DeviceMinibatches,
+    PhaseSamples,
+    Rollout,
+    flatten_buffer,
+    warn_too_large,
+)
 
 _MASKS = "action_masks"
 
@@ -105,7 +113,19 @@ class SequenceSamples(NamedTuple):
     action_masks: th.Tensor | None
 
 
-class SequenceMinibatches:
+class _MaskedSamples(NamedTuple):
+    """What is gathered of a rollout with masks; without, it is SB3's ``RolloutBufferSamples``."""
+
+    observations: Any
+    actions: th.Tensor
+    old_values: th.Tensor
+    old_log_prob: th.Tensor
+    advantages: th.Tensor
+    returns: th.Tensor
+    action_masks: th.Tensor
+
+
+class SequenceMinibatches(DeviceMinibatches):
     """
     The minibatches of sb3-contrib's recurrent buffers, with the same samples in the same order.
 
@@ -118,38 +138,21 @@ class SequenceMinibatches:
                 setattr(buffer, name, getattr(buffer, name).swapaxes(1, 2))
         has_masks = hasattr(buffer, _MASKS)
         flatten_buffer(buffer, (*LSTM_STATES, "episode_starts", *([_MASKS] if has_masks else [])))
+        super().__init__(buffer, _MaskedSamples if has_masks else RolloutBufferSamples)
         self.buffer = buffer
-        observations = buffer.observations
-        self._observations: Any = (
-            {key: self._tensor(array) for key, array in observations.items()}
-            if isinstance(observations, dict)
-            else self._tensor(observations)
-        )
-        self._actions = self._tensor(buffer.actions)
-        self._masks = self._tensor(buffer.action_masks) if has_masks else None
-        self.update_targets()
-
-    def _tensor(self, array: np.ndarray) -> th.Tensor:
-        return th.as_tensor(array, device=self.buffer.device)
-
-    def update_targets(self) -> None:
-        """Read values, log-probabilities, advantages and returns from the buffer again."""
-        buffer = self.buffer
-        targets = (buffer.values, buffer.log_probs, buffer.advantages, buffer.returns)
-        self._targets = self._tensor(np.stack([target.flatten() for target in targets]))
 
     def minibatches(self, batch_size: int | None) -> Iterator[SequenceSamples]:
         """
         :param batch_size: number of samples, ``None``: all; the last minibatch may be smaller
         :return: one epoch
         """
-        n_samples = self._targets.shape[1]
+        n_samples = self._n_samples
         split = np.random.randint(n_samples)  # SB3's generator, as the buffer draws
         indices = np.roll(np.arange(n_samples), -split)
         for start in range(0, n_samples, batch_size or n_samples):
-            yield self._gather(indices[start : start + (batch_size or n_samples)])
+            yield self._sequences(indices[start : start + (batch_size or n_samples)])
 
-    def _gather(self, indices: np.ndarray) -> SequenceSamples:
+    def _sequences(self, indices: np.ndarray) -> SequenceSamples:
         buffer = self.buffer
         begins_episode = buffer.episode_starts[indices].ravel() != 0
         is_start = begins_episode | (indices % buffer.buffer_size == 0)
@@ -157,22 +160,31 @@ class SequenceMinibatches:
         starts = np.flatnonzero(is_start)
         kept = ~begins_episode[starts][None, :, None]  # an episode begins with zero
         states = [getattr(buffer, name)[indices[starts]].swapaxes(0, 1) * kept for name in LSTM_STATES]
-        chosen = self._tensor(indices)
-        observations = self._observations
-        values, log_probs, advantages, returns = self._targets.index_select(1, chosen).unbind()
-        return SequenceSamples(
-            {key: tensor.index_select(0, chosen) for key, tensor in observations.items()}
-            if isinstance(observations, dict)
-            else observations.index_select(0, chosen),
-            self._actions.index_select(0, chosen),
-            values,
-            log_probs,
-            advantages,
-            returns,
-            Sequences(starts, len(indices), buffer.device),
-            [self._tensor(state) for state in states],
-            None if self._masks is None else self._masks.index_select(0, chosen),
-        )
+        samples = self._gather(self._tensor(indices))
+        further = {
+            "sequences": Sequences(starts, len(indices), buffer.device),
+            "states": [self._tensor(state) for state in states],
+        }
+        return SequenceSamples(**{_MASKS: None, **samples._asdict(), **further})
+
+
+def recurrent_latents(
+    policy: Any, observations: Any, outputs: Callable[[nn.LSTM, th.Tensor, int], th.Tensor]
+) -> tuple[th.Tensor, th.Tensor]:
+    """
+    :param policy: a recurrent policy of sb3-contrib
+    :param observations: observations
+    :param outputs: gives the outputs of an LSTM for features; 0: with the states of the actor, 1: of the critic
+    :return: inputs of ``policy.action_net`` and of ``policy.value_net``
+    """
+    features = policy.extract_features(observations)
+    pi_features, vf_features = (features, features) if policy.share_features_extractor else features
+    latent_pi = outputs(policy.lstm_actor, pi_features, 0)
+    if policy.lstm_critic is not None:
+        latent_vf = outputs(policy.lstm_critic, vf_features, 1)
+    else:
+        latent_vf = latent_pi.detach() if policy.shared_lstm else policy.critic(vf_features)
+    return policy.mlp_extractor.forward_actor(latent_pi), policy.mlp_extractor.forward_critic(latent_vf)
 
 
 class SequenceEvaluation(PolicyEvaluation):
@@ -199,12 +211,12 @@ class SequenceEvaluation(PolicyEvaluation):
 
     def distribution(self, policy: Any, samples: PhaseSamples) -> Any:
         latent_pi = self._latent_pi(policy, samples.observations, *_cut(samples))
-        return _distribution(policy, latent_pi, samples.further.get(_MASKS))
+        return _distribution(policy, latent_pi, samples.extra.get(_MASKS))
 
     def evaluate_auxiliary(self, policy: Any, samples: PhaseSamples) -> tuple[Any, th.Tensor, th.Tensor]:
         latent_pi, latent_vf = self._latents(policy, samples.observations, *_cut(samples))
         values, aux_values = policy.value_net(latent_vf), policy.aux_value_net(latent_pi)
-        distribution = _distribution(policy, latent_pi, samples.further.get(_MASKS))
+        distribution = _distribution(policy, latent_pi, samples.extra.get(_MASKS))
         return distribution, values.flatten(), aux_values.flatten()
 
     def predict_values(self, policy: Any, buffer: Any, indices: slice) -> th.Tensor:
@@ -223,14 +235,10 @@ class SequenceEvaluation(PolicyEvaluation):
     def _latents(
         policy: Any, observations: Any, sequences: Sequences, states: list[th.Tensor]
     ) -> tuple[th.Tensor, th.Tensor]:
-        features = policy.extract_features(observations)
-        pi_features, vf_features = (features, features) if policy.share_features_extractor else features
-        latent_pi = sequences.outputs(policy.lstm_actor, pi_features, (states[0], states[1]))
-        if policy.lstm_critic is not None:
-            latent_vf = sequences.outputs(policy.lstm_critic, vf_features, (states[2], states[3]))
-        else:
-            latent_vf = latent_pi.detach() if policy.shared_lstm else policy.critic(vf_features)
-        return policy.mlp_extractor.forward_actor(latent_pi), policy.mlp_extractor.forward_critic(latent_vf)
+        def outputs(lstm: nn.LSTM, features: th.Tensor, which: int) -> th.Tensor:
+            return sequences.outputs(lstm, features, (states[2 * which], states[2 * which + 1]))
+
+        return recurrent_latents(policy, observations, outputs)
 
 
 class SequenceEngine(FusedEngine):

@@ -393,8 +393,14 @@ def _local_variables(model: Any, buffer: Any, observations: Any, rollout: Collec
     obs_tensors = obs_as_tensor(observations, th.device("cpu"))
     values, log_probs = th.as_tensor(buffer.values[..., None]), th.as_tensor(buffer.log_probs)
     dones = np.concatenate([buffer.episode_starts[1:], rollout.state["_last_episode_starts"][None]]).astype(bool)
+    family: dict[str, Any] = {}
+    if hasattr(buffer, "action_masks"):
+        family["action_masks"] = buffer.action_masks
+    if hasattr(buffer, "hidden_states_pi"):  # recurrent
+        family["episode_starts"] = th.as_tensor(buffer.episode_starts, dtype=th.float32)
     for step in range(n_steps):
         yield {
+            **{name: rows[step] for name, rows in family.items()},
             "n_steps": step,
             "obs_tensor": _row(obs_tensors, step),
             "actions": actions[step],

@@ -42,7 +42,7 @@ _NOTHING_KEPT = "The model keeps no rollouts between iterations (staleness=0 and
 class SavedStateMixin(OnPolicyAlgorithm):
     """
     Saves the states that an algorithm has beside those of the SB3 algorithm it extends. Files of that algorithm load
-    too, and that algorithm loads the files of this one. A family extends the class attributes.
+    too, and that algorithm loads the files of this one. A family adds its own names to the class attributes.
     """
 
     generators: GeneratorStates
@@ -65,6 +65,13 @@ class SavedStateMixin(OnPolicyAlgorithm):
     fitted_hyperparameters: dict[str, Any] | None = None
     # Names of the attributes that load() was given
     _given_to_load: tuple[str, ...] = ()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # Of several mixins, each has its own.
+        for attribute in ("_own_states", "_own_buffers"):
+            names = [name for base in reversed(cls.__mro__) for name in vars(base).get(attribute, ())]
+            setattr(cls, attribute, tuple(dict.fromkeys(names)))
 
     @classmethod
     def _sb3_class(cls) -> type[OnPolicyAlgorithm]:

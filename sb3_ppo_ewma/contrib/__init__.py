@@ -11,16 +11,16 @@ from sb3_ppo_ewma.contrib.algorithms import (
     RecurrentPPGEWMA,
     RecurrentPPOEWMA,
 )
-from sb3_ppo_ewma.contrib.callbacks import MaskedEvalCallback, WithMasks
+from sb3_ppo_ewma.contrib.callbacks import MaskableRecurrentEvalCallback, WithMasks
 
 __all__ = [
     "MaskablePPG",
     "MaskablePPGEWMA",
     "MaskablePPOEWMA",
+    "MaskableRecurrentEvalCallback",
     "MaskableRecurrentPPG",
     "MaskableRecurrentPPGEWMA",
     "MaskableRecurrentPPOEWMA",
-    "MaskedEvalCallback",
     "RecurrentPPG",
     "RecurrentPPGEWMA",
     "RecurrentPPOEWMA",

@@ -25,13 +25,10 @@ from stable_baselines3.common.type_aliases import MaybeCallback
 from sb3_ppo_ewma._arguments import check_policy_class, warn_caller
 from sb3_ppo_ewma.contrib import policies
 from sb3_ppo_ewma.contrib.evaluation import MaskableEvaluation, MaskableRecurrentEvaluation, RecurrentEvaluation
-from sb3_ppo_ewma.contrib.masking import MaskedCollection, checked_masks
+from sb3_ppo_ewma.contrib.masking import MaskableCollection, checked_masks
 from sb3_ppo_ewma.evaluation import PolicyEvaluation
 from sb3_ppo_ewma.ppg import AuxiliaryPhaseMixin, EwmaDefaultMixin
 from sb3_ppo_ewma.ppo_ewma import EwmaMixin
-
-# Of MaskablePPO.collect_rollouts(), the last of which is use_masking
-_N_COLLECT_ARGUMENTS = 5
 
 SelfMaskable = TypeVar("SelfMaskable", bound="MaskableMixin")
 
@@ -73,14 +70,14 @@ class LstmState:
 class RecurrentMixin(EwmaMixin):
     """What an algorithm with LSTM policies adds. Place it first."""
 
-    _own_states: ClassVar[tuple[str, ...]] = (*EwmaMixin._own_states, "lstm_state")
+    _own_states: ClassVar[tuple[str, ...]] = ("lstm_state",)
     _silent_states: ClassVar[frozenset[str]] = EwmaMixin._silent_states | {"lstm_state"}
     policy_evaluation: ClassVar[PolicyEvaluation] = RecurrentEvaluation()
     _has_masks: ClassVar[bool] = False
 
     def _setup_model(self) -> None:
         check_policy_class(self, RecurrentActorCriticPolicy, "which has an LSTM")
-        if issubclass(cast(type, self.policy_class), policies.MaskedRecurrentMixin) and not self._has_masks:
+        if issubclass(cast(type, self.policy_class), policies.MaskablePolicyMixin) and not self._has_masks:
             warn_caller(f"{type(self).__name__} takes no action masks, which its policy was made for")
         super()._setup_model()
         self.lstm_state = LstmState(self)
@@ -99,7 +96,7 @@ class MaskableMixin(EwmaMixin):
         self: SelfMaskable,
         total_timesteps: int,
         callback: MaybeCallback = None,
-        log_interval: int = 1,
+        log_interval: int | None = None,
         tb_log_name: str | None = None,
         reset_num_timesteps: bool = True,
         use_masking: bool = True,
@@ -110,7 +107,7 @@ class MaskableMixin(EwmaMixin):
 
         :param total_timesteps: number of environment steps
         :param callback: called at every step
-        :param log_interval: iterations between logs
+        :param log_interval: iterations between logs; ``None``: 1
         :param tb_log_name: name of the run for tensorboard; ``None``: that of the class
         :param reset_num_timesteps: whether to count steps from 0
         :param use_masking: whether to use invalid-action masks
@@ -154,12 +151,10 @@ class MaskableMixin(EwmaMixin):
 
 
 class MaskableRecurrentMixin(MaskableMixin, RecurrentMixin):
-    """What an algorithm with LSTM policies and action masks adds. Place it first, before ``MaskedCollection``."""
+    """What an algorithm with LSTM policies and action masks adds. Place it first, before ``MaskableCollection``."""
 
     policy_evaluation: ClassVar[PolicyEvaluation] = MaskableRecurrentEvaluation()
     _has_masks: ClassVar[bool] = True
-    # What learn() was given
-    _use_masking = True
 
     def to_ppo(self) -> OnPolicyAlgorithm:
         """
@@ -171,20 +166,11 @@ class MaskableRecurrentMixin(MaskableMixin, RecurrentMixin):
         return super().to_ppo()
 
     def _setup_model(self) -> None:
-        check_policy_class(self, policies.MaskedRecurrentMixin, "which takes action masks")
+        check_policy_class(self, policies.MaskablePolicyMixin, "which takes action masks")
         super()._setup_model()
 
-    def collect_rollouts(self, *args: Any, **kwargs: Any) -> bool:
-        """
-        As in ``MaskablePPO``.
-
-        :param args: positional arguments of ``MaskablePPO``'s method
-        :param kwargs: keyword arguments of ``MaskablePPO``'s method
-        :return: False when a callback ended the collection
-        """
-        if len(args) < _N_COLLECT_ARGUMENTS:
-            kwargs.setdefault("use_masking", self._use_masking)
-        return super().collect_rollouts(*args, **kwargs)
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), "_use_masking"]
 
 
 # === PPO-EWMA ===
@@ -206,7 +192,7 @@ class MaskablePPOEWMA(MaskableMixin, MaskablePPO):
     """
 
 
-class MaskableRecurrentPPOEWMA(MaskableRecurrentMixin, MaskedCollection, RecurrentPPO):  # type: ignore[misc]  # learn()
+class MaskableRecurrentPPOEWMA(MaskableRecurrentMixin, MaskableCollection, RecurrentPPO):  # type: ignore[misc]  # learn()
     """
     PPO-EWMA with LSTM policies and invalid-action masks: all parameters of ``sb3_contrib.RecurrentPPO`` in the same
     order with the same defaults; those of :class:`~sb3_ppo_ewma.EwmaMixin` by keyword. Environments have a method
@@ -214,9 +200,9 @@ class MaskableRecurrentPPOEWMA(MaskableRecurrentMixin, MaskedCollection, Recurre
     """
 
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
-        "MlpLstmPolicy": policies.MaskedLstmPolicy,
-        "CnnLstmPolicy": policies.MaskedCnnLstmPolicy,
-        "MultiInputLstmPolicy": policies.MaskedMultiInputLstmPolicy,
+        "MlpLstmPolicy": policies.MaskableRecurrentActorCriticPolicy,
+        "CnnLstmPolicy": policies.MaskableRecurrentActorCriticCnnPolicy,
+        "MultiInputLstmPolicy": policies.MaskableRecurrentMultiInputActorCriticPolicy,
     }
 
 
@@ -233,8 +219,6 @@ class RecurrentPPG(RecurrentMixin, AuxiliaryPhaseMixin, RecurrentPPO):
     with; ``aux_batch_size`` is rounded down to a number of them, at least one.
     """
 
-    # Both mixins add one to those of the core.
-    _own_states: ClassVar[tuple[str, ...]] = (*AuxiliaryPhaseMixin._own_states, "lstm_state")
     _head: ClassVar[type] = policies.RecurrentHeadMixin
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
         "MlpLstmPolicy": policies.RecurrentPPGPolicy,
@@ -258,15 +242,14 @@ class MaskablePPG(MaskableMixin, AuxiliaryPhaseMixin, MaskablePPO):
     }
 
 
-class MaskableRecurrentPPG(MaskableRecurrentMixin, AuxiliaryPhaseMixin, MaskedCollection, RecurrentPPO):  # type: ignore[misc]  # learn()
+class MaskableRecurrentPPG(MaskableRecurrentMixin, AuxiliaryPhaseMixin, MaskableCollection, RecurrentPPO):  # type: ignore[misc]  # learn()
     """PPG with LSTM policies and invalid-action masks: :class:`RecurrentPPG` and :class:`MaskablePPG` in one."""
 
-    _own_states: ClassVar[tuple[str, ...]] = RecurrentPPG._own_states
     _head: ClassVar[type] = policies.RecurrentHeadMixin
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
-        "MlpLstmPolicy": policies.MaskedRecurrentPPGPolicy,
-        "CnnLstmPolicy": policies.MaskedRecurrentPPGCnnPolicy,
-        "MultiInputLstmPolicy": policies.MaskedRecurrentPPGMultiInputPolicy,
+        "MlpLstmPolicy": policies.MaskableRecurrentPPGPolicy,
+        "CnnLstmPolicy": policies.MaskableRecurrentPPGCnnPolicy,
+        "MultiInputLstmPolicy": policies.MaskableRecurrentPPGMultiInputPolicy,
     }
 
 

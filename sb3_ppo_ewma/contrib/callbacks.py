@@ -7,6 +7,8 @@ from sb3_contrib.common.maskable.utils import get_action_masks
 from stable_baselines3.common.callbacks import EvalCallback
 from stable_baselines3.common.type_aliases import GymEnv
 
+from sb3_ppo_ewma.contrib.masking import check_supports_masks
+
 
 class WithMasks:
     """
@@ -15,9 +17,11 @@ class WithMasks:
 
     :param model: the model
     :param env: the environments that it acts in
+    :raises ValueError: if they have no masks
     """
 
     def __init__(self, model: Any, env: GymEnv) -> None:
+        check_supports_masks(env)
         self._model, self._env = model, env
 
     def predict(self, *args: Any, **kwargs: Any) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
@@ -33,16 +37,23 @@ class WithMasks:
         return prediction
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # before there is a model, as in a copy
+            raise AttributeError(name)
         return getattr(self._model, name)
 
 
-class MaskedEvalCallback(EvalCallback):
+class MaskableRecurrentEvalCallback(EvalCallback):
     """
     SB3's ``EvalCallback`` for policies with action masks, recurrent ones among them.
 
     :param args: positional arguments of ``EvalCallback``
     :param kwargs: keyword arguments of ``EvalCallback``
+    :raises ValueError: when training begins, if the environments of the evaluation have no masks
     """
+
+    def _init_callback(self) -> None:
+        super()._init_callback()
+        check_supports_masks(self.eval_env)
 
     def _on_step(self) -> bool:
         model = self.model

@@ -3,6 +3,7 @@
 from typing import Any, ClassVar, cast
 
 import torch as th
+from sb3_contrib.common.maskable.buffers import MaskableRolloutBuffer
 from sb3_contrib.common.maskable.distributions import (
     MaskableBernoulliDistribution,
     MaskableCategoricalDistribution,
@@ -38,29 +39,26 @@ from sb3_ppo_ewma._engine.recognition import (
 from sb3_ppo_ewma._engine.sequences import unknown_recurrent
 from sb3_ppo_ewma.contrib import policies
 from sb3_ppo_ewma.contrib.masking import (
+    MaskableRecurrentDictRolloutBuffer,
+    MaskableRecurrentRolloutBuffer,
     MaskedCategoricalDistribution,
     MaskedMultiCategoricalDistribution,
-    MaskedRecurrentDictRolloutBuffer,
-    MaskedRecurrentRolloutBuffer,
     checked_masks,
 )
 from sb3_ppo_ewma.distributions import SoftplusDiagGaussianDistribution
 from sb3_ppo_ewma.evaluation import PolicyEvaluation
 from sb3_ppo_ewma.rollouts import LSTM_STATES, Rollout, observations_at
 
-# Policies whose code the faster engine knows
-_RECURRENT = (
-    *(policies.MaskedRecurrentPPGPolicy, policies.MaskedRecurrentPPGCnnPolicy),
-    *(policies.MaskedRecurrentPPGMultiInputPolicy, policies.RecurrentPPGPolicy),
-    *(policies.RecurrentPPGCnnPolicy, policies.RecurrentPPGMultiInputPolicy),
-    *(policies.MaskedLstmPolicy, policies.MaskedCnnLstmPolicy, policies.MaskedMultiInputLstmPolicy),
-    *(RecurrentActorCriticCnnPolicy, RecurrentMultiInputActorCriticPolicy, RecurrentActorCriticPolicy),
+# Classes whose code is known, with all that they are derived from
+_KNOWN = frozenset(
+    base
+    for policy in (
+        *(RecurrentActorCriticPolicy, RecurrentActorCriticCnnPolicy, RecurrentMultiInputActorCriticPolicy),
+        *(MaskableActorCriticPolicy, MaskableActorCriticCnnPolicy, MaskableMultiInputActorCriticPolicy),
+        *(each for each in vars(policies).values() if isinstance(each, type) and each.__module__ == policies.__name__),
+    )
+    for base in policy.__mro__
 )
-_MASKABLE = (
-    *(policies.MaskablePPGCnnPolicy, policies.MaskablePPGMultiInputPolicy, policies.MaskablePPGPolicy),
-    *(MaskableActorCriticCnnPolicy, MaskableMultiInputActorCriticPolicy, MaskableActorCriticPolicy),
-)
-_KNOWN = frozenset(base for policy in (*_RECURRENT, *_MASKABLE) for base in policy.__mro__)
 _DISTRIBUTIONS = (
     *(*FILLED_BY_SB3, SoftplusDiagGaussianDistribution),
     *(MaskedCategoricalDistribution, MaskedMultiCategoricalDistribution, MaskableCategoricalDistribution),
@@ -68,7 +66,7 @@ _DISTRIBUTIONS = (
 )
 _BUFFERS = (
     *(RecurrentRolloutBuffer, RecurrentDictRolloutBuffer),
-    *(MaskedRecurrentRolloutBuffer, MaskedRecurrentDictRolloutBuffer),
+    *(MaskableRecurrentRolloutBuffer, MaskableRecurrentDictRolloutBuffer),
 )
 rely_on({*_KNOWN, nn.LSTM, recurrent_buffers, *(base for buffer in _BUFFERS for base in buffer.__mro__)})
 
@@ -78,8 +76,8 @@ class MaskableEvaluation(PolicyEvaluation):
 
     step_fields: ClassVar[tuple[str, ...]] = ("action_masks",)
 
-    def further_arguments(self, samples: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        args, kwargs = super().further_arguments(samples)
+    def extra_arguments(self, samples: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        args, kwargs = super().extra_arguments(samples)
         return args, {**kwargs, "action_masks": samples.action_masks}
 
     def log_prob(self, policy: Any, samples: Any, actions: th.Tensor) -> th.Tensor:
@@ -89,15 +87,21 @@ class MaskableEvaluation(PolicyEvaluation):
         return policy.get_distribution(samples.observations, action_masks=samples.action_masks)
 
     def may_skip_critic(self, policy: Any) -> bool:
-        return _is_ordinary(policy, _MASKABLE)
+        return _is_ordinary(policy, MaskableActorCriticPolicy)
 
     def collected_rollout(self, model: Any) -> Rollout:
         # MaskablePPO's collection does not look at them.
-        buffer = model.rollout_buffer
+        buffer: MaskableRolloutBuffer = model.rollout_buffer
+
+        def place(index: int) -> tuple[int, int]:
+            if buffer.generator_ready:  # a callback has read minibatches: environment by environment
+                return divmod(index, buffer.buffer_size)
+            return index % buffer.n_envs, index // buffer.n_envs
+
         checked_masks(
             buffer.action_masks,
             model.action_space,
-            lambda index: f"environment {index % buffer.n_envs} at step {index // buffer.n_envs} of the rollout",
+            lambda index: "environment {} at step {} of the rollout".format(*place(index)),
         )
         return super().collected_rollout(model)
 
@@ -108,20 +112,20 @@ class RecurrentEvaluation(PolicyEvaluation):
     step_fields: ClassVar[tuple[str, ...]] = ("episode_starts",)
     sequence_fields: ClassVar[tuple[str, ...]] = LSTM_STATES
 
-    def further_arguments(self, samples: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        _, kwargs = super().further_arguments(samples)
+    def extra_arguments(self, samples: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        _, kwargs = super().extra_arguments(samples)
         return (rnn_states(samples), samples.episode_starts.flatten()), kwargs
 
     def log_prob(self, policy: Any, samples: Any, actions: th.Tensor) -> th.Tensor:
         return cast(th.Tensor, self.distribution(policy, samples).log_prob(actions))
 
     def distribution(self, policy: Any, samples: Any) -> Any:
-        (states, episode_starts), kwargs = self.further_arguments(samples)
+        (states, episode_starts), kwargs = self.extra_arguments(samples)
         distribution, _ = policy.get_distribution(samples.observations, states.pi, episode_starts, **kwargs)
         return distribution
 
     def may_skip_critic(self, policy: Any) -> bool:
-        return _is_ordinary(policy, _RECURRENT)
+        return _is_ordinary(policy, RecurrentActorCriticPolicy)
 
     def padding_mask(self, samples: Any) -> th.Tensor | None:
         return cast(th.Tensor, samples.mask > 1e-8)
@@ -129,7 +133,7 @@ class RecurrentEvaluation(PolicyEvaluation):
     def unknown_sequences(self, policy: Any) -> str | None:
         if type(self) not in (RecurrentEvaluation, MaskableRecurrentEvaluation) or vars(self):
             return f"policies are evaluated by {type(self).__name__}"
-        return _unknown_policy(policy, _RECURRENT) or unknown_recurrent(policy)
+        return _unknown_policy(policy, RecurrentActorCriticPolicy) or unknown_recurrent(policy)
 
     def unknown_sequence_buffer(self, buffer: Any) -> str | None:
         if type(buffer) not in _BUFFERS:
@@ -160,16 +164,10 @@ class RecurrentEvaluation(PolicyEvaluation):
         return Rollout(rollout.buffer, rollout.last_obs, rollout.last_dones, states)
 
 
-class MaskableRecurrentEvaluation(MaskableEvaluation, RecurrentEvaluation):
+class MaskableRecurrentEvaluation(RecurrentEvaluation, MaskableEvaluation):
     """Sequences of distributions with invalid actions masked."""
 
-    step_fields: ClassVar[tuple[str, ...]] = (*MaskableEvaluation.step_fields, *RecurrentEvaluation.step_fields)
-
-    def may_skip_critic(self, policy: Any) -> bool:
-        return RecurrentEvaluation.may_skip_critic(self, policy)
-
-    def distribution(self, policy: Any, samples: Any) -> Any:
-        return RecurrentEvaluation.distribution(self, policy, samples)
+    step_fields: ClassVar[tuple[str, ...]] = (*RecurrentEvaluation.step_fields, *MaskableEvaluation.step_fields)
 
 
 def rnn_states(samples: Any) -> RNNStates:
@@ -181,34 +179,32 @@ def rnn_states(samples: Any) -> RNNStates:
     return states if isinstance(states, RNNStates) else RNNStates((states[0], states[1]), (states[2], states[3]))
 
 
-def _unknown_policy(policy: Any, known_policies: tuple[Any, ...]) -> str | None:
+def _unknown_policy(policy: Any, family: Any) -> str | None:
     """
     :param policy: any policy
-    :param known_policies: classes whose code is known, those derived from others first
-    :return: what of it is not theirs, apart from its modules; ``None`` if all is
+    :param family: sb3-contrib's class of its family
+    :return: what of it is not known, apart from its modules; ``None`` if all is
     """
-    cls = type(policy)
-    known = next((base for base in cls.__mro__ if base in known_policies), None)
-    if known is None:
-        return f"{cls.__name__} is not derived from {known_policies[-1].__name__}"
+    cls, distribution = type(policy), policy.action_dist
+    if not isinstance(policy, family):
+        return f"{cls.__name__} is not derived from {family.__name__}"
     if policy._compiled_call_impl is not None:
         return "the policy is compiled"
     replaced = replaced_method(policy)
     if replaced is not None:
         return f"{replaced} of the policy was replaced"
-    distribution = policy.action_dist
     if type(distribution) not in _DISTRIBUTIONS or replaced_method(distribution) is not None:
         return f"the distribution is a {type(distribution).__name__}, or a method of it was replaced"
-    return overridden_method(cls, known, _KNOWN) or unknown_extractors(policy)
+    return overridden_method(cls, _KNOWN) or unknown_extractors(policy)
 
 
-def _is_ordinary(policy: Any, known_policies: tuple[Any, ...]) -> bool:
+def _is_ordinary(policy: Any, family: Any) -> bool:
     """
     :param policy: any policy
-    :param known_policies: classes whose code is known
+    :param family: sb3-contrib's class of its family
     :return: whether nobody notices when its critic is not evaluated
     """
     lstms = [module for module in policy.modules() if type(module) is nn.LSTM]
     others = [module for module in policy.modules() if module is not policy and module not in lstms]
-    unknown = patched_classes() or _unknown_policy(policy, known_policies) or unknown_module(others)
+    unknown = patched_classes() or _unknown_policy(policy, family) or unknown_module(others)
     return (unknown or replaced_in(lstms) or hooks(policy.modules())) is None

@@ -1,6 +1,6 @@
 """Invalid-action masks for recurrent policies: distributions, rollout buffers and the collection that fills them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
@@ -134,7 +134,7 @@ def checked_masks(masks: Any, space: spaces.Space[Any], where: Callable[[int], s
     """
     :param masks: masks, True for valid values
     :param space: action space
-    :param where: says in words where a mask of a number comes from
+    :param where: describes the origin of a mask, given its row
     :return: (number of masks, n) the masks
     :raises ValueError: if they have another size, are not numbers, or one leaves no valid value of an action
     """
@@ -155,7 +155,7 @@ def checked_masks(masks: Any, space: spaces.Space[Any], where: Callable[[int], s
     return array
 
 
-class MaskedSequenceSamples(NamedTuple):
+class MaskableRecurrentRolloutBufferSamples(NamedTuple):
     """sb3-contrib's ``RecurrentRolloutBufferSamples`` with masks, (padded batch, n)."""
 
     observations: Any
@@ -170,7 +170,7 @@ class MaskedSequenceSamples(NamedTuple):
     action_masks: th.Tensor
 
 
-class MaskedSequencesMixin:
+class MaskableBufferMixin:
     """
     Adds masks to a rollout buffer of sb3-contrib for recurrent policies. Place it first.
 
@@ -200,7 +200,7 @@ class MaskedSequencesMixin:
         buffer: Any = super()
         buffer.add(*args, **kwargs)
 
-    def get(self, batch_size: int | None = None) -> Any:
+    def get(self, batch_size: int | None = None) -> Iterator[Any]:
         """
         :param batch_size: number of samples, ``None``: all
         :return: one epoch of minibatches
@@ -209,33 +209,36 @@ class MaskedSequencesMixin:
         if own.full and not own.generator_ready:
             self.action_masks = own.swap_and_flatten(self.action_masks)
         buffer: Any = super()
-        return buffer.get(batch_size)
+        yield from buffer.get(batch_size)
 
     def _get_samples(self, batch_inds: np.ndarray, env_change: np.ndarray, env: Any = None) -> Any:
         buffer: Any = super()
         samples = buffer._get_samples(batch_inds, env_change, env)
         # Padding allows everything.
         masks = cast(Any, self).pad(self.action_masks[batch_inds], padding_value=1.0)
-        return MaskedSequenceSamples(**samples._asdict(), action_masks=masks.flatten(end_dim=1))
+        return MaskableRecurrentRolloutBufferSamples(**samples._asdict(), action_masks=masks.flatten(end_dim=1))
 
 
-class MaskedRecurrentRolloutBuffer(MaskedSequencesMixin, RecurrentRolloutBuffer):  # type: ignore[misc]  # samples
+class MaskableRecurrentRolloutBuffer(MaskableBufferMixin, RecurrentRolloutBuffer):  # type: ignore[misc]  # samples
     """sb3-contrib's ``RecurrentRolloutBuffer`` with masks."""
 
 
-class MaskedRecurrentDictRolloutBuffer(MaskedSequencesMixin, RecurrentDictRolloutBuffer):  # type: ignore[misc]
+class MaskableRecurrentDictRolloutBuffer(MaskableBufferMixin, RecurrentDictRolloutBuffer):  # type: ignore[misc]
     """sb3-contrib's ``RecurrentDictRolloutBuffer`` with masks."""
 
 
-class MaskedCollection:
+class MaskableCollection:
     """Collects with masks for sb3-contrib's ``RecurrentPPO``. Place it before it."""
+
+    # What learn() was given
+    _use_masking = True
 
     def _setup_model(self) -> None:
         algorithm: Any = super()
         algorithm._setup_model()
         model = cast(Any, self)
         is_dict = isinstance(model.observation_space, spaces.Dict)
-        model.rollout_buffer = (MaskedRecurrentDictRolloutBuffer if is_dict else MaskedRecurrentRolloutBuffer)(
+        model.rollout_buffer = (MaskableRecurrentDictRolloutBuffer if is_dict else MaskableRecurrentRolloutBuffer)(
             model.n_steps,
             model.observation_space,
             model.action_space,
@@ -259,7 +262,12 @@ class MaskedCollection:
         return cast(Any, super()).learn(*args, **kwargs)
 
     def collect_rollouts(
-        self, env: VecEnv, callback: BaseCallback, rollout_buffer: Any, n_rollout_steps: int, use_masking: bool = True
+        self,
+        env: VecEnv,
+        callback: BaseCallback,
+        rollout_buffer: Any,
+        n_rollout_steps: int,
+        use_masking: bool | None = None,
     ) -> bool:
         """
         As in ``RecurrentPPO``, with masks.
@@ -268,14 +276,14 @@ class MaskedCollection:
         :param callback: called for every step
         :param rollout_buffer: buffer to fill
         :param n_rollout_steps: number of steps of each environment
-        :param use_masking: whether to use masks
+        :param use_masking: whether to use masks; ``None``: as ``learn()`` was told
         :return: False when a callback ended the collection
         :raises ValueError: if the environments have no masks, or one of them leaves no valid action
         """
         model = cast(Any, self)
-        if not isinstance(rollout_buffer, MaskedSequencesMixin):
-            raise ValueError(f"the rollout buffer must have MaskedSequencesMixin, got {type(rollout_buffer).__name__}")
-        if not use_masking:
+        if not isinstance(rollout_buffer, MaskableBufferMixin):
+            raise ValueError(f"the rollout buffer must have MaskableBufferMixin, got {type(rollout_buffer).__name__}")
+        if not (self._use_masking if use_masking is None else use_masking):
             collect = cast(Any, super()).collect_rollouts
             return cast(bool, collect(env, callback, rollout_buffer, n_rollout_steps))
         check_supports_masks(env)
@@ -295,7 +303,7 @@ class MaskedCollection:
             new_obs, rewards, dones, infos = env.step(actions)
             model.num_timesteps += env.num_envs
             # Named as in RecurrentPPO, for callbacks
-            callback.update_locals({**locals(), "n_steps": n_steps, "clipped_actions": actions})
+            callback.update_locals({**locals(), "clipped_actions": actions})
             if not callback.on_step():
                 return False
             model._update_info_buffer(infos, dones)
@@ -347,8 +355,8 @@ def check_supports_masks(env: Any) -> None:
     """
     if not is_masking_supported(env):
         raise ValueError(
-            "the environment must have a method action_masks() to be trained on with masks: add one, wrap it into "
-            "sb3_contrib.common.wrappers.ActionMasker, or give learn() use_masking=False"
+            "the environment must have a method action_masks(), with masks: add one, or wrap it into "
+            "sb3_contrib.common.wrappers.ActionMasker; learn(use_masking=False) trains without"
         )
 
 

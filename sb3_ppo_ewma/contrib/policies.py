@@ -21,16 +21,45 @@ from sb3_contrib.common.recurrent.type_aliases import RNNStates
 from stable_baselines3.common.distributions import Distribution
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
+from torch import nn
 
+from sb3_ppo_ewma._engine.sequences import recurrent_latents
 from sb3_ppo_ewma.contrib.masking import masked_distribution
 from sb3_ppo_ewma.policies import AuxiliaryHeadMixin, CriticArchMixin
 
 AuxiliaryOutputs = tuple[Distribution, th.Tensor, th.Tensor]
 
+# === Recurrent ===
+
+
+class CompleteRecurrentMixin(RecurrentActorCriticPolicy):
+    """What sb3-contrib's recurrent policies lack: ``MultiDiscrete`` observations, and saving all parameters."""
+
+    def make_features_extractor(self) -> BaseFeaturesExtractor:
+        """
+        :return: a new features extractor
+        """
+        extractor = super().make_features_extractor()
+        # A MultiDiscrete space gives an integer of numpy, which an LSTM refuses.
+        extractor._features_dim = int(extractor._features_dim)
+        return extractor
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        own = {
+            "lstm_hidden_size": self.lstm_output_dim,
+            "n_lstm_layers": self.lstm_actor.num_layers,
+            "shared_lstm": self.shared_lstm,
+            "enable_critic_lstm": self.enable_critic_lstm,
+            "lstm_kwargs": self.lstm_kwargs,
+            "share_features_extractor": self.share_features_extractor,
+        }
+        return {**super()._get_constructor_parameters(), **own}
+
+
 # === Masks, recurrent ===
 
 
-class MaskedRecurrentMixin(RecurrentActorCriticPolicy):
+class MaskablePolicyMixin(CompleteRecurrentMixin):
     """
     Gives a recurrent policy masks: its methods take ``action_masks``, (batch, n) True for valid values. Place it first.
     """
@@ -41,20 +70,15 @@ class MaskedRecurrentMixin(RecurrentActorCriticPolicy):
         self.action_dist = masked_distribution(self.action_space)
         super()._build(lr_schedule)
 
-    def make_features_extractor(self) -> BaseFeaturesExtractor:
-        """
-        :return: a new features extractor
-        """
-        return _with_integer_dimension(super().make_features_extractor())
-
     @contextlib.contextmanager
     def masked(self, action_masks: Any) -> Iterator[None]:
         """
         Within this context, all distributions of the policy are masked.
 
-        :param action_masks: (batch, n) the masks; ``None``: all actions are valid
+        :param action_masks: (batch, n) the masks; ``None``: those of an enclosing context, or none
         """
-        before, self._action_masks = self._action_masks, action_masks
+        before = self._action_masks
+        self._action_masks = before if action_masks is None else action_masks
         try:
             yield
         finally:
@@ -95,7 +119,7 @@ class MaskedRecurrentMixin(RecurrentActorCriticPolicy):
         :param action_masks: (batch, n) the masks
         :return: action distribution, new states
         """
-        with self.masked(self._action_masks if action_masks is None else action_masks):
+        with self.masked(action_masks):
             return super().get_distribution(obs, lstm_states, episode_starts)
 
     def evaluate_actions(  # type: ignore[override]  # as in sb3-contrib
@@ -138,41 +162,17 @@ class MaskedRecurrentMixin(RecurrentActorCriticPolicy):
         with self.masked(action_masks):
             return super().predict(observation, state, episode_start, deterministic)
 
-    def _get_constructor_parameters(self) -> dict[str, Any]:
-        return {**super()._get_constructor_parameters(), **_lstm_parameters(self)}
 
-
-class MaskedLstmPolicy(MaskedRecurrentMixin, RecurrentActorCriticPolicy):
+class MaskableRecurrentActorCriticPolicy(MaskablePolicyMixin, RecurrentActorCriticPolicy):
     """sb3-contrib's ``RecurrentActorCriticPolicy`` with masks."""
 
 
-class MaskedCnnLstmPolicy(MaskedRecurrentMixin, RecurrentActorCriticCnnPolicy):
+class MaskableRecurrentActorCriticCnnPolicy(MaskablePolicyMixin, RecurrentActorCriticCnnPolicy):
     """sb3-contrib's ``RecurrentActorCriticCnnPolicy`` with masks."""
 
 
-class MaskedMultiInputLstmPolicy(MaskedRecurrentMixin, RecurrentMultiInputActorCriticPolicy):
+class MaskableRecurrentMultiInputActorCriticPolicy(MaskablePolicyMixin, RecurrentMultiInputActorCriticPolicy):
     """sb3-contrib's ``RecurrentMultiInputActorCriticPolicy`` with masks."""
-
-
-def _lstm_parameters(policy: RecurrentActorCriticPolicy) -> dict[str, Any]:
-    """
-    :param policy: a recurrent policy
-    :return: what sb3-contrib leaves out of the parameters that it was built with
-    """
-    return {
-        "lstm_hidden_size": policy.lstm_output_dim,
-        "n_lstm_layers": policy.lstm_actor.num_layers,
-        "shared_lstm": policy.shared_lstm,
-        "enable_critic_lstm": policy.enable_critic_lstm,
-        "lstm_kwargs": policy.lstm_kwargs,
-        "share_features_extractor": policy.share_features_extractor,
-    }
-
-
-def _with_integer_dimension(extractor: BaseFeaturesExtractor) -> BaseFeaturesExtractor:
-    # A MultiDiscrete space gives an integer of numpy, which an LSTM refuses.
-    extractor._features_dim = int(extractor._features_dim)
-    return extractor
 
 
 # === Auxiliary value head ===
@@ -204,10 +204,10 @@ class MaskablePPGMultiInputPolicy(MaskablePPGPolicy, MaskableMultiInputActorCrit
     """:class:`MaskablePPGPolicy` for dictionary observations, with SB3's ``CombinedExtractor``."""
 
 
-class RecurrentHeadMixin(AuxiliaryHeadMixin, RecurrentActorCriticPolicy):
+class RecurrentHeadMixin(AuxiliaryHeadMixin, CompleteRecurrentMixin):
     """
-    Gives a recurrent policy the auxiliary value head. Place it first. What policy and critic share is said by
-    sb3-contrib's parameters; by default, nothing.
+    Gives a recurrent policy the auxiliary value head. Place it first. sb3-contrib's parameters set what policy and
+    critic share; by default, nothing.
 
     :param observation_space: as in ``RecurrentActorCriticPolicy``
     :param action_space: as in ``RecurrentActorCriticPolicy``
@@ -243,12 +243,6 @@ class RecurrentHeadMixin(AuxiliaryHeadMixin, RecurrentActorCriticPolicy):
         given["share_features_extractor"] = shares
         super().__init__(observation_space, action_space, lr_schedule, net_arch, **given, **kwargs)
 
-    def make_features_extractor(self) -> BaseFeaturesExtractor:
-        """
-        :return: a new features extractor
-        """
-        return _with_integer_dimension(super().make_features_extractor())
-
     def evaluate_auxiliary(  # type: ignore[override]  # states, as in the policy's other methods
         self, obs: PyTorchObs, lstm_states: RNNStates, episode_starts: th.Tensor, action_masks: Any = None
     ) -> AuxiliaryOutputs:
@@ -259,20 +253,14 @@ class RecurrentHeadMixin(AuxiliaryHeadMixin, RecurrentActorCriticPolicy):
         :param action_masks: (batch, n) the masks, of a policy that takes them
         :return: action distribution; values V and auxiliary values V_aux, both (batch,)
         """
-        features: Any = self.extract_features(obs)
-        actor_states, critic_states = cast(Any, lstm_states)
-        pi_features, vf_features = (features, features) if self.share_features_extractor else features
-        latent_pi, _ = self._process_sequence(pi_features, actor_states, episode_starts, self.lstm_actor)
-        if self.lstm_critic is not None:
-            latent_vf, _ = self._process_sequence(vf_features, critic_states, episode_starts, self.lstm_critic)
-        else:
-            latent_vf = latent_pi.detach() if self.shared_lstm else cast(Any, self.critic)(vf_features)
-        extractor = self.mlp_extractor
-        with self.masked(action_masks) if isinstance(self, MaskedRecurrentMixin) else contextlib.nullcontext():
-            return self._auxiliary_outputs(extractor.forward_actor(latent_pi), extractor.forward_critic(latent_vf))
+        states = cast(Any, lstm_states)
 
-    def _get_constructor_parameters(self) -> dict[str, Any]:
-        return {**super()._get_constructor_parameters(), **_lstm_parameters(self)}
+        def outputs(lstm: nn.LSTM, features: th.Tensor, which: int) -> th.Tensor:
+            return self._process_sequence(features, states[which], episode_starts, lstm)[0]
+
+        latent_pi, latent_vf = recurrent_latents(self, obs, outputs)
+        with self.masked(action_masks) if isinstance(self, MaskablePolicyMixin) else contextlib.nullcontext():
+            return self._auxiliary_outputs(latent_pi, latent_vf)
 
 
 class RecurrentPPGPolicy(RecurrentHeadMixin, RecurrentActorCriticPolicy):
@@ -287,13 +275,13 @@ class RecurrentPPGMultiInputPolicy(RecurrentHeadMixin, RecurrentMultiInputActorC
     """sb3-contrib's ``RecurrentMultiInputActorCriticPolicy`` with the auxiliary value head."""
 
 
-class MaskedRecurrentPPGPolicy(RecurrentHeadMixin, MaskedLstmPolicy):
-    """:class:`MaskedLstmPolicy` with the auxiliary value head."""
+class MaskableRecurrentPPGPolicy(RecurrentHeadMixin, MaskableRecurrentActorCriticPolicy):
+    """:class:`MaskableRecurrentActorCriticPolicy` with the auxiliary value head."""
 
 
-class MaskedRecurrentPPGCnnPolicy(RecurrentHeadMixin, MaskedCnnLstmPolicy):
-    """:class:`MaskedCnnLstmPolicy` with the auxiliary value head."""
+class MaskableRecurrentPPGCnnPolicy(RecurrentHeadMixin, MaskableRecurrentActorCriticCnnPolicy):
+    """:class:`MaskableRecurrentActorCriticCnnPolicy` with the auxiliary value head."""
 
 
-class MaskedRecurrentPPGMultiInputPolicy(RecurrentHeadMixin, MaskedMultiInputLstmPolicy):
-    """:class:`MaskedMultiInputLstmPolicy` with the auxiliary value head."""
+class MaskableRecurrentPPGMultiInputPolicy(RecurrentHeadMixin, MaskableRecurrentMultiInputActorCriticPolicy):
+    """:class:`MaskableRecurrentMultiInputActorCriticPolicy` with the auxiliary value head."""

@@ -57,14 +57,15 @@ class InfoActionMasker(gym.Wrapper[Any, Any, Any, Any]):
         if self.key not in info:
             known = ", ".join(map(repr, info)) or "nothing"
             raise ValueError(f"key must name a mask in the information, got {self.key!r}; there is {known}")
-        self._mask = np.asarray(info[self.key], dtype=bool)
+        self._mask = np.array(info[self.key], dtype=bool)
 
 
 class MiniGridActionMasker(gym.Wrapper[Any, Any, Any, Any]):
     """
-    Masks the actions of MiniGrid that have no effect now: going forward against an obstacle, picking up what is not
-    there, dropping without a free cell, toggling what is neither a door nor a box. It reveals nothing that the observed
-    cell in front of the agent does not show. The action ``done`` stays valid.
+    Masks the actions that have no effect in MiniGrid's own ``step()``: going forward against an obstacle, picking up
+    what is not there, dropping without a free cell, toggling what is neither a door nor a box. It reveals nothing that
+    the observed cell in front of the agent does not show. The action ``done`` stays valid. Not for tasks that give
+    such actions a meaning of their own, as GoToDoor, GoToObject and Dynamic-Obstacles do.
 
     .. code-block:: python
 
@@ -84,4 +85,4 @@ class MiniGridActionMasker(gym.Wrapper[Any, Any, Any, Any]):
         masks[grid.actions.pickup] = ahead is not None and ahead.can_pickup() and not carries
         masks[grid.actions.drop] = ahead is None and carries
         masks[grid.actions.toggle] = ahead is not None and ahead.type in ("door", "box")
-        return masks
+        return masks[: self.action_space.n]  # type: ignore[attr-defined]  # Discrete in every task

@@ -22,6 +22,7 @@ from sb3_ppo_ewma.zoo.patches._replace import AnyFunction, replace_function
 
 # One per thread: a search with --n-jobs evaluates in several.
 _evaluated: contextvars.ContextVar[VecEnv | None] = contextvars.ContextVar("evaluated", default=None)
+_in_script: contextvars.ContextVar[bool] = contextvars.ContextVar("in_script", default=False)
 
 
 @functools.cache  # once
@@ -59,6 +60,17 @@ def evaluating(env: VecEnv | None) -> Iterator[None]:
         _evaluated.reset(token)
 
 
+@contextlib.contextmanager
+def script() -> Iterator[None]:
+    """Within this context a script of the zoo runs, which evaluates an agent in the environment that it makes."""
+    token = _in_script.set(True)
+    try:
+        with evaluating(None):
+            yield
+    finally:
+        _in_script.reset(token)
+
+
 def _predict(
     upstream: AnyFunction,
     model: Any,
@@ -82,7 +94,8 @@ def _evaluate_policy(upstream: AnyFunction, model: Any, env: Any, *args: Any, **
 
 def _create_test_env(upstream: AnyFunction, *args: Any, **kwargs: Any) -> Any:
     env = upstream(*args, **kwargs)
-    _evaluated.set(env)  # a script makes one and evaluates the agent there until it ends
+    if _in_script.get():
+        _evaluated.set(env)  # until the script ends
     return env
 
 

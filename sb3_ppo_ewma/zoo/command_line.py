@@ -120,7 +120,7 @@ def _run(script: str, arguments: list[str]) -> None:
     with contextlib.ExitStack() as stack:
         stack.enter_context(child_processes.redirect_child_scripts())
         stack.enter_context(script_patches())
-        stack.enter_context(action_masks.evaluating(None))  # forget the script's environment when it ends
+        stack.enter_context(action_masks.script())
         if script == "train" and not wants_help:
             stack.enter_context(data_parallel.process_group())
         if script in options.SCRIPTS:

@@ -126,7 +126,9 @@ def test_masks_from_a_wrapper(maskable_algo: Algorithm) -> None:
 def test_other_policies_are_refused(maskable_algo: Algorithm) -> None:
     others: list[tuple[type, str]] = [(ActorCriticPolicy, "Policy")]
     if maskable_algo.is_recurrent:
-        others.append((RecurrentActorCriticPolicy, "MaskedLstmPolicy|MaskedRecurrentPPGPolicy, which takes"))
+        others.append(
+            (RecurrentActorCriticPolicy, "MaskableRecurrentActorCriticPolicy|MaskableRecurrentPPGPolicy, which takes")
+        )
     elif maskable_algo.has_phases:
         others.append((MaskableActorCriticPolicy, "MaskablePPGPolicy, which has the auxiliary value head"))
     for other, message in others:

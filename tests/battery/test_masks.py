@@ -15,8 +15,8 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
 
 from sb3_ppo_ewma import MaskableRecurrentPPOEWMA, RecurrentPPOEWMA
-from sb3_ppo_ewma.contrib import MaskedEvalCallback, WithMasks
-from sb3_ppo_ewma.contrib.policies import MaskedLstmPolicy
+from sb3_ppo_ewma.contrib import MaskableRecurrentEvalCallback, WithMasks
+from sb3_ppo_ewma.contrib.policies import MaskableRecurrentActorCriticPolicy
 from sb3_ppo_ewma.policies import copy_policy
 from tests.battery.algorithms import MASKABLE, Algorithm
 from tests.battery.envs import MaskedSpaceEnv, SpaceEnv, copies
@@ -353,7 +353,7 @@ def test_policies_are_copied_beside_environments_in_processes() -> None:
 
 
 def test_masks_reach_a_forward_of_ones_own() -> None:
-    class Own(MaskedLstmPolicy):
+    class Own(MaskableRecurrentActorCriticPolicy):
         def forward(self, *args: Any, action_masks: Any = None) -> Any:
             seen.append(action_masks)
             return super().forward(*args, action_masks=action_masks)
@@ -404,7 +404,7 @@ def test_going_on_without_masks_is_told(tmp_path: Path) -> None:
 
 
 def test_evaluation_keeps_the_states_and_the_masks() -> None:
-    class Own(MaskedLstmPolicy):
+    class Own(MaskableRecurrentActorCriticPolicy):
         def predict(self, observation: Any, state: Any = None, *args: Any, **kwargs: Any) -> Any:
             calls.append((state is not None, kwargs["action_masks"] is not None))
             return super().predict(observation, state, *args, **kwargs)
@@ -412,7 +412,9 @@ def test_evaluation_keeps_the_states_and_the_masks() -> None:
     calls: list[tuple[bool, bool]] = []
     env = DummyVecEnv(copies(lambda: Strict(episode_length=5), 2))
     model = MaskableRecurrentPPOEWMA(Own, env, n_steps=16, batch_size=8, seed=0)
-    callback = MaskedEvalCallback(DummyVecEnv(copies(lambda: Strict(episode_length=5), 2)), eval_freq=16, verbose=0)
+    callback = MaskableRecurrentEvalCallback(
+        DummyVecEnv(copies(lambda: Strict(episode_length=5), 2)), eval_freq=16, verbose=0
+    )
     model.learn(32, callback)
     assert callback.model is model
     assert np.isfinite(callback.last_mean_reward)
