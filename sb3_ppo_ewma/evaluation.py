@@ -89,6 +89,13 @@ class PolicyEvaluation:
         """
         return self.evaluate_actions(policy, samples, actions)[1]
 
+    def may_skip_critic(self, policy: Any) -> bool:
+        """
+        :param policy: the policy
+        :return: whether :meth:`log_prob` may take the place of :meth:`evaluate_actions`
+        """
+        return True
+
     def distribution(self, policy: Any, samples: Any) -> Any:
         """
         :param policy: the policy

@@ -59,6 +59,8 @@ class AuxiliaryPhaseMixin(EwmaMixin):
     }
     _sb3_defaults: ClassVar[Mapping[str, Any]] = {"n_epochs": 1}
     _default_advantage_decay: ClassVar[float | None] = 0.0
+    # What the policy must be derived from
+    _head: ClassVar[type] = AuxiliaryHeadMixin
 
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
         "MlpPolicy": PPGPolicy,
@@ -117,7 +119,7 @@ class AuxiliaryPhaseMixin(EwmaMixin):
         }
 
     def _setup_model(self) -> None:
-        check_policy_class(self, AuxiliaryHeadMixin, "which has the auxiliary value head")
+        check_policy_class(self, self._head, "which has the auxiliary value head")
         super()._setup_model()
         self.aux_lr_schedule = self._make_aux_lr_schedule()
         self.aux_optimizer = make_optimizer(self.policy, self.aux_lr_schedule)

@@ -49,8 +49,11 @@ class Rollout:
     last_lstm_states: Any = None
 
     def __post_init__(self) -> None:
-        # Recurrent buffers flatten these in place when training begins, GAE needs them as (n_steps, n_envs).
-        self.episode_starts = self.buffer.episode_starts
+        # Recurrent buffers flatten these in place when training begins, or when a callback reads minibatches. GAE needs
+        # them as (n_steps, n_envs).
+        buffer, starts = self.buffer, self.buffer.episode_starts
+        is_flat = starts.shape != (buffer.buffer_size, buffer.n_envs)
+        self.episode_starts = starts.reshape(buffer.n_envs, buffer.buffer_size).T if is_flat else starts
 
     def check_finite(self) -> None:
         """
@@ -261,11 +264,18 @@ def device_minibatches(buffer: RolloutBuffer, samples_class: type[Any]) -> Minib
     try:
         return DeviceMinibatches(buffer, samples_class)
     except th.OutOfMemoryError:
-        warn_caller(
-            f"A rollout of n_steps={buffer.buffer_size} and n_envs={buffer.n_envs} does not fit into the memory of "
-            f"{buffer.device}: its minibatches are copied there one by one, which takes longer."
-        )
+        warn_too_large(buffer)
         return BufferMinibatches(buffer)
+
+
+def warn_too_large(buffer: RolloutBuffer) -> None:
+    """
+    :param buffer: a rollout that does not fit onto the device
+    """
+    warn_caller(
+        f"A rollout of n_steps={buffer.buffer_size} and n_envs={buffer.n_envs} does not fit into the memory of "
+        f"{buffer.device}: its minibatches are copied there one by one, which takes longer."
+    )
 
 
 def flatten_buffer(buffer: RolloutBuffer, extra_names: tuple[str, ...]) -> None:
@@ -398,20 +408,24 @@ def default_aux_batch_size(n_samples: int) -> int:
 class PhaseSamples(NamedTuple):
     """
     Samples of an auxiliary phase. Those of a recurrent policy are whole sequences of one length, one after the other.
+    What else the family keeps can be read as an attribute.
 
     :param observations: tensor or dictionary of tensors, (batch, ...) each
     :param returns: (batch,) value targets of the policy phase
-    :param action_masks: (batch, n_actions) which actions are valid, in a masked family
-    :param episode_starts: (batch, 1) whether a sample begins an episode, in a recurrent family
-    :param lstm_states: ``LSTM_STATES`` that sequences begin with, (layers, n_sequences, units) each, in a recurrent
-        family
+    :param further: by name of an array of the rollout buffer, the rows of the samples, (batch, ...);
+        ``"lstm_states"``: the ``LSTM_STATES`` that sequences begin with, (layers, n_sequences, units) each
     """
 
     observations: Any
     returns: th.Tensor
-    action_masks: th.Tensor | None = None
-    episode_starts: th.Tensor | None = None
-    lstm_states: Any = None
+    further: dict[str, Any]
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name not in self.further:
+            raise AttributeError(
+                f"the auxiliary phase keeps no {name}: name it in step_fields of the algorithm's policy_evaluation"
+            )
+        return self.further[name]
 
 
 class PhaseBuffer:
@@ -546,7 +560,7 @@ class PhaseBuffer:
             chosen = np.arange(self.n_samples)[indices][::length] // length
             states = [self._gather(name, chosen, device).swapaxes(0, 1) for name in self._sequence_fields]
             further["lstm_states"] = [state.contiguous() for state in states]
-        return PhaseSamples(self.observations(indices, device), self.returns(indices, device), **further)
+        return PhaseSamples(self.observations(indices, device), self.returns(indices, device), further)
 
     def observations(self, indices: np.ndarray | slice, device: th.device) -> Any:
         """
@@ -626,15 +640,21 @@ class PhaseBuffer:
         :return: what a phase stores of it, arrays of shape (n_steps · n_envs, ...); of sequences (n_envs, ...)
         """
         n_samples = buffer.buffer_size * buffer.n_envs
-        samples = {_RETURNS: buffer.returns.reshape(n_samples)}
+        # Sequences are one after the other. The order of single samples does not matter.
+        is_by_time = bool(self._sequence_fields) and not buffer.generator_ready
+
+        def rows(array: np.ndarray, *shape: int) -> np.ndarray:
+            return (array.swapaxes(0, 1) if is_by_time else array).reshape(n_samples, *shape)
+
+        samples = {_RETURNS: rows(buffer.returns)}
         observations: Any = buffer.observations
         shapes: Any = buffer.obs_shape
         if not isinstance(observations, dict):
-            samples[_OBSERVATIONS] = observations.reshape(n_samples, *shapes)
+            samples[_OBSERVATIONS] = rows(observations, *shapes)
         else:
             for key, array in observations.items():
-                samples[f"{_OBSERVATIONS}/{key}"] = array.reshape(n_samples, *shapes[key])
-        samples |= {name: getattr(buffer, name).reshape(n_samples, -1) for name in self._step_fields}
+                samples[f"{_OBSERVATIONS}/{key}"] = rows(array, *shapes[key])
+        samples |= {name: rows(getattr(buffer, name), -1) for name in self._step_fields}
         for name in self._sequence_fields:
             array = getattr(buffer, name)
             # (n_steps · n_envs, layers, units) environment by environment, or (n_steps, layers, n_envs, units)

@@ -189,6 +189,14 @@ class OwnExtractor(BaseFeaturesExtractor):
         return th.sin(self.layer(observations.flatten(1)))
 
 
+class NoisyExtractor(OwnExtractor):
+    """Draws random numbers also in evaluation."""
+
+    def forward(self, observations: th.Tensor) -> th.Tensor:
+        features = super().forward(observations)
+        return features + 0.1 * th.randn_like(features)
+
+
 @dataclass
 class Case:
     """
@@ -373,7 +381,7 @@ def _draw_policy_arguments(draw: random.Random, case: Case, kind: str) -> None:
     elif draw.random() < 0.2:
         given["share_features_extractor"] = False
     if kind == "extractor":
-        given["features_extractor_class"] = draw.choice((MixingExtractor, OwnExtractor))
+        given["features_extractor_class"] = draw.choice((MixingExtractor, OwnExtractor, NoisyExtractor))
         case.arguments["batch_size"] = 8  # BatchNorm refuses a minibatch of one
         case.arguments["n_steps"] = 16
     if kind == "optimizer":

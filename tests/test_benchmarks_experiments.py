@@ -2,6 +2,8 @@
 
 import csv
 import importlib
+import json
+import pickle
 import shutil
 from pathlib import Path
 
@@ -31,6 +33,7 @@ NAMES = [
     "tuned",
     "n_envs",
     "memory_masks",
+    "elastic",
 ]
 CARTPOLE = {"policy": "MlpPolicy", "n_timesteps": 400, "n_envs": 2, "n_steps": 16, "batch_size": 16, "n_epochs": 1}
 
@@ -43,7 +46,7 @@ def read(file: Path) -> list[dict[str, str]]:
 # === Every experiment ===
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES[:-1], pytest.param("elastic", marks=pytest.mark.slow)])
 def test_quick_run_and_its_report(name, tmp_path):
     pytest.importorskip("minatar")
     module = f"benchmarks.experiments.{name}"
@@ -282,6 +285,29 @@ def test_closed_doors_cost_steps():
     _, rewards, was_cut = play(CUE_DOORS, lambda observations, mask: int(np.flatnonzero(~mask)[0]), seed=0)
     assert rewards == [-0.05] * 20
     assert was_cut
+
+
+def test_a_segment_continues_with_another_number_of_processes(tmp_path):
+    from benchmarks.experiments.elastic import run_segment
+    from sb3_ppo_ewma import PPOEWMA
+
+    settings = {**CARTPOLE, "normalize": True, "gamma": 0.9, "gae_lambda": 0.5, "learning_rate": "lin_0.01"}
+    settings |= {"n_timesteps": 384, "n_steps": 32, "batch_size": 32, "tuned_for_n_envs": 2}
+    (tmp_path / "job.json").write_text(json.dumps({"env": "CartPole-v1", "settings": settings, "seed": 0}))
+    # An iteration has 64 samples, of 2 environments or 4.
+    for until, n_processes, n_envs, n_steps, n_tests in ((128, 2, 4, 16, 3), (256, 1, 2, 32, 6)):
+        run_segment(tmp_path, until, n_processes)
+        model = PPOEWMA.load(tmp_path / "model.zip")
+        assert (model.num_timesteps, model.fitted_hyperparameters["n_envs"], model.n_steps) == (until, n_envs, n_steps)
+        # The schedule covers the whole run.
+        assert model.learning_rate(model._current_progress_remaining) == pytest.approx(0.01 * (384 - until) / 384)
+        with (tmp_path / "vecnormalize.pkl").open("rb") as statistics:
+            # Each segment adds the observations of its resets.
+            assert pickle.load(statistics).obs_rms.count == pytest.approx(until, abs=8)
+        assert len(json.loads((tmp_path / "tests.json").read_text())) == n_tests
+    (tmp_path / "job.json").write_text("{}")
+    with pytest.raises(RuntimeError, match=r"(?s)a segment of 1 process\(es\) until step 384 failed:.*KeyError: 'env'"):
+        run_segment(tmp_path, 384, 1)
 
 
 # === Reports ===

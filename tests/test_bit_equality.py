@@ -1,7 +1,8 @@
 """
 With the EWMA off and ``engine="reference"``, the algorithms compute what the ones they extend compute, to the bit, in a
 training step of their own; with the EWMA on, they still do when π_prox is replaced by π_behav, and only then. PPG
-computes what PPO-EWMA computes until its first auxiliary phase, with any engine.
+computes what PPO-EWMA computes until its first auxiliary phase, with any engine. Masks and LSTM together compute what
+one of them computes if the other does nothing.
 """
 
 import functools
@@ -27,9 +28,24 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
 from torch import nn
 
-from sb3_ppo_ewma import PPG, PPGEWMA, PPOEWMA, EwmaMixin, MaskablePPOEWMA, RecurrentPPOEWMA
+from sb3_ppo_ewma import (
+    PPG,
+    PPGEWMA,
+    PPOEWMA,
+    AuxiliaryPhaseMixin,
+    EwmaMixin,
+    MaskablePPG,
+    MaskablePPGEWMA,
+    MaskablePPOEWMA,
+    MaskableRecurrentPPG,
+    MaskableRecurrentPPGEWMA,
+    MaskableRecurrentPPOEWMA,
+    RecurrentPPG,
+    RecurrentPPGEWMA,
+    RecurrentPPOEWMA,
+)
 from sb3_ppo_ewma._engine.reference import ReferenceEngine
-from tests.battery.envs import OBSERVATION_SPACES, VECTOR, SpaceEnv, copies
+from tests.battery.envs import OBSERVATION_SPACES, VECTOR, MaskedSpaceEnv, SpaceEnv, copies
 from tests.battery.helpers import assert_same, auxiliary_head, record_log
 
 ITERATIONS = 4
@@ -65,6 +81,18 @@ Case = tuple[Callable[[], Any], str | type[ActorCriticPolicy], dict[str, Any]]
 def env(action_space: str = "discrete", observation_space: Any = VECTOR) -> Callable[[], SpaceEnv]:
     """:return: makes environments with these spaces; their episodes of 5 steps end within the rollout of 16"""
     return lambda: SpaceEnv(observation_space, action_space, episode_length=5)
+
+
+class AllowingEnv(SpaceEnv):
+    """All actions are valid."""
+
+    def action_masks(self) -> np.ndarray:
+        return np.ones(5 if isinstance(self.action_space, spaces.MultiDiscrete) else 3, bool)
+
+
+def allowing(action_space: str = "discrete", observation_space: Any = VECTOR) -> Callable[[], SpaceEnv]:
+    """:return: makes environments as those of :func:`env`, with masks"""
+    return lambda: AllowingEnv(observation_space, action_space, episode_length=5)
 
 
 def normalized_envs() -> VecEnv:
@@ -217,10 +245,25 @@ MASKABLE_CASES: dict[str, Case] = {
         {"batch_size": 6},
     ),
 }
+# With masks that allow everything
+ALLOWING_CASES: dict[str, Case] = {
+    "discrete": (allowing(), *RECURRENT_CASES["discrete"][1:]),
+    "shared": (allowing("multidiscrete"), *RECURRENT_CASES["box"][1:]),
+    "without_critic_lstm": (allowing(), *RECURRENT_CASES["without_critic_lstm"][1:]),
+    "two_layers_of_three_envs": (
+        lambda: DummyVecEnv(copies(allowing("multidiscrete"), 3)),
+        *RECURRENT_CASES["two_layers_of_three_envs"][1:],
+    ),
+    "dict": (allowing("multidiscrete", OBSERVATION_SPACES["dict"]), *RECURRENT_CASES["dict"][1:]),
+    "clip_range_vf": (allowing(), *RECURRENT_CASES["clip_range_vf"][1:]),
+    "target_kl": (allowing(), *RECURRENT_CASES["target_kl"][1:]),
+    "ragged_minibatch": (allowing("multidiscrete"), *RECURRENT_CASES["ragged_minibatch"][1:]),
+}
 FAMILIES: dict[str, tuple[type[OnPolicyAlgorithm], type[EwmaMixin], dict[str, Case]]] = {
     "PPO": (PPO, PPOEWMA, CASES),
     "RecurrentPPO": (RecurrentPPO, RecurrentPPOEWMA, RECURRENT_CASES),
     "MaskablePPO": (MaskablePPO, MaskablePPOEWMA, MASKABLE_CASES),
+    "RecurrentPPO with masks": (RecurrentPPO, MaskableRecurrentPPOEWMA, ALLOWING_CASES),
 }
 ALL_CASES = [(family, name) for family, (_, _, cases) in FAMILIES.items() for name in cases]
 pytestmark = pytest.mark.filterwarnings("ignore:You have specified a mini-batch size")
@@ -392,30 +435,34 @@ PHASIC_CASES: dict[str, Case] = {
 }
 
 
-def phasic_run(cls: type[PPG], case: Case, critic_arch: str = "shared", **own: Any) -> Run:
+def phasic_run(cls: type[AuxiliaryPhaseMixin], case: Case, critic_arch: str | None = "shared", **own: Any) -> Run:
     """:return: a run whose only differences from one of PPO-EWMA should be the auxiliary head and phases"""
     make_env, policy, kwargs = case
-    policy_kwargs = {**COMMON["policy_kwargs"], **kwargs.get("policy_kwargs", {}), "critic_arch": critic_arch}
+    policy_kwargs = {**COMMON["policy_kwargs"], **kwargs.get("policy_kwargs", {})}
+    if critic_arch is not None:
+        policy_kwargs["critic_arch"] = critic_arch
     return Run(cls, (make_env, policy, {"advantage_decay": None, **kwargs, "policy_kwargs": policy_kwargs}), **own)
 
 
 def without_head(run: Run) -> dict[str, Any]:
-    """:return: the state of a run, without the auxiliary head's part"""
+    """:return: the state of a run, without the auxiliary head's part; that of the optimiser by name of the parameter"""
     state = run.state()
     head = auxiliary_head(state["policy"])
-    policy = {name: value for name, value in state["policy"].items() if name not in head}
+    names = dict(enumerate(name for name, _ in run.model.policy.named_parameters()))
     (group,) = state["optimizer"]["param_groups"]
-    optimizer = {
-        "state": state["optimizer"]["state"],  # has none of it, as there was no gradient
-        "param_groups": [{**group, "params": group["params"][: len(group["params"]) - len(head)]}],
+    # It has none of the head, as there was no gradient.
+    optimizer = {names[index]: each for index, each in state["optimizer"]["state"].items()}
+    return {
+        **state,
+        "policy": {name: value for name, value in state["policy"].items() if name not in head},
+        "optimizer": {"state": optimizer, "settings": {**group, "params": len(group["params"]) - len(head)}},
     }
-    return {**state, "policy": policy, "optimizer": optimizer}
 
 
 def assert_equal_until_phase(own: Run, reference: Run) -> None:
     """Equal to the bit, logs included, but for the auxiliary head."""
     assert auxiliary_head(own.state()["policy"]) == ["aux_value_net.weight", "aux_value_net.bias"]
-    assert_same(without_head(own), reference.state())
+    assert_same(without_head(own), without_head(reference))
     assert_equal_logs(own, reference)
 
 
@@ -446,6 +493,56 @@ def test_ppg_ewma_before_the_first_phase(name: str) -> None:
     assert_same({name: averages[0][name] for name in averages[1]}, averages[1])
 
 
+# Of sb3-contrib's families: PPO-EWMA, PPG and PPG-EWMA
+PHASIC_FAMILIES: dict[str, tuple[type[EwmaMixin], type[AuxiliaryPhaseMixin], type[AuxiliaryPhaseMixin]]] = {
+    "recurrent": (RecurrentPPOEWMA, RecurrentPPG, RecurrentPPGEWMA),
+    "maskable": (MaskablePPOEWMA, MaskablePPG, MaskablePPGEWMA),
+    "both": (MaskableRecurrentPPOEWMA, MaskableRecurrentPPG, MaskableRecurrentPPGEWMA),
+}
+
+
+def masked_env(action_space: str, observation_space: Any = VECTOR) -> Callable[[], SpaceEnv]:
+    """:return: makes environments as those of :func:`env`, with invalid actions"""
+    return lambda: MaskedSpaceEnv(observation_space, action_space, episode_length=5)
+
+
+def with_lstm(share_features_extractor: bool, **policy_kwargs: Any) -> dict[str, Any]:
+    """:return: arguments of a recurrent policy, which PPG's has other defaults for"""
+    return {"policy_kwargs": {**LSTM, "share_features_extractor": share_features_extractor, **policy_kwargs}}
+
+
+SHARED_LSTM = with_lstm(True, shared_lstm=True, enable_critic_lstm=False)
+ONE_LSTM = with_lstm(False, enable_critic_lstm=False, n_lstm_layers=2, **CNN["policy_kwargs"])
+DICTIONARY = masked_env("multidiscrete", OBSERVATION_SPACES["dict"])
+FURTHER_PHASIC_CASES: dict[tuple[str, str], Case] = {
+    ("recurrent", "shared_features"): (env("box"), "MlpLstmPolicy", {**with_lstm(True), "use_sde": True}),
+    ("recurrent", "switches"): (env("box"), "MlpLstmPolicy", {**with_lstm(False), **EVERY_SWITCH}),
+    ("recurrent", "shared_lstm"): (env("multibinary"), "MlpLstmPolicy", SHARED_LSTM),
+    ("recurrent", "images"): (IMAGES, "CnnLstmPolicy", {**ONE_LSTM, "learning_rate": 0.01}),
+    ("maskable", "multidiscrete"): MASKABLE_CASES["multidiscrete"],
+    ("maskable", "switches"): (masked_env("multibinary"), "MlpPolicy", EVERY_SWITCH),
+    ("both", "shared_features"): (masked_env("discrete"), "MlpLstmPolicy", with_lstm(True)),
+    ("both", "switches"): (masked_env("multibinary"), "MlpLstmPolicy", {**with_lstm(False), **EVERY_SWITCH}),
+    ("both", "dict"): (DICTIONARY, "MultiInputLstmPolicy", with_lstm(False, **CNNS["policy_kwargs"])),
+}
+
+
+@pytest.mark.parametrize("is_average", [False, True], ids=["PPG", "PPGEWMA"])
+@pytest.mark.parametrize(("family", "name"), FURTHER_PHASIC_CASES)
+def test_other_families_before_the_first_phase(family: str, name: str, is_average: bool) -> None:
+    case = FURTHER_PHASIC_CASES[family, name]
+    ppo_ewma, ppg, ppg_ewma = PHASIC_FAMILIES[family]
+    reference = Run(ppo_ewma, case, **({} if is_average else {"prox_decay": None}))
+    critic_arch = "shared" if family == "maskable" else None
+    cls = ppg_ewma if is_average else ppg
+    assert_equal_until_phase(phasic_run(cls, case, critic_arch, n_policy_iterations=ITERATIONS + 1), reference)
+    # The phase comes at the end of the last update.
+    after_phase = phasic_run(cls, case, critic_arch, n_policy_iterations=len(reference.updates), n_aux_epochs=1)
+    assert_equal_logs(after_phase, reference)
+    weights = [run.model.policy.value_net.weight for run in (after_phase, reference)]
+    assert not th.equal(*weights)
+
+
 def test_ppg_with_a_critic_of_its_own_before_the_first_phase() -> None:
     """It is PPO with a features extractor each."""
     make_env, policy, kwargs = CASES["unshared"]
@@ -463,7 +560,7 @@ def test_the_first_phase_makes_the_difference(name: str) -> None:
     assert_equal_logs(own, reference)
     state, reference_state = own.state(), reference.state()
     assert not any(th.equal(state["policy"][name], value) for name, value in reference_state["policy"].items())
-    assert_same(without_head(own)["optimizer"], reference_state["optimizer"])  # the phase has its own
+    assert_same(without_head(own)["optimizer"], without_head(reference)["optimizer"])  # the phase has its own
     # Its minibatches are drawn from numpy's generator.
     assert not np.array_equal(state["random_state"][1][1:3], reference_state["random_state"][1][1:3])
     # Without epochs there is none.
@@ -494,3 +591,79 @@ def test_ppo_is_given_back() -> None:
         assert type(ppo) is PPO
         assert_same({name: ppo.policy.state_dict()[name] for name in expected}, expected)
         assert_same(ppo.policy.optimizer.state_dict()["state"], reference.policy.optimizer.state_dict()["state"])
+
+
+# ---------------------------------------------------------------------- masks and LSTM
+
+
+class IdentityLstm(nn.Module):
+    """
+    An LSTM that remembers nothing.
+
+    :param size: number of features
+    """
+
+    num_layers = 1
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.input_size = self.hidden_size = size
+
+    def forward(self, features: th.Tensor, states: Any) -> tuple[th.Tensor, Any]:
+        return features, states
+
+
+def without_memory(base: Any) -> Any:
+    """:return: the class of a recurrent policy for VECTOR, with the layers of one that is not"""
+
+    class WithoutMemory(base):  # type: ignore[misc]  # of any policy
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, lstm_hidden_size=3, share_features_extractor=True, **kwargs)
+            self.lstm_actor, self.lstm_critic = IdentityLstm(3), IdentityLstm(3)
+            self.optimizer = self.optimizer_class(self.parameters(), lr=self.optimizer.param_groups[0]["lr"])
+
+    return WithoutMemory
+
+
+@pytest.mark.parametrize("action_space", ["discrete", "multidiscrete", "multibinary"])
+@pytest.mark.parametrize(
+    ("base", "cls", "kwargs"),
+    [
+        (MaskablePPO, MaskableRecurrentPPOEWMA, {"prox_decay": None}),
+        (MaskablePPOEWMA, MaskableRecurrentPPOEWMA, {"kl_coef": 0.5, "kl_estimator": "analytic"}),
+        (MaskablePPGEWMA, MaskableRecurrentPPGEWMA, {"n_policy_iterations": 2, "n_aux_epochs": 2}),
+    ],
+    ids=["MaskablePPO", "MaskablePPOEWMA", "MaskablePPGEWMA"],
+)
+def test_an_lstm_without_memory_is_none(base: Any, cls: Any, kwargs: dict[str, Any], action_space: str) -> None:
+    """Up to rounding, if a minibatch is the whole rollout: their order is another one in sb3-contrib's families."""
+    n_envs, n_samples = 2, 32
+    common = {**COMMON, "batch_size": n_samples, "clip_range": 0.01, "learning_rate": 0.2, "ent_coef": 0.05}
+    # SGD: Adam makes steps of one size of any gradient, of rounding too.
+    policy_kwargs: dict[str, Any] = {"net_arch": [8], "optimizer_class": th.optim.SGD, "ortho_init": False}
+    if issubclass(cls, AuxiliaryPhaseMixin):
+        kwargs = {**kwargs, "aux_batch_size": 2 * n_samples, "aux_learning_rate": 0.1}
+    models = []
+    for algorithm in (base, cls):
+        policy: Any = "MlpPolicy"
+        own = {} if algorithm is MaskablePPO else {"engine": "reference", **kwargs}
+        arguments = dict(policy_kwargs)
+        if algorithm is MaskablePPGEWMA:
+            arguments["critic_arch"] = "shared"
+        if algorithm is cls:
+            policy = without_memory(cls.policy_aliases["MlpLstmPolicy"])
+        environments = DummyVecEnv(copies(masked_env(action_space), n_envs))
+        models.append(algorithm(policy, environments, **{**common, "policy_kwargs": arguments}, **own))
+    reference, own_model = models
+    start = deepcopy(dict(reference.policy.state_dict()))
+    own_model.policy.load_state_dict(start)
+    if own_model.policy_ewma is not None:
+        own_model.policy_ewma.reset()
+    for model in models:
+        model.set_random_seed(1)
+        model.learn(ITERATIONS * n_samples)
+    actions = [model.rollout_buffer.actions.reshape(n_samples, -1) for model in models]
+    assert np.array_equal(*actions)
+    for name, value in reference.policy.state_dict().items():
+        th.testing.assert_close(own_model.policy.state_dict()[name], value, rtol=1e-4, atol=1e-5)
+        assert (value - start[name]).abs().max() > 1e-3, name

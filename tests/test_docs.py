@@ -21,7 +21,7 @@ import sb3_ppo_ewma
 from sb3_ppo_ewma import PPG, PPGEWMA, PPOEWMA, PPGPolicy
 from sb3_ppo_ewma._engine.selection import ENGINES
 from sb3_ppo_ewma.networks import FEATURES_EXTRACTORS
-from sb3_ppo_ewma.zoo.algorithms import ALGORITHMS
+from sb3_ppo_ewma.zoo.algorithms import ALGORITHMS, BASELINES
 from sb3_ppo_ewma.zoo.command_line import SCRIPTS
 from sb3_ppo_ewma.zoo.search_space import SEARCH_SPACES
 from tests.test_packaging import PACKAGE
@@ -253,18 +253,22 @@ def drawn(sampler: Any) -> set[str]:
 def test_search_spaces_are_explained() -> None:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     zoo = drawn(sample_ppo_params)
-    of_ppo_ewma, of_ppg = (
-        {name for name, *_ in table(f"{part}\n", "parameter of the trial")}
-        for part in ZOO_PAGE.split("For `ppg`, and for `ppg_ewma`")
+    of_ppo_ewma, of_ppg, of_lstm = (
+        {name: "not with an LSTM" in name for name, *_ in table(f"{part}\n", "parameter of the trial")}
+        for part in re.split("For PPG,|For recurrent algorithms", ZOO_PAGE)
     )
-    for algo in ALGORITHMS:
-        documented = of_ppo_ewma if algo.startswith("ppo") else of_ppg
-        documented = documented | ({"prox_center_of_mass"} if algo == "ppg_ewma" else set())
-        assert drawn(SEARCH_SPACES[algo][0]) - zoo == documented, algo
+    for algo in {**ALGORITHMS, **BASELINES}:
+        has_lstm, has_average = "_lstm" in algo, algo.endswith("_ewma")
+        documented = of_ppg if algo.startswith("ppg") else of_ppo_ewma if has_average else {}
+        names = {name.split("`")[0] for name, not_with_lstm in documented.items() if not (has_lstm and not_with_lstm)}
+        names |= {"prox_center_of_mass"} if has_average else set()
+        names |= set(of_lstm) if has_lstm else set()
+        assert drawn(SEARCH_SPACES[algo].sample) - zoo == names, algo
 
 
 def test_algorithms_are_named() -> None:
-    assert dict(table(ZOO_PAGE, "`--algo`")) == {name: cls.__name__ for name, cls in ALGORITHMS.items()}
+    algorithms = {**ALGORITHMS, **BASELINES}
+    assert dict(table(ZOO_PAGE, "`--algo`")) == {name: cls.__name__ for name, cls in algorithms.items()}
 
 
 def test_modules_are_listed() -> None:

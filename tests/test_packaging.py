@@ -21,7 +21,7 @@ import sb3_ppo_ewma
 from sb3_ppo_ewma import PPG, PPGEWMA, PPOEWMA, AuxiliaryPhaseMixin, EwmaMixin, MaskablePPOEWMA, RecurrentPPOEWMA
 from sb3_ppo_ewma._engine.iteration import Engine
 from sb3_ppo_ewma._engine.reference import ReferenceEngine
-from sb3_ppo_ewma.zoo.algorithms import ALGORITHMS, ONE_EPOCH, TUNED, hyperparameter_file
+from sb3_ppo_ewma.zoo.algorithms import ALGORITHMS, BASELINES, ONE_EPOCH, SHARED_FILES, TUNED, hyperparameter_file
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -50,7 +50,7 @@ LAYERS: list[tuple[set[str], set[str]]] = [
         {"stable_baselines3", "gymnasium"},
     ),
     ({"checkpointing.conversion"}, set()),
-    ({"networks", "rollouts", "callbacks.advice", "envs.envpool_vec_env"}, set()),
+    ({"networks", "rollouts", "callbacks.advice", "envs.envpool_vec_env", "envs.action_masks"}, set()),
     ({"checkpointing.saving", "policies", "evaluation", "training_log", "envs.envpool_env"}, set()),
     (
         {"batch_scaling", "following", "_engine.recognition", "_parallel.shared_memory", "_parallel.data_parallel"},
@@ -59,14 +59,14 @@ LAYERS: list[tuple[set[str], set[str]]] = [
     ({"_engine.iteration"}, set()),
     ({"_engine.reference", "_engine.dense_networks", "auxiliary_phase", "_parallel.worker"}, set()),
     ({"_engine.fused", "_parallel.collector"}, set()),
-    ({"_engine.standard"}, set()),
+    ({"_engine.standard", "_engine.sequences"}, set()),
     ({"_engine.dense", "_engine.microbatches", "_engine.collection"}, set()),
     ({"_engine.compiled"}, set()),
     ({"tuned_settings", "_engine.selection"}, set()),
     ({"ppo_ewma"}, set()),
     ({"ppg"}, set()),
     ({"callbacks.noise_scale"}, set()),
-    ({"contrib.masking"}, {"sb3_contrib"}),
+    ({"contrib.masking", "contrib.callbacks"}, {"sb3_contrib"}),
     ({"contrib.policies"}, set()),
     ({"contrib.evaluation"}, set()),
     ({"contrib.algorithms"}, set()),
@@ -286,8 +286,9 @@ def test_signature_of_ppg_is_that_of_ppo_with_the_papers_defaults(cls: type, pro
 
 
 def test_every_hyperparameter_file_is_found() -> None:
-    names = [*ALGORITHMS, ONE_EPOCH, TUNED]
-    assert [file.stem for file in HYPERPARAMETER_FILES if file.parent.name == "zoo_hyperparams"] == sorted(names)
+    names = [*ALGORITHMS, *BASELINES, ONE_EPOCH, TUNED]
+    stems = [file.stem for file in HYPERPARAMETER_FILES if file.parent.name == "zoo_hyperparams"]
+    assert stems == sorted(set(names) - set(SHARED_FILES))
     for name in names:
         settings = yaml.safe_load(hyperparameter_file(name).read_text())
         assert ("default" in settings) is (name != TUNED)  # what was searched for some tasks is for no other

@@ -16,6 +16,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import nn
 
 from sb3_ppo_ewma import PPG, PPGEWMA, PPOEWMA, MaskablePPOEWMA, RecurrentPPOEWMA
+from sb3_ppo_ewma.policies import AuxiliaryHeadMixin, PPGPolicy
 from tests import customizations
 from tests.battery.envs import ACTION_SPACES, SpaceEnv
 from tests.battery.helpers import assert_same, copy_parameters
@@ -341,6 +342,24 @@ def test_patched_classes_are_noticed(cls: Any, name: str, engine: str, monkeypat
     assert len(calls) >= (16 if name != "evaluate_actions" else 4)
     monkeypatch.undo()
     assert model.learn(16).current_engine == "dense"
+
+
+def test_a_patch_of_an_inherited_method_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make(cls=PPG)
+    original = PPGPolicy.extract_features
+    monkeypatch.setattr(PPGPolicy, "extract_features", lambda *args, **kwargs: original(*args, **kwargs))
+    assert model.current_engine == "fused"
+    assert "PPGPolicy.extract_features was replaced" in model.explain_engine()
+
+
+def test_an_auxiliary_head_that_is_mixed_in_and_overridden_is_noticed() -> None:
+    class Own(AuxiliaryHeadMixin, ActorCriticPolicy):
+        def evaluate_auxiliary(self, obs: Any) -> Any:
+            return super().evaluate_auxiliary(obs)
+
+    model = make(cls=PPG, policy=Own)
+    assert model.current_engine == "fused"
+    assert "Own overrides evaluate_auxiliary" in model.explain_engine()
 
 
 def test_global_hooks_are_called() -> None:

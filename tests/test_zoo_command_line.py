@@ -77,7 +77,7 @@ def test_help_of_every_script_is_upstreams(script, capsys):
     assert finished.value.code == 0
     out = capsys.readouterr().out
     if script in ("train", "enjoy", "record_video", "record_training", "push_to_hub", "load_from_hub"):
-        assert {"ppo_ewma", "ppo_lstm_ewma", "ppg", "ppg_ewma", "sac"} <= set(re.findall(r"\w+", out))
+        assert {"ppo_ewma", "ppg_mask_lstm", "ppo_mask", "ppg_ewma", "sac"} <= set(re.findall(r"\w+", out))
     else:
         assert "usage:" in out
 

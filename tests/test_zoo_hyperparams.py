@@ -11,22 +11,34 @@ import yaml
 from rl_zoo3.exp_manager import ExperimentManager
 
 from sb3_ppo_ewma import zoo
-from sb3_ppo_ewma.zoo.algorithms import ALGORITHMS, hyperparameter_file
+from sb3_ppo_ewma.zoo.algorithms import ALGORITHMS, BASELINES, SHARED_FILES, hyperparameter_file
+from tests import masked_envs  # noqa: F401  # registers environments
 
 pytestmark = pytest.mark.long
 
 zoo.register()
-FILES = {algo: yaml.safe_load(hyperparameter_file(algo).read_text()) for algo in ALGORITHMS}
+FILES = {algo: yaml.safe_load(hyperparameter_file(algo).read_text()) for algo in {**ALGORITHMS, **BASELINES}}
 ONE_EPOCH, TUNED = (
     yaml.safe_load(hyperparameter_file(name).read_text()) for name in ("ppo_ewma_one_epoch", "ppo_ewma_tuned")
 )
 ZOO_PPO = yaml.safe_load((Path(rl_zoo3.__file__).parent / "hyperparams" / "ppo.yml").read_text())
-PPG = ("ppg", "ppg_ewma")
-# A task for the entries that are no task
-TASKS = {"atari": "PongNoFrameskip-v4", "default": "CliffWalking-v1"}
 ENTRIES = [pytest.param(algo, entry, id=f"{algo}-{entry}") for algo, entries in FILES.items() for entry in entries]
-# Entries of ppg_ewma are those of ppg, as a test makes sure.
-TRAINED = [p for p in ENTRIES if p.values[0] != "ppg_ewma" or p.values[1] in ("atari", "CartPole-v1", "Pendulum-v1")]
+
+
+def is_trained(algo: str, entry: str) -> bool:
+    """Entries that are those of another file, as tests make sure, are not all trained."""
+    some = ("default", "atari", "CartPole-v1", "Pendulum-v1", "PendulumNoVel-v1", "MiniGrid-MemoryS7-v0", "Taxi-v4")
+    return entry in some or algo in ("ppo_ewma", "ppo_lstm_ewma", "ppg")
+
+
+TRAINED = [each for each in ENTRIES if each.values[0] not in SHARED_FILES and is_trained(*each.values)]
+
+
+def task(algo: str, entry: str) -> str:
+    """A task for the entries that are no task"""
+    if entry == "default":
+        return "Masked-v0" if "mask" in algo else "CliffWalking-v1"
+    return "PongNoFrameskip-v4" if entry == "atari" else entry
 
 
 @pytest.fixture(autouse=True)
@@ -73,6 +85,32 @@ def test_ppg_ewma_has_the_entries_of_ppg_and_an_ewma():
     assert FILES["ppg_ewma"] == {name: {**entry, "prox_decay": "auto"} for name, entry in FILES["ppg"].items()}
 
 
+def test_other_files_have_the_same_entries():
+    names = ("n_policy_iterations", "aux_batch_size", "aux_learning_rate")
+    for ppg, ppo in (("ppg_lstm", "ppo_lstm_ewma"), ("ppg_mask_lstm", "ppo_mask_lstm_ewma")):
+        policy_phase = {
+            entry: {**{name: value for name, value in settings.items() if name not in names}, "prox_decay": "auto"}
+            for entry, settings in FILES[ppg].items()
+        }
+        assert policy_phase == FILES[ppo]
+    for masked in ("ppo_mask_lstm_ewma", "ppg_mask_lstm"):
+        for entry, settings in FILES[masked].items():
+            unmasked = FILES[masked.replace("_mask", "")][entry]
+            assert {**settings, "env_wrapper": None} == {**unmasked, "env_wrapper": None}
+    changed = {
+        "n_policy_iterations",
+        "aux_batch_size",
+        "aux_learning_rate",
+        "n_epochs",
+        "batch_size",
+        "advantage_decay",
+    }
+    for entry, settings in FILES["ppg_mask"].items():
+        assert {name: value for name, value in settings.items() if name not in changed} == FILES["ppo_mask"][entry]
+    # Those that are shared are for two algorithms, which differ in this default.
+    assert not any("prox_decay" in settings for name in SHARED_FILES for settings in FILES[name].values())
+
+
 @pytest.mark.parametrize("entry", ONE_EPOCH)
 def test_one_epoch_makes_as_many_gradient_steps(entry):
     several, one = FILES["ppo_ewma"][entry], ONE_EPOCH[entry]
@@ -99,51 +137,53 @@ def test_ppg_has_the_policy_phase_of_ppo_ewma_with_one_epoch(entry):
 
 @pytest.mark.parametrize(("algo", "entry"), ENTRIES)
 def test_entry_builds_its_model(algo, entry, tmp_path):
-    env_id = TASKS.get(entry, entry)
+    env_id = task(algo, entry)
     require(env_id)
     manager = ExperimentManager(Namespace(), algo, env_id, str(tmp_path), eval_freq=-1, verbose=0, device="cpu")
     model, _ = manager.setup_experiment()
     settings = FILES[algo][entry]
     assert manager.n_timesteps == settings["n_timesteps"]
-    assert type(model) is ALGORITHMS[algo]
+    assert type(model) is {**ALGORITHMS, **BASELINES}[algo]
     assert model.n_envs == settings.get("n_envs", 1)
-    if algo == "ppg":
-        assert model.current_prox_decay is None
+    if not algo.endswith("_ewma"):
+        assert getattr(model, "current_prox_decay", None) is None
     else:
         # The center of mass of "auto" is the number of minibatches of an epoch, or of half of more than five.
         minibatches = ceil(model.n_envs * model.n_steps / model.batch_size)
         minibatches *= 1 if model.n_epochs <= 5 else model.n_epochs / 2
         assert model.current_prox_decay == pytest.approx(1 - 1 / (1 + minibatches))
-    if algo in PPG:
-        check_phase(model, manager.n_timesteps, entry)
+    if algo.startswith("ppg"):
+        check_phase(model, manager.n_timesteps, algo, entry)
     for name in {"gamma", "gae_lambda", "n_epochs", "ent_coef", "vf_coef", "max_grad_norm"} & set(settings):
         assert getattr(model, name) == settings[name]
     model.get_env().close()
 
 
-def check_phase(model, n_timesteps: int, entry: str) -> None:
+def check_phase(model, n_timesteps: int, algo: str, entry: str) -> None:
     n_phases = n_timesteps / (model.n_envs * model.n_steps * model.n_policy_iterations)
     assert n_phases >= 6
     # As many rollouts as the paper has, unless twice as many would leave too few phases
     assert model.n_policy_iterations == 32 or n_phases / 2 < 6
-    assert model.aux_batch_size == FILES["ppo_ewma"][entry].get("batch_size", 64)
+    policy_phase = FILES[f"{algo.removesuffix('_ewma').replace('ppg', 'ppo')}_ewma"][entry]
+    assert model.aux_batch_size == policy_phase.get("batch_size", 128 if "lstm" in algo else 64)
     for progress in (1.0, 0.5):
         assert model.aux_lr_schedule(progress) == model.lr_schedule(progress)
 
 
 @pytest.mark.parametrize(("algo", "entry"), TRAINED)
 def test_entry_trains(algo, entry, tmp_path, capsys):
-    env_id = TASKS.get(entry, entry)
+    env_id = task(algo, entry)
     require(env_id)
     folder, device = ("-f", str(tmp_path)), ("--device", "cpu")
     arguments = ["--algo", algo, "--env", env_id, *folder, "-n", "64", "--eval-freq", "-1", *device]
     small = ["n_envs:2", "n_steps:16", "batch_size:8", "n_epochs:1"]
     # After the first of two rollouts, since what the second one logs is not printed
-    phase = ["n_policy_iterations:1", "aux_batch_size:16"] if algo in PPG else []
+    has_phases = algo.startswith("ppg")
+    phase = ["n_policy_iterations:1", "aux_batch_size:16"] if has_phases else []
     zoo.main(["train", *arguments, "-params", *small, *phase])
     printed = capsys.readouterr().out
-    assert ("prox_center_of_mass" in printed) is (algo != "ppg")
-    assert ("policy_kl" in printed) is (algo in PPG)
+    assert ("prox_center_of_mass" in printed) is algo.endswith("_ewma")
+    assert ("policy_kl" in printed) is has_phases
 
 
 def test_tuned_entries_by_name(tmp_path):

@@ -15,8 +15,9 @@ from rl_zoo3 import ALGOS
 from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
 from torch import nn
 
-from sb3_ppo_ewma import PPG, PPGEWMA, PPOEWMA, RecurrentPPOEWMA, SmallGridCNN, zoo
+from sb3_ppo_ewma import SmallGridCNN, zoo
 from sb3_ppo_ewma.ewma import center_of_mass_from_decay
+from sb3_ppo_ewma.zoo.algorithms import ALGORITHMS
 
 pytestmark = pytest.mark.long
 
@@ -53,7 +54,9 @@ PPG_TRIAL = {
     "trunk_layers": 1,
     "prox_center_of_mass": 3.0,
 }
-# The same in the constructor's words
+# What the samplers of recurrent algorithms draw
+LSTM_TRIAL = {"lstm_hidden_size": 16, "critic_lstm": "shared"}
+# TRIAL in the constructor's words
 HYPERPARAMS = {
     "batch_size": 16,
     "n_steps": 32,
@@ -67,14 +70,6 @@ HYPERPARAMS = {
     "prox_decay": 0.75,
     "kl_coef": 2.0,
 }
-
-
-ALGORITHMS = [
-    ("ppo_ewma", PPOEWMA, "MlpPolicy"),
-    ("ppo_lstm_ewma", RecurrentPPOEWMA, "MlpLstmPolicy"),
-    ("ppg", PPG, "MlpPolicy"),
-    ("ppg_ewma", PPGEWMA, "MlpPolicy"),
-]
 
 
 @pytest.fixture(autouse=True)
@@ -121,7 +116,7 @@ def check_center_of_mass(sampled: list[dict]) -> None:
         assert 70 < ((low <= centers) & (centers < high)).sum() < 130
 
 
-@pytest.mark.parametrize("algo", ["ppo_ewma", "ppo_lstm_ewma"])
+@pytest.mark.parametrize("algo", [name for name in ALGORITHMS if name.startswith("ppo")])
 def test_space_of_ppo_ewma(algo):
     sampled = draw(algo)
     with_clip = [params for params in sampled if params["clip_range"] > 0]
@@ -131,23 +126,41 @@ def test_space_of_ppo_ewma(algo):
     check_center_of_mass(sampled)
 
 
-@pytest.mark.parametrize("algo", ["ppg", "ppg_ewma"])
+@pytest.mark.parametrize("algo", [name for name in ALGORITHMS if name.startswith("ppg")])
 def test_space_of_ppg(algo):
     sampled = draw(algo, n_timesteps=10**8)
     assert {params["n_policy_iterations"] for params in sampled} == {2, 4, 8, 16, 32}
     assert {params["n_aux_epochs"] for params in sampled} == set(range(1, 10))
     assert {params["aux_batch_size"] for params in sampled} == {2**power for power in range(5, 13)}
-    assert {params["policy_kwargs"]["critic_arch"] for params in sampled} == {"dual", "shared", "detach"}
     for name, low, high in (("aux_learning_rate", 1e-5, 2e-3), ("beta_clone", 0.1, 10)):
         values = np.array([params[name] for params in sampled])
         assert low <= values.min() < 1.2 * low
         assert high / 1.2 < values.max() <= high
-    networks = {str([params["policy_kwargs"][name] for name in ("trunk_arch", "net_arch")]) for params in sampled}
-    assert len(networks) == 6  # of three sizes, with and without a trunk
-    if algo == "ppg_ewma":
+    if "lstm" in algo:
+        assert not any({"critic_arch", "trunk_arch"} & set(params["policy_kwargs"]) for params in sampled)
+    else:
+        assert {params["policy_kwargs"]["critic_arch"] for params in sampled} == {"dual", "shared", "detach"}
+        networks = {str([params["policy_kwargs"][name] for name in ("trunk_arch", "net_arch")]) for params in sampled}
+        assert len(networks) == 6  # of three sizes, with and without a trunk
+    if algo.endswith("_ewma"):
         check_center_of_mass(sampled)
     else:
         assert not any("prox_decay" in params for params in sampled)
+
+
+@pytest.mark.parametrize("algo", [name for name in ALGORITHMS if "lstm" in name])
+def test_space_of_lstms(algo):
+    switches = ("lstm_hidden_size", "enable_critic_lstm", "shared_lstm")
+    drawn = {tuple(params["policy_kwargs"][name] for name in switches) for params in draw(algo)}
+    critics = [(True, False), (False, True), (False, False)]  # an LSTM of its own, the policy's, none
+    assert drawn == {(size, *critic) for size in (16, 32, 64, 128, 256, 512) for critic in critics}
+
+
+def test_masks_change_no_space():
+    for algo in ALGORITHMS:
+        if "mask" in algo:
+            assert draw(algo, count=20) == draw(algo.replace("_mask", ""), count=20)
+    assert draw("ppo_mask", count=20) == draw("ppo", count=20)
 
 
 @pytest.mark.parametrize(("n_envs", "n_timesteps"), [(1, 20_000), (8, 50_000), (64, 10**7), (4, None)])
@@ -159,13 +172,14 @@ def test_four_phases_fit_into_the_budget(n_envs, n_timesteps):
         assert params["n_policy_iterations"] * rollout <= longest or params["n_policy_iterations"] == 1
 
 
-@pytest.mark.parametrize(("algo", "algorithm", "policy"), ALGORITHMS)
+@pytest.mark.parametrize("algo", ALGORITHMS)
 @pytest.mark.filterwarnings("ignore:You have specified a mini-batch size:UserWarning")  # larger than the rollout
-def test_the_constructor_takes_all_that_is_sampled(algo, algorithm, policy):
+def test_the_constructor_takes_all_that_is_sampled(algo):
+    policy = "MlpLstmPolicy" if "lstm" in algo else "MlpPolicy"
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
-    for _ in range(40):
+    for _ in range(20):
         params = HYPERPARAMS_SAMPLER[algo](study.ask(), 0, 1, {})
-        algorithm(policy, "CartPole-v1", device="cpu", **params)
+        ALGORITHMS[algo](policy, "CartPole-v1", device="cpu", **params)
 
 
 def test_conversion_by_hand():
@@ -230,7 +244,7 @@ def test_a_study_without_a_completed_trial(storage):
 )
 def test_search_and_train_the_trial_again(algo, storage, tmp_path):
     env = ["--env", "CartPoleNoVel-v1" if algo == "ppo_lstm_ewma" else "CartPole-v1"]
-    drawn = {**TRIAL, **(PPG_TRIAL if algo.startswith("ppg") else {})}
+    drawn = {**TRIAL, **(PPG_TRIAL if algo.startswith("ppg") else {}), **(LSTM_TRIAL if "lstm_ewma" in algo else {})}
     trials = [drawn, {**drawn, "objective": "clip", "one_minus_gamma": 0.01}]
     new_study(journal(storage) if storage.endswith(".log") else storage, trials)
     options = ["--algo", algo, *env, *STUDY, "--storage", storage]

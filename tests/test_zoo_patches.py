@@ -18,6 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import gymnasium as gym
 import huggingface_hub
 import huggingface_sb3
 import optuna
@@ -31,11 +32,13 @@ from rl_zoo3 import ALGOS, exp_manager
 from rl_zoo3.exp_manager import ExperimentManager
 from rl_zoo3.hyperparams_opt import HYPERPARAMS_SAMPLER
 from rl_zoo3.utils import StoreDict
+from sb3_contrib.common.wrappers import action_masker
 from stable_baselines3.common.torch_layers import FlattenExtractor
 
 from sb3_ppo_ewma import zoo
 from sb3_ppo_ewma.zoo import patches
 from sb3_ppo_ewma.zoo.patches import _replace, child_commands
+from tests import masked_envs  # noqa: F401  # registers environments
 
 pytestmark = pytest.mark.long
 
@@ -90,6 +93,8 @@ def upstream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
                 monkeypatch.setattr(owner, name, staticmethod(unpatched) if is_static else unpatched)
     if push_to_hub.generate_metadata.__module__ != push_to_hub.__name__:
         monkeypatch.delattr(push_to_hub, "generate_metadata")
+    masker = next(cls for cls in action_masker.ActionMasker.__mro__ if cls.__module__ == action_masker.__name__)
+    monkeypatch.setattr(action_masker, "ActionMasker", masker)
 
 
 def new_manager(folder: Path, **arguments: Any) -> ExperimentManager:
@@ -119,6 +124,11 @@ def run_script(name: str, *arguments: str, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_defect_unregistered_env(upstream):
     assert raised_by(lambda: ExperimentManager.entry_point("Gone-v1")) is KeyError, works("unregistered_env")
+
+
+def test_defect_action_masker(upstream):
+    refused = raised_by(lambda: action_masker.ActionMasker(gym.make("Unmasked-v0"), "valid_actions"))
+    assert refused is AttributeError, works("action_masker")
 
 
 def test_defect_bare_words(upstream):
@@ -259,7 +269,9 @@ def test_every_patch_is_applied_where_upstream_needs_it(name, upstream):
     assert patch.is_needed(), works(name)
 
 
-@pytest.mark.parametrize("name", ["unregistered_env", "bare_words", "schedule_none", "generate_metadata"])
+@pytest.mark.parametrize(
+    "name", ["unregistered_env", "bare_words", "schedule_none", "generate_metadata", "action_masker"]
+)
 def test_a_function_that_works_is_not_patched(name):
     # The patched one works.
     assert not patch_module(name).is_needed()

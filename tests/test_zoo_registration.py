@@ -10,8 +10,9 @@ import pytest
 import rl_zoo3
 from rl_zoo3 import exp_manager, hyperparams_opt
 from rl_zoo3.exp_manager import ExperimentManager
+from sb3_contrib import MaskablePPO
 
-from sb3_ppo_ewma import PPG, PPGEWMA, PPOEWMA, RecurrentPPOEWMA, zoo
+from sb3_ppo_ewma import PPOEWMA, MaskableRecurrentPPGEWMA, zoo
 from sb3_ppo_ewma.zoo import algorithms
 
 pytestmark = pytest.mark.long
@@ -21,16 +22,25 @@ def test_register_changes_the_shared_dictionaries_once():
     zoo.register()
     assert exp_manager.ALGOS is rl_zoo3.ALGOS
     assert rl_zoo3.ALGOS["ppo_ewma"] is PPOEWMA
-    assert rl_zoo3.ALGOS["ppo_lstm_ewma"] is RecurrentPPOEWMA
-    assert rl_zoo3.ALGOS["ppg"] is PPG
-    assert rl_zoo3.ALGOS["ppg_ewma"] is PPGEWMA
+    assert rl_zoo3.ALGOS["ppg_mask_lstm_ewma"] is MaskableRecurrentPPGEWMA
+    assert rl_zoo3.ALGOS["ppo_mask"] is MaskablePPO
     assert {"ppo", "ppo_lstm", "sac"} < set(rl_zoo3.ALGOS)
-    ours = {"ppo_ewma", "ppo_lstm_ewma", "ppg", "ppg_ewma"}
-    assert ours < set(hyperparams_opt.HYPERPARAMS_SAMPLER)
-    assert ours < set(hyperparams_opt.HYPERPARAMS_CONVERTER)
+    ours = {*algorithms.ALGORITHMS, *algorithms.BASELINES}
+    for dictionary in (rl_zoo3.ALGOS, hyperparams_opt.HYPERPARAMS_SAMPLER, hyperparams_opt.HYPERPARAMS_CONVERTER):
+        assert ours < set(dictionary)
     state = dict(rl_zoo3.ALGOS), dict(vars(ExperimentManager)), set(gym.registry)
     zoo.register()
     assert (dict(rl_zoo3.ALGOS), dict(vars(ExperimentManager)), set(gym.registry)) == state
+
+
+def test_names_and_classes_follow_one_rule():
+    # {ppo, ppg}[_mask][_lstm][_ewma]
+    words = {"mask": "Maskable", "lstm": "Recurrent"}
+    for name, cls in algorithms.ALGORITHMS.items():
+        kind, *parts = name.split("_")
+        prefix = "".join(word for part, word in words.items() if part in parts)
+        assert cls.__name__ == prefix + kind.upper() + ("EWMA" if parts[-1:] == ["ewma"] else "")
+    assert len(algorithms.ALGORITHMS) == 12
 
 
 def test_register_keeps_what_the_user_put_in_its_place(monkeypatch):

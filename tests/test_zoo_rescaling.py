@@ -272,12 +272,15 @@ def test_what_cannot_be_fixed(fixed, reason, capsys):
 def test_every_entry_can_be_rescaled(file):
     entries = yaml.safe_load(file.read_text())
     assert entries
-    algo = next(algo for algo in sorted(ALGORITHMS, key=len, reverse=True) if file.stem.startswith(algo))
+    if file.stem == "ppo_mask":  # also read by an algorithm that is not ours
+        algo = "ppo_mask_ewma"
+    else:
+        algo = next(algo for algo in sorted(ALGORITHMS, key=len, reverse=True) if file.stem.startswith(algo))
     for env_id, entry in entries.items():
         complete = with_defaults(ALGORITHMS[algo], entry)
         n_samples = complete["n_envs"] * complete["n_steps"]
         for n_envs in (1, 4, 16, 64, 256):
-            if file.stem == "ppg" and n_envs > n_samples:  # no EWMA
+            if not algo.endswith("_ewma") and n_envs > n_samples:
                 with pytest.raises(ValueError, match=f"{n_samples} samples, fewer than environments.*nearest"):
                     rescaled(algo, entry, n_envs)
                 continue

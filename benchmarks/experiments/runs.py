@@ -32,6 +32,8 @@ QUICK_ENV = "MinAtar/SpaceInvaders-v1"
 # Trainings after which processes are replaced by new ones. Not by max_tasks_per_child, with which an executor of
 # Python 3.11 that has been given everything at once stops for ever (CPython issue 115634).
 RUNS_PER_PROCESS = 25
+# Trains a run: given algorithm, environment, settings, seed and whether it is tested, as :func:`train` is
+TrainFunction = Callable[[str, str, dict[str, Any], int, bool], Result]
 
 
 @dataclass(frozen=True)
@@ -160,6 +162,7 @@ def execute(
     report: Callable[[Path], None],
     quick_names: Sequence[str] | None = None,
     quick_env: str = QUICK_ENV,
+    function: TrainFunction | None = None,
 ) -> None:
     """
     Train what is missing, then report.
@@ -170,6 +173,7 @@ def execute(
     :param report: is given the CSV
     :param quick_names: of the variants of a smoke test; ``None``: all
     :param quick_env: environment of a smoke test
+    :param function: that trains a run; ``None``: :func:`train`
     """
     folder = args.results or (REPOSITORY / "logs" / "quick" if args.quick else RESULTS)
     table = Table(folder / f"{args.name}.csv")
@@ -186,16 +190,23 @@ def execute(
             if (args.envs is None or variant.env in args.envs)
             and (args.variants is None or variant.name in args.variants)
         ]
-        train_all(chosen, args.seeds[:1] if args.quick else args.seeds, table, args.jobs)
+        train_all(chosen, args.seeds[:1] if args.quick else args.seeds, table, args.jobs, function)
     report(table.file)
 
 
-def train_all(variants: Sequence[Variant], seeds: Sequence[int], table: Table, n_jobs: int) -> None:
+def train_all(
+    variants: Sequence[Variant],
+    seeds: Sequence[int],
+    table: Table,
+    n_jobs: int,
+    function: TrainFunction | None = None,
+) -> None:
     """
     :param variants: in their order
     :param seeds: of each; all variants have had one before the next begins
     :param table: to which each run is added when it ends
     :param n_jobs: runs at the same time
+    :param function: that trains a run; ``None``: :func:`train`
     :raises SystemExit: if one failed, when all others have ended
     """
     finished = table.finished()
@@ -207,7 +218,7 @@ def train_all(variants: Sequence[Variant], seeds: Sequence[int], table: Table, n
     use_one_thread()
     table.begin({id(v): v for v, _ in pending}.values(), {**metadata(), "jobs": n_jobs, "threads_per_run": 1})
     failures = []
-    for n_ended, (variant, seed, ended) in enumerate(_results(pending, n_jobs), start=1):
+    for n_ended, (variant, seed, ended) in enumerate(_results(pending, n_jobs, function), start=1):
         name = f"[{n_ended}/{len(pending)}] {variant.env} {variant.name} seed {seed}"
         if isinstance(ended, BaseException):
             failures.append(f"{name}: {ended!r}")
@@ -220,18 +231,19 @@ def train_all(variants: Sequence[Variant], seeds: Sequence[int], table: Table, n
 
 
 def _results(
-    pending: Sequence[tuple[Variant, int]], n_jobs: int
+    pending: Sequence[tuple[Variant, int]], n_jobs: int, function: TrainFunction | None = None
 ) -> Iterator[tuple[Variant, int, Result | BaseException]]:
     """
     :param pending: variants and seeds
     :param n_jobs: runs at the same time
+    :param function: that trains a run; ``None``: :func:`train`
     :return: what became of each, as they end
     """
     n_together = n_jobs * RUNS_PER_PROCESS
     for start in range(0, len(pending), n_together):
         with ProcessPoolExecutor(n_jobs, mp_context=get_context("spawn")) as executor:
             futures = {
-                executor.submit(train, v.algo, v.env, v.settings, seed, v.is_tested): (v, seed)
+                executor.submit(function or train, v.algo, v.env, v.settings, seed, v.is_tested): (v, seed)
                 for v, seed in pending[start : start + n_together]
             }
             try:

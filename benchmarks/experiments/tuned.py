@@ -49,10 +49,10 @@ def drawn(params: dict[str, Any]) -> dict[str, Any]:
     """
     # Here, so that reports do not need the zoo.
     from sb3_ppo_ewma.zoo.rescaling import source
-    from sb3_ppo_ewma.zoo.search_space import convert_ppo_ewma_params
+    from sb3_ppo_ewma.zoo.search_space import SEARCH_SPACES
 
     short = {name: float(f"{value:.3g}") if isinstance(value, float) else value for name, value in params.items()}
-    hyperparams = convert_ppo_ewma_params(short)
+    hyperparams = SEARCH_SPACES["ppo_ewma"].convert(short)
     # Differences of 1 and a short number, and quotients
     exact = {name: float(f"{value:.6g}") for name, value in hyperparams.items() if isinstance(value, float)}
     return {**hyperparams, **exact, "policy_kwargs": source(hyperparams["policy_kwargs"])}

@@ -47,11 +47,14 @@ class FusedEngine(ReferenceEngine):
         self._fused: dict[int, FusedAdam] = {}
         self._foreign: dict[int, list[th.Tensor]] = {}
         self._optimizers: dict[int, th.optim.Optimizer] = {}
+        self._skips_critic = iteration.evaluation.may_skip_critic(iteration.policy)
         self._divisor = th.ones((), dtype=th.float64, device="cpu")
         self.n_steps_since_clearing = 0
 
     def log_prob_under(self, average: ParameterEwma, minibatch: Minibatch) -> th.Tensor:
         iteration = self.iteration
+        if not self._skips_critic:
+            return super().log_prob_under(average, minibatch)
         with averaged_parameters(iteration.policy, average):
             return iteration.evaluation.log_prob(iteration.policy, minibatch.samples, minibatch.actions)
 

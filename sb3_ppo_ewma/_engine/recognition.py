@@ -36,7 +36,7 @@ _POLICIES = (
     *(policies.PPGPolicy, policies.PPGCnnPolicy, policies.PPGMultiInputPolicy),
     *(policies.ImpalaPolicy, policies.PPGImpalaPolicy),
 )
-_BASES = {*_POLICIES, *policies.PPGPolicy.__mro__}
+_BASES = frozenset((*_POLICIES, *policies.PPGPolicy.__mro__))
 # What a class derived from them may define: how it is built, and what training does not call
 _FREE = {
     *("__init__", "_build", "_build_mlp_extractor", "make_features_extractor", "init_weights", "_initialize_aux_head"),
@@ -71,15 +71,27 @@ _GLOBAL_HOOKS = (
 _RELIED_ON = {
     *("forward", "evaluate_actions", "evaluate_auxiliary", "extract_features", "get_distribution", "forward_actor"),
     *("_get_action_dist_from_latent", "forward_critic", "__call__", "_call_impl", "_wrapped_call_impl", "__getattr__"),
-    *("get", "_get_samples", "swap_and_flatten", "to_torch", "_process_sequence", "masked"),
+    *("get", "_get_samples", "swap_and_flatten", "to_torch", "_process_sequence", "masked", "_auxiliary_outputs"),
+    *("create_sequencers", "pad", "pad_and_flatten"),
 }
-_ORIGINALS: list[tuple[Any, str, Any]] = [
-    (cls, name, function)
-    for cls in {*_BASES, *KNOWN_MODULES, *CLOSED_FORM_DISTRIBUTIONS, *DictRolloutBuffer.__mro__, *RolloutBuffer.__mro__}
-    for name, function in vars(cls).items()
-    if name in _RELIED_ON or (cls in CLOSED_FORM_DISTRIBUTIONS and callable(function))
-]
+# Owner, name and what it has of that name, inherited or its own
+_ORIGINALS: list[tuple[Any, str, Any]] = []
 _METHODS: dict[Any, frozenset[str]] = {}
+
+
+def rely_on(owners: Iterable[Any]) -> None:
+    """
+    :param owners: classes and modules whose functions :func:`patched_classes` watches from now on
+    """
+    for owner in owners:
+        defined = set().union(*map(vars, getattr(owner, "__mro__", [owner])))  # not by the class of a class
+        names = _RELIED_ON & defined
+        if owner in CLOSED_FORM_DISTRIBUTIONS:
+            names |= {name for name, function in vars(owner).items() if callable(function)}
+        _ORIGINALS.extend((owner, name, getattr(owner, name)) for name in names)
+
+
+rely_on({*_BASES, *KNOWN_MODULES, *CLOSED_FORM_DISTRIBUTIONS, *DictRolloutBuffer.__mro__, *RolloutBuffer.__mro__})
 
 
 def methods(cls: Any) -> frozenset[str]:
@@ -122,12 +134,13 @@ def unknown_policy(policy: Any) -> str | None:
     replaced_names = methods(cls).intersection(vars(policy)) - _FREE
     if replaced_names:
         return f"{min(replaced_names)} of the policy was replaced"
-    if type(policy.mlp_extractor) not in _MLP_EXTRACTORS:
-        return f"the mlp_extractor is a {type(policy.mlp_extractor).__name__}"
+    unknown = unknown_extractors(policy)
+    if unknown is not None:
+        return unknown
     return replaced_in([policy.mlp_extractor]) or hooks([policy.mlp_extractor])
 
 
-def overridden_method(cls: Any, known: Any, bases: Set[Any], free: Set[str] = frozenset(_FREE)) -> str | None:
+def overridden_method(cls: Any, known: Any, bases: frozenset[Any], free: Set[str] = frozenset(_FREE)) -> str | None:
     """
     :param cls: class of a policy
     :param known: class it is derived from
@@ -136,19 +149,24 @@ def overridden_method(cls: Any, known: Any, bases: Set[Any], free: Set[str] = fr
     :return: which method another class overrides, ``None`` if none
     """
     for base in cls.__mro__ if cls is not known else ():
-        names = [] if base in bases else [name for name in vars(base) if name not in free and hasattr(known, name)]
-        if names:
-            return f"{base.__name__} overrides {names[0]}"
+        names = [] if base in bases else [name for name in vars(base) if name not in free]
+        overridden = [name for name in names if any(hasattr(other, name) for other in bases.intersection(cls.__mro__))]
+        if overridden:
+            return f"{base.__name__} overrides {overridden[0]}"
     return None
 
 
-def rely_on(classes: Iterable[Any]) -> None:
+def unknown_extractors(policy: Any) -> str | None:
     """
-    :param classes: further classes whose methods :func:`patched_classes` watches
+    :param policy: any policy
+    :return: which of its extractors is not one that SB3's own methods use alike, ``None`` if all are
     """
-    _ORIGINALS.extend(
-        (cls, name, function) for cls in classes for name, function in vars(cls).items() if name in _RELIED_ON
-    )
+    if type(policy.mlp_extractor) not in _MLP_EXTRACTORS:
+        return f"the mlp_extractor is a {type(policy.mlp_extractor).__name__}"
+    own = (policy.pi_features_extractor, policy.vf_features_extractor)
+    if policy.share_features_extractor and any(each is not policy.features_extractor for each in own):
+        return "features_extractor was replaced without pi_features_extractor and vf_features_extractor"
+    return None
 
 
 def unknown_distribution(policy: Any) -> str | None:
@@ -243,9 +261,10 @@ def patched_classes() -> str | None:
     """
     :return: which method of the classes that faster engines know was replaced since this module was imported
     """
-    for cls, name, function in _ORIGINALS:
-        if vars(cls).get(name) is not function:
-            return f"{cls.__name__}.{name} was replaced"
+    for owner, name, function in _ORIGINALS:
+        if getattr(owner, name, None) is not function:
+            defining = next((base for base in getattr(owner, "__mro__", ()) if name in vars(base)), owner)
+            return f"{defining.__name__}.{name} was replaced"
     return None
 
 

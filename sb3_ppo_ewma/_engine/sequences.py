@@ -8,13 +8,14 @@ from typing import Any, ClassVar, NamedTuple, cast
 
 import numpy as np
 import torch as th
+from stable_baselines3.common.policies import BasePolicy
 from torch import nn
 
 from sb3_ppo_ewma._engine.fused import FusedEngine
 from sb3_ppo_ewma._engine.iteration import Iteration
 from sb3_ppo_ewma._engine.recognition import hooks, unknown_lstm, unknown_module
 from sb3_ppo_ewma.evaluation import PolicyEvaluation
-from sb3_ppo_ewma.rollouts import LSTM_STATES, PhaseSamples, Rollout, flatten_buffer
+from sb3_ppo_ewma.rollouts import LSTM_STATES, PhaseSamples, Rollout, flatten_buffer, warn_too_large
 
 _MASKS = "action_masks"
 
@@ -198,12 +199,13 @@ class SequenceEvaluation(PolicyEvaluation):
 
     def distribution(self, policy: Any, samples: PhaseSamples) -> Any:
         latent_pi = self._latent_pi(policy, samples.observations, *_cut(samples))
-        return _distribution(policy, latent_pi, samples.action_masks)
+        return _distribution(policy, latent_pi, samples.further.get(_MASKS))
 
     def evaluate_auxiliary(self, policy: Any, samples: PhaseSamples) -> tuple[Any, th.Tensor, th.Tensor]:
         latent_pi, latent_vf = self._latents(policy, samples.observations, *_cut(samples))
         values, aux_values = policy.value_net(latent_vf), policy.aux_value_net(latent_pi)
-        return _distribution(policy, latent_pi, samples.action_masks), values.flatten(), aux_values.flatten()
+        distribution = _distribution(policy, latent_pi, samples.further.get(_MASKS))
+        return distribution, values.flatten(), aux_values.flatten()
 
     def predict_values(self, policy: Any, buffer: Any, indices: slice) -> th.Tensor:
         return self._family.predict_values(policy, buffer, indices)
@@ -213,9 +215,8 @@ class SequenceEvaluation(PolicyEvaluation):
 
     @staticmethod
     def _latent_pi(policy: Any, observations: Any, sequences: Sequences, states: list[th.Tensor]) -> th.Tensor:
-        features = policy.extract_features(observations)
-        pi_features = features if policy.share_features_extractor else features[0]
-        latent = sequences.outputs(policy.lstm_actor, pi_features, (states[0], states[1]))
+        features = BasePolicy.extract_features(policy, observations, policy.pi_features_extractor)
+        latent = sequences.outputs(policy.lstm_actor, features, (states[0], states[1]))
         return cast(th.Tensor, policy.mlp_extractor.forward_actor(latent))
 
     @staticmethod
@@ -243,9 +244,12 @@ class SequenceEngine(FusedEngine):
 
     def __init__(self, iteration: Iteration) -> None:
         super().__init__(iteration)
-        iteration.evaluation = SequenceEvaluation(iteration.evaluation)
-        if iteration.source is not None:
-            iteration.source = SequenceMinibatches(cast(Any, iteration.source).buffer)
+        try:
+            if iteration.source is not None:
+                iteration.source = SequenceMinibatches(cast(Any, iteration.source).buffer)
+            iteration.evaluation = SequenceEvaluation(iteration.evaluation)
+        except th.OutOfMemoryError:
+            warn_too_large(cast(Any, iteration.source).buffer)  # it goes on as the fused engine
 
 
 def unknown_recurrent(policy: Any) -> str | None:

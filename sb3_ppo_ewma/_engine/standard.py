@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from sb3_ppo_ewma._engine.fused import FusedEngine
 from sb3_ppo_ewma._engine.iteration import AuxiliaryEvaluation, AuxiliaryMinibatch, Iteration, Objective
-from sb3_ppo_ewma._engine.recognition import takes_channels_last
+from sb3_ppo_ewma._engine.recognition import hooks, takes_channels_last, unknown_modules
 from sb3_ppo_ewma.distributions import ClosedForm, GaussianForm, Parameters, closed_form
 from sb3_ppo_ewma.evaluation import Evaluation, Minibatch, averaged_parameters
 from sb3_ppo_ewma.ewma import ParameterEwma
@@ -117,6 +117,9 @@ class StandardEngine(FusedEngine):
         super().__init__(iteration)
         self.standard = StandardPolicy(iteration.policy)
         self.form = self.standard.form
+        policy = iteration.policy
+        # The reference evaluates the critic under every policy. Code of others may notice, or draw random numbers.
+        self._evaluates_critic = (unknown_modules(policy) or hooks(policy.modules())) is not None
 
     def evaluate(self, minibatch: Minibatch, objective: Objective) -> Evaluation:
         iteration, samples = self.iteration, minibatch.samples
@@ -137,9 +140,11 @@ class StandardEngine(FusedEngine):
         """
         :param average: parameters to put in place of the policy's
         :param observations: observations of a minibatch
-        :return: parameters of the action distributions, without the critic
+        :return: parameters of the action distributions, where nobody notices without the critic
         """
         with averaged_parameters(self.iteration.policy, average):
+            if self._evaluates_critic:
+                return self.standard.parameters(self.standard.outputs(observations)[0])
             return self.standard.parameters(self.standard.action_outputs(observations))
 
     def evaluate_auxiliary(self, minibatch: AuxiliaryMinibatch) -> AuxiliaryEvaluation:

@@ -11,6 +11,7 @@ from sb3_ppo_ewma.contrib.algorithms import (
     RecurrentPPGEWMA,
     RecurrentPPOEWMA,
 )
+from sb3_ppo_ewma.contrib.callbacks import MaskedEvalCallback, WithMasks
 
 __all__ = [
     "MaskablePPG",
@@ -19,7 +20,9 @@ __all__ = [
     "MaskableRecurrentPPG",
     "MaskableRecurrentPPGEWMA",
     "MaskableRecurrentPPOEWMA",
+    "MaskedEvalCallback",
     "RecurrentPPG",
     "RecurrentPPGEWMA",
     "RecurrentPPOEWMA",
+    "WithMasks",
 ]

@@ -18,16 +18,20 @@ from sb3_contrib.common.maskable.buffers import (
 from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
 from sb3_contrib.common.recurrent.type_aliases import RNNStates
 from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import MaybeCallback
 
-from sb3_ppo_ewma._arguments import check_policy_class
+from sb3_ppo_ewma._arguments import check_policy_class, warn_caller
 from sb3_ppo_ewma.contrib import policies
 from sb3_ppo_ewma.contrib.evaluation import MaskableEvaluation, MaskableRecurrentEvaluation, RecurrentEvaluation
-from sb3_ppo_ewma.contrib.masking import MaskedCollection, check_masks
+from sb3_ppo_ewma.contrib.masking import MaskedCollection, checked_masks
 from sb3_ppo_ewma.evaluation import PolicyEvaluation
 from sb3_ppo_ewma.ppg import AuxiliaryPhaseMixin, EwmaDefaultMixin
 from sb3_ppo_ewma.ppo_ewma import EwmaMixin
+
+# Of MaskablePPO.collect_rollouts(), the last of which is use_masking
+_N_COLLECT_ARGUMENTS = 5
 
 SelfMaskable = TypeVar("SelfMaskable", bound="MaskableMixin")
 
@@ -72,9 +76,12 @@ class RecurrentMixin(EwmaMixin):
     _own_states: ClassVar[tuple[str, ...]] = (*EwmaMixin._own_states, "lstm_state")
     _silent_states: ClassVar[frozenset[str]] = EwmaMixin._silent_states | {"lstm_state"}
     policy_evaluation: ClassVar[PolicyEvaluation] = RecurrentEvaluation()
+    _has_masks: ClassVar[bool] = False
 
     def _setup_model(self) -> None:
         check_policy_class(self, RecurrentActorCriticPolicy, "which has an LSTM")
+        if issubclass(cast(type, self.policy_class), policies.MaskedRecurrentMixin) and not self._has_masks:
+            warn_caller(f"{type(self).__name__} takes no action masks, which its policy was made for")
         super()._setup_model()
         self.lstm_state = LstmState(self)
 
@@ -140,8 +147,7 @@ class MaskableMixin(EwmaMixin):
         :raises ValueError: if no action is valid in one of the environments
         """
         if action_masks is not None:
-            masks = np.atleast_2d(np.asarray(action_masks))
-            check_masks(masks, self.action_space, lambda index: f"environment {index[0]}")
+            checked_masks(action_masks, self.action_space, lambda index: f"environment {index}")
         policy: Any = self.policy
         result = policy.predict(observation, state, episode_start, deterministic, action_masks=action_masks)
         return cast(tuple[np.ndarray, tuple[np.ndarray, ...] | None], result)
@@ -151,8 +157,18 @@ class MaskableRecurrentMixin(MaskableMixin, RecurrentMixin):
     """What an algorithm with LSTM policies and action masks adds. Place it first, before ``MaskedCollection``."""
 
     policy_evaluation: ClassVar[PolicyEvaluation] = MaskableRecurrentEvaluation()
+    _has_masks: ClassVar[bool] = True
     # What learn() was given
     _use_masking = True
+
+    def to_ppo(self) -> OnPolicyAlgorithm:
+        """
+        As in :class:`~sb3_ppo_ewma.EwmaMixin`.
+
+        :return: ``RecurrentPPO``, which takes no action masks, with a warning; its policy's ``predict`` does
+        """
+        warn_caller("RecurrentPPO takes no action masks: it collects and trains without them")
+        return super().to_ppo()
 
     def _setup_model(self) -> None:
         check_policy_class(self, policies.MaskedRecurrentMixin, "which takes action masks")
@@ -166,7 +182,8 @@ class MaskableRecurrentMixin(MaskableMixin, RecurrentMixin):
         :param kwargs: keyword arguments of ``MaskablePPO``'s method
         :return: False when a callback ended the collection
         """
-        kwargs.setdefault("use_masking", self._use_masking)
+        if len(args) < _N_COLLECT_ARGUMENTS:
+            kwargs.setdefault("use_masking", self._use_masking)
         return super().collect_rollouts(*args, **kwargs)
 
 
@@ -216,6 +233,9 @@ class RecurrentPPG(RecurrentMixin, AuxiliaryPhaseMixin, RecurrentPPO):
     with; ``aux_batch_size`` is rounded down to a number of them, at least one.
     """
 
+    # Both mixins add one to those of the core.
+    _own_states: ClassVar[tuple[str, ...]] = (*AuxiliaryPhaseMixin._own_states, "lstm_state")
+    _head: ClassVar[type] = policies.RecurrentHeadMixin
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
         "MlpLstmPolicy": policies.RecurrentPPGPolicy,
         "CnnLstmPolicy": policies.RecurrentPPGCnnPolicy,
@@ -230,6 +250,7 @@ class MaskablePPG(MaskableMixin, AuxiliaryPhaseMixin, MaskablePPO):
     :class:`~sb3_ppo_ewma.PPG`.
     """
 
+    _head: ClassVar[type] = policies.MaskablePPGPolicy
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
         "MlpPolicy": policies.MaskablePPGPolicy,
         "CnnPolicy": policies.MaskablePPGCnnPolicy,
@@ -240,6 +261,8 @@ class MaskablePPG(MaskableMixin, AuxiliaryPhaseMixin, MaskablePPO):
 class MaskableRecurrentPPG(MaskableRecurrentMixin, AuxiliaryPhaseMixin, MaskedCollection, RecurrentPPO):  # type: ignore[misc]  # learn()
     """PPG with LSTM policies and invalid-action masks: :class:`RecurrentPPG` and :class:`MaskablePPG` in one."""
 
+    _own_states: ClassVar[tuple[str, ...]] = RecurrentPPG._own_states
+    _head: ClassVar[type] = policies.RecurrentHeadMixin
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
         "MlpLstmPolicy": policies.MaskedRecurrentPPGPolicy,
         "CnnLstmPolicy": policies.MaskedRecurrentPPGCnnPolicy,

@@ -3,7 +3,17 @@
 from typing import Any, ClassVar, cast
 
 import torch as th
-from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
+from sb3_contrib.common.maskable.distributions import (
+    MaskableBernoulliDistribution,
+    MaskableCategoricalDistribution,
+    MaskableMultiCategoricalDistribution,
+)
+from sb3_contrib.common.maskable.policies import (
+    MaskableActorCriticCnnPolicy,
+    MaskableActorCriticPolicy,
+    MaskableMultiInputActorCriticPolicy,
+)
+from sb3_contrib.common.recurrent import buffers as recurrent_buffers
 from sb3_contrib.common.recurrent.buffers import RecurrentDictRolloutBuffer, RecurrentRolloutBuffer
 from sb3_contrib.common.recurrent.policies import (
     RecurrentActorCriticCnnPolicy,
@@ -14,14 +24,27 @@ from sb3_contrib.common.recurrent.type_aliases import RNNStates
 from stable_baselines3.common.utils import obs_as_tensor
 from torch import nn
 
-from sb3_ppo_ewma._engine.recognition import hooks, overridden_method, rely_on, replaced_in, replaced_method
+from sb3_ppo_ewma._engine.recognition import (
+    FILLED_BY_SB3,
+    hooks,
+    overridden_method,
+    patched_classes,
+    rely_on,
+    replaced_in,
+    replaced_method,
+    unknown_extractors,
+    unknown_module,
+)
 from sb3_ppo_ewma._engine.sequences import unknown_recurrent
 from sb3_ppo_ewma.contrib import policies
 from sb3_ppo_ewma.contrib.masking import (
+    MaskedCategoricalDistribution,
+    MaskedMultiCategoricalDistribution,
     MaskedRecurrentDictRolloutBuffer,
     MaskedRecurrentRolloutBuffer,
-    check_masks,
+    checked_masks,
 )
+from sb3_ppo_ewma.distributions import SoftplusDiagGaussianDistribution
 from sb3_ppo_ewma.evaluation import PolicyEvaluation
 from sb3_ppo_ewma.rollouts import LSTM_STATES, Rollout, observations_at
 
@@ -33,12 +56,21 @@ _RECURRENT = (
     *(policies.MaskedLstmPolicy, policies.MaskedCnnLstmPolicy, policies.MaskedMultiInputLstmPolicy),
     *(RecurrentActorCriticCnnPolicy, RecurrentMultiInputActorCriticPolicy, RecurrentActorCriticPolicy),
 )
-_KNOWN = frozenset(base for policy in _RECURRENT for base in policy.__mro__)
+_MASKABLE = (
+    *(policies.MaskablePPGCnnPolicy, policies.MaskablePPGMultiInputPolicy, policies.MaskablePPGPolicy),
+    *(MaskableActorCriticCnnPolicy, MaskableMultiInputActorCriticPolicy, MaskableActorCriticPolicy),
+)
+_KNOWN = frozenset(base for policy in (*_RECURRENT, *_MASKABLE) for base in policy.__mro__)
+_DISTRIBUTIONS = (
+    *(*FILLED_BY_SB3, SoftplusDiagGaussianDistribution),
+    *(MaskedCategoricalDistribution, MaskedMultiCategoricalDistribution, MaskableCategoricalDistribution),
+    *(MaskableMultiCategoricalDistribution, MaskableBernoulliDistribution),
+)
 _BUFFERS = (
     *(RecurrentRolloutBuffer, RecurrentDictRolloutBuffer),
     *(MaskedRecurrentRolloutBuffer, MaskedRecurrentDictRolloutBuffer),
 )
-rely_on({*_KNOWN, nn.LSTM, *(base for buffer in _BUFFERS for base in buffer.__mro__)})
+rely_on({*_KNOWN, nn.LSTM, recurrent_buffers, *(base for buffer in _BUFFERS for base in buffer.__mro__)})
 
 
 class MaskableEvaluation(PolicyEvaluation):
@@ -51,18 +83,21 @@ class MaskableEvaluation(PolicyEvaluation):
         return args, {**kwargs, "action_masks": samples.action_masks}
 
     def log_prob(self, policy: Any, samples: Any, actions: th.Tensor) -> th.Tensor:
-        if _evaluates_in_its_own_way(policy, MaskableActorCriticPolicy):
-            return super().log_prob(policy, samples, actions)
         return cast(th.Tensor, self.distribution(policy, samples).log_prob(actions))
 
     def distribution(self, policy: Any, samples: Any) -> Any:
         return policy.get_distribution(samples.observations, action_masks=samples.action_masks)
 
+    def may_skip_critic(self, policy: Any) -> bool:
+        return _is_ordinary(policy, _MASKABLE)
+
     def collected_rollout(self, model: Any) -> Rollout:
-        check_masks(
-            model.rollout_buffer.action_masks,
+        # MaskablePPO's collection does not look at them.
+        buffer = model.rollout_buffer
+        checked_masks(
+            buffer.action_masks,
             model.action_space,
-            lambda index: f"environment {index[1]} at step {index[0]} of the rollout",
+            lambda index: f"environment {index % buffer.n_envs} at step {index // buffer.n_envs} of the rollout",
         )
         return super().collected_rollout(model)
 
@@ -78,8 +113,6 @@ class RecurrentEvaluation(PolicyEvaluation):
         return (rnn_states(samples), samples.episode_starts.flatten()), kwargs
 
     def log_prob(self, policy: Any, samples: Any, actions: th.Tensor) -> th.Tensor:
-        if _evaluates_in_its_own_way(policy, RecurrentActorCriticPolicy):
-            return super().log_prob(policy, samples, actions)
         return cast(th.Tensor, self.distribution(policy, samples).log_prob(actions))
 
     def distribution(self, policy: Any, samples: Any) -> Any:
@@ -87,20 +120,16 @@ class RecurrentEvaluation(PolicyEvaluation):
         distribution, _ = policy.get_distribution(samples.observations, states.pi, episode_starts, **kwargs)
         return distribution
 
+    def may_skip_critic(self, policy: Any) -> bool:
+        return _is_ordinary(policy, _RECURRENT)
+
     def padding_mask(self, samples: Any) -> th.Tensor | None:
         return cast(th.Tensor, samples.mask > 1e-8)
 
     def unknown_sequences(self, policy: Any) -> str | None:
-        cls = type(policy)
-        known = next((base for base in cls.__mro__ if base in _RECURRENT), None)
-        if known is None:
-            return f"{cls.__name__} is not derived from RecurrentActorCriticPolicy"
-        if policy._compiled_call_impl is not None:
-            return "the policy is compiled"
-        replaced = replaced_method(policy)
-        if replaced is not None:
-            return f"{replaced} of the policy was replaced"
-        return overridden_method(cls, known, _KNOWN) or unknown_recurrent(policy)
+        if type(self) not in (RecurrentEvaluation, MaskableRecurrentEvaluation) or vars(self):
+            return f"policies are evaluated by {type(self).__name__}"
+        return _unknown_policy(policy, _RECURRENT) or unknown_recurrent(policy)
 
     def unknown_sequence_buffer(self, buffer: Any) -> str | None:
         if type(buffer) not in _BUFFERS:
@@ -136,8 +165,8 @@ class MaskableRecurrentEvaluation(MaskableEvaluation, RecurrentEvaluation):
 
     step_fields: ClassVar[tuple[str, ...]] = (*MaskableEvaluation.step_fields, *RecurrentEvaluation.step_fields)
 
-    def log_prob(self, policy: Any, samples: Any, actions: th.Tensor) -> th.Tensor:
-        return RecurrentEvaluation.log_prob(self, policy, samples, actions)
+    def may_skip_critic(self, policy: Any) -> bool:
+        return RecurrentEvaluation.may_skip_critic(self, policy)
 
     def distribution(self, policy: Any, samples: Any) -> Any:
         return RecurrentEvaluation.distribution(self, policy, samples)
@@ -152,21 +181,34 @@ def rnn_states(samples: Any) -> RNNStates:
     return states if isinstance(states, RNNStates) else RNNStates((states[0], states[1]), (states[2], states[3]))
 
 
-def _evaluates_in_its_own_way(policy: Any, sb3s: type[Any]) -> bool:
+def _unknown_policy(policy: Any, known_policies: tuple[Any, ...]) -> str | None:
     """
     :param policy: any policy
-    :param sb3s: the class of sb3-contrib it derives from
-    :return: whether its log-probabilities may be others than those of ``get_distribution``
+    :param known_policies: classes whose code is known, those derived from others first
+    :return: what of it is not theirs, apart from its modules; ``None`` if all is
     """
-    names = ("evaluate_actions", "extract_features", "get_distribution", "_get_action_dist_from_latent")
     cls = type(policy)
-    ours = policies.MaskedRecurrentMixin
-    is_changed = any(
-        getattr(cls, name, None) not in (getattr(sb3s, name), vars(ours).get(name, getattr(sb3s, name)))
-        for name in names
-    )
-    return (
-        is_changed
-        or replaced_method(policy) is not None
-        or (replaced_in([policy.mlp_extractor]) or hooks([policy.mlp_extractor])) is not None
-    )
+    known = next((base for base in cls.__mro__ if base in known_policies), None)
+    if known is None:
+        return f"{cls.__name__} is not derived from {known_policies[-1].__name__}"
+    if policy._compiled_call_impl is not None:
+        return "the policy is compiled"
+    replaced = replaced_method(policy)
+    if replaced is not None:
+        return f"{replaced} of the policy was replaced"
+    distribution = policy.action_dist
+    if type(distribution) not in _DISTRIBUTIONS or replaced_method(distribution) is not None:
+        return f"the distribution is a {type(distribution).__name__}, or a method of it was replaced"
+    return overridden_method(cls, known, _KNOWN) or unknown_extractors(policy)
+
+
+def _is_ordinary(policy: Any, known_policies: tuple[Any, ...]) -> bool:
+    """
+    :param policy: any policy
+    :param known_policies: classes whose code is known
+    :return: whether nobody notices when its critic is not evaluated
+    """
+    lstms = [module for module in policy.modules() if type(module) is nn.LSTM]
+    others = [module for module in policy.modules() if module is not policy and module not in lstms]
+    unknown = patched_classes() or _unknown_policy(policy, known_policies) or unknown_module(others)
+    return (unknown or replaced_in(lstms) or hooks(policy.modules())) is None

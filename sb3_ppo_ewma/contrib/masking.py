@@ -1,7 +1,6 @@
 """Invalid-action masks for recurrent policies: distributions, rollout buffers and the collection that fills them."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
@@ -12,8 +11,11 @@ from sb3_contrib.common.recurrent.buffers import RecurrentDictRolloutBuffer, Rec
 from sb3_contrib.common.recurrent.type_aliases import RNNStates
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.distributions import CategoricalDistribution, MultiCategoricalDistribution
+from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
 from torch.distributions import Categorical
+
+from sb3_ppo_ewma.rollouts import is_finite
 
 SelfCategorical = TypeVar("SelfCategorical", bound="MaskedCategoricalDistribution")
 SelfMultiCategorical = TypeVar("SelfMultiCategorical", bound="MaskedMultiCategoricalDistribution")
@@ -128,21 +130,29 @@ def _as_mask(masks: Any, logits: th.Tensor) -> th.Tensor:
     return th.as_tensor(masks, dtype=th.bool, device=logits.device).reshape(logits.shape)
 
 
-def check_masks(masks: np.ndarray, space: spaces.Space[Any], where: Callable[[tuple[int, ...]], str]) -> None:
+def checked_masks(masks: Any, space: spaces.Space[Any], where: Callable[[int], str]) -> np.ndarray:
     """
-    :param masks: (..., n) masks, True for valid values
+    :param masks: masks, True for valid values
     :param space: action space
-    :param where: says in words which mask has an index
-    :raises ValueError: if a mask leaves no valid value of an action
+    :param where: says in words where a mask of a number comes from
+    :return: (number of masks, n) the masks
+    :raises ValueError: if they have another size, are not numbers, or one leaves no valid value of an action
     """
-    start = 0
-    for i, size in enumerate(mask_sizes(space)):
-        is_empty = ~masks[..., start : start + size].astype(bool).any(axis=-1)
+    sizes, array = mask_sizes(space), np.asarray(masks)
+    if array.dtype.kind not in "biuf" or array.size == 0 or array.size % sum(sizes) or not is_finite(array):
+        raise ValueError(
+            f"action_masks must be {sum(sizes)} numbers or booleans for every environment, as the action space is "
+            f"{space}, got {array}"
+        )
+    array, start = array.reshape(-1, sum(sizes)), 0
+    for i, size in enumerate(sizes):
+        is_empty = ~array[:, start : start + size].astype(bool).any(axis=1)
         if is_empty.any():
-            index = tuple(int(each) for each in np.argwhere(is_empty)[0])
             of_action = "" if isinstance(space, spaces.Discrete) else f" for action {i}"
-            raise ValueError(f"action_masks must leave a valid action, {where(index)} has none{of_action}")
+            place = where(int(is_empty.argmax()))
+            raise ValueError(f"action_masks must leave a valid action, {place} has none{of_action}")
         start += size
+    return array
 
 
 class MaskedSequenceSamples(NamedTuple):
@@ -169,8 +179,6 @@ class MaskedSequencesMixin:
     """
 
     action_masks: np.ndarray
-    # Masks of the step that is being made
-    pending_masks: np.ndarray | None = None
 
     def reset(self) -> None:
         """Clear the buffer."""
@@ -178,19 +186,17 @@ class MaskedSequencesMixin:
         buffer.reset()
         own = cast(RecurrentRolloutBuffer, self)
         self.action_masks = np.ones((own.buffer_size, own.n_envs, sum(mask_sizes(own.action_space))), np.float32)
-        self.pending_masks = None
 
-    def add(self, *args: Any, **kwargs: Any) -> None:
+    def add(self, *args: Any, action_masks: np.ndarray | None = None, **kwargs: Any) -> None:
         """
-        Add a step, with the masks in ``pending_masks``.
+        Add a step.
 
         :param args: positional arguments of the buffer's method
+        :param action_masks: (n_envs, n) masks of its observations; ``None``: all actions are valid
         :param kwargs: keyword arguments of the buffer's method
         """
-        if self.pending_masks is not None:
-            position = cast(RecurrentRolloutBuffer, self).pos
-            self.action_masks[position] = self.pending_masks.reshape(self.action_masks.shape[1:])
-            self.pending_masks = None
+        if action_masks is not None:
+            self.action_masks[cast(RecurrentRolloutBuffer, self).pos] = action_masks
         buffer: Any = super()
         buffer.add(*args, **kwargs)
 
@@ -222,10 +228,7 @@ class MaskedRecurrentDictRolloutBuffer(MaskedSequencesMixin, RecurrentDictRollou
 
 
 class MaskedCollection:
-    """
-    Lets sb3-contrib's ``RecurrentPPO`` collect with masks. Place it before it. Its loop calls the policy, which takes
-    the masks of the step from the environments, and then the buffer, which stores them.
-    """
+    """Collects with masks for sb3-contrib's ``RecurrentPPO``. Place it before it."""
 
     def _setup_model(self) -> None:
         algorithm: Any = super()
@@ -269,12 +272,72 @@ class MaskedCollection:
         :return: False when a callback ended the collection
         :raises ValueError: if the environments have no masks, or one of them leaves no valid action
         """
-        model, collect = cast(Any, self), cast(Any, super()).collect_rollouts
+        model = cast(Any, self)
+        if not isinstance(rollout_buffer, MaskedSequencesMixin):
+            raise ValueError(f"the rollout buffer must have MaskedSequencesMixin, got {type(rollout_buffer).__name__}")
         if not use_masking:
+            collect = cast(Any, super()).collect_rollouts
             return cast(bool, collect(env, callback, rollout_buffer, n_rollout_steps))
         check_supports_masks(env)
-        with model.policy.masks_from(partial(_masks_of_step, env, rollout_buffer)):
-            return cast(bool, collect(env, callback, rollout_buffer, n_rollout_steps))
+        model.policy.set_training_mode(False)
+        rollout_buffer.reset()
+        callback.on_rollout_start()
+        lstm_states = model._last_lstm_states
+        for n_steps in range(n_rollout_steps):
+            action_masks = _masks_of(env, model.action_space, n_steps)
+            obs_tensor = obs_as_tensor(model._last_obs, model.device)
+            episode_starts = _flags(model._last_episode_starts, model.device)
+            with th.no_grad():
+                actions, values, log_probs, lstm_states = model.policy(
+                    obs_tensor, lstm_states, episode_starts, action_masks=action_masks
+                )
+            actions = actions.cpu().numpy()
+            new_obs, rewards, dones, infos = env.step(actions)
+            model.num_timesteps += env.num_envs
+            # Named as in RecurrentPPO, for callbacks
+            callback.update_locals({**locals(), "n_steps": n_steps, "clipped_actions": actions})
+            if not callback.on_step():
+                return False
+            model._update_info_buffer(infos, dones)
+            for index in np.flatnonzero(dones):
+                rewards[index] += model.gamma * _value_of_cut_episode(model.policy, infos[index], lstm_states, index)
+            cast(Any, rollout_buffer).add(
+                model._last_obs,
+                actions.reshape(-1, 1) if isinstance(model.action_space, spaces.Discrete) else actions,
+                rewards,
+                model._last_episode_starts,
+                values,
+                log_probs,
+                lstm_states=model._last_lstm_states,
+                action_masks=action_masks,
+            )
+            model._last_obs, model._last_episode_starts, model._last_lstm_states = new_obs, dones, lstm_states
+        with th.no_grad():
+            observations, starts = obs_as_tensor(cast(Any, new_obs), model.device), _flags(dones, model.device)
+            last_values = model.policy.predict_values(observations, lstm_states.vf, starts)
+        cast(Any, rollout_buffer).compute_returns_and_advantage(last_values=last_values, dones=dones)
+        callback.on_rollout_end()
+        return True
+
+
+def _flags(flags: Any, device: th.device) -> th.Tensor:
+    return th.tensor(flags, dtype=th.float32, device=device)
+
+
+def _value_of_cut_episode(policy: Any, info: dict[str, Any], lstm_states: RNNStates, index: Any) -> Any:
+    """
+    :param policy: the policy
+    :param info: of the last step of an episode
+    :param lstm_states: hidden and cell states after that step
+    :param index: number of the environment
+    :return: value of the last observation of an episode that a time limit cut, 0 of any other
+    """
+    observation = info.get("terminal_observation")
+    if observation is None or not info.get("TimeLimit.truncated", False):
+        return 0.0
+    states = tuple(state[:, index : index + 1].contiguous() for state in lstm_states.vf)
+    with th.no_grad():
+        return policy.predict_values(policy.obs_to_tensor(observation)[0], states, _flags([False], policy.device))[0]
 
 
 def check_supports_masks(env: Any) -> None:
@@ -289,13 +352,17 @@ def check_supports_masks(env: Any) -> None:
         )
 
 
-def _masks_of_step(env: VecEnv, buffer: MaskedSequencesMixin) -> np.ndarray:
+def _masks_of(env: VecEnv, space: spaces.Space[Any], step: int) -> np.ndarray:
     """
     :param env: the training environments
-    :param buffer: buffer that the step will be added to
-    :return: (n_envs, n) masks of the observations that the environments returned last
+    :param space: their action space
+    :param step: of the rollout
+    :return: (n_envs, n) masks of the observations that they returned last
+    :raises ValueError: as :func:`checked_masks`
     """
-    if buffer.pending_masks is None:  # else a callback calls the policy before the step is stored
-        buffer.pending_masks = get_action_masks(env)
-        check_masks(buffer.pending_masks, env.action_space, lambda index: f"environment {index[0]}")
-    return buffer.pending_masks
+    masks = checked_masks(
+        get_action_masks(env), space, lambda index: f"environment {index} at step {step} of the rollout"
+    )
+    if len(masks) != env.num_envs:
+        raise ValueError(f"action_masks must be those of {env.num_envs} environments, got {len(masks)}")
+    return masks

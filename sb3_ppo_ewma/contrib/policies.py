@@ -1,7 +1,7 @@
 """Policies for the families of sb3-contrib: recurrent ones with masks, and both with an auxiliary value head."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, cast
 
 import numpy as np
@@ -36,7 +36,6 @@ class MaskedRecurrentMixin(RecurrentActorCriticPolicy):
     """
 
     _action_masks: Any = None
-    _mask_source: Callable[[], np.ndarray] | None = None
 
     def _build(self, lr_schedule: Schedule) -> None:
         self.action_dist = masked_distribution(self.action_space)
@@ -47,19 +46,6 @@ class MaskedRecurrentMixin(RecurrentActorCriticPolicy):
         :return: a new features extractor
         """
         return _with_integer_dimension(super().make_features_extractor())
-
-    @contextlib.contextmanager
-    def masks_from(self, source: Callable[[], np.ndarray]) -> Iterator[None]:
-        """
-        Within this context, a call of the policy without masks takes them from a function.
-
-        :param source: gives the masks
-        """
-        self._mask_source = source
-        try:
-            yield
-        finally:
-            self._mask_source = None
 
     @contextlib.contextmanager
     def masked(self, action_masks: Any) -> Iterator[None]:
@@ -96,8 +82,6 @@ class MaskedRecurrentMixin(RecurrentActorCriticPolicy):
         :param action_masks: (batch, n) the masks
         :return: actions, values, log-probabilities, new states
         """
-        if action_masks is None and self._mask_source is not None:
-            action_masks = self._mask_source()
         with self.masked(action_masks):
             return super().forward(obs, lstm_states, episode_starts, deterministic)
 

@@ -12,8 +12,9 @@ __all__ = ["main", "register"]
 
 def register() -> None:
     """
-    Add ``ppo_ewma``, ``ppo_lstm_ewma``, ``ppg`` and ``ppg_ewma`` to rl-zoo3, with their hyper-parameters, Optuna search
-    spaces and converters, and our features extractors by name. If MinAtar is installed, register its games with
+    Add our algorithms to rl-zoo3 under the names in ``zoo.algorithms``, and sb3-contrib's ``MaskablePPO`` as
+    ``ppo_mask``, with their hyper-parameters, Optuna search spaces and converters, and our features extractors by name.
+    Evaluate masked algorithms with the masks of their environments. If MinAtar is installed, register its games with
     gymnasium. Apply :mod:`sb3_ppo_ewma.zoo.patches`, repairs of rl-zoo3 that all its algorithms profit from.
 
     Call it before the zoo builds its argument parser. A second call changes nothing.

@@ -91,8 +91,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=PROG,
         usage=f"{PROG} SCRIPT [ARGUMENTS ...]",
-        description="Run a script of rl-zoo3 with ppo_ewma, ppo_lstm_ewma, ppg and ppg_ewma in addition to its own "
-        "algorithms.",
+        description="Run a script of rl-zoo3 with its own algorithms, and with PPO-EWMA, PPG and PPG-EWMA, also "
+        "recurrent and with action masks.",
         epilog=f"scripts:\n{scripts}\n\n"
         f"'{PROG} SCRIPT --help' lists the arguments of a script. {TRACEBACK_VARIABLE}=1 in the\n"
         "environment shows the traceback of every error.",
@@ -105,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
 def _run(script: str, arguments: list[str]) -> None:
     importlib.import_module("rl_zoo3")  # first: without it, name it rather than a package that it would install
     # Imported here, so that --help works without rl_zoo3.
-    from sb3_ppo_ewma.zoo import child_processes, data_parallel, hub, options, registration, vec_envs
+    from sb3_ppo_ewma.zoo import action_masks, child_processes, data_parallel, hub, options, registration, vec_envs
     from sb3_ppo_ewma.zoo.patches import ffmpeg_status, script_patches
 
     registration.register()
@@ -120,6 +120,7 @@ def _run(script: str, arguments: list[str]) -> None:
     with contextlib.ExitStack() as stack:
         stack.enter_context(child_processes.redirect_child_scripts())
         stack.enter_context(script_patches())
+        stack.enter_context(action_masks.evaluating(None))  # forget the script's environment when it ends
         if script == "train" and not wants_help:
             stack.enter_context(data_parallel.process_group())
         if script in options.SCRIPTS:

@@ -21,7 +21,7 @@ from rl_zoo3.hyperparams_opt import HYPERPARAMS_SAMPLER
 
 from sb3_ppo_ewma._arguments import check_integer
 from sb3_ppo_ewma.zoo import options
-from sb3_ppo_ewma.zoo.algorithms import ALGORITHMS, hyperparameter_file
+from sb3_ppo_ewma.zoo.algorithms import ALGORITHMS, BASELINES, hyperparameter_file
 from sb3_ppo_ewma.zoo.patches._replace import AnyFunction, replace_function
 from sb3_ppo_ewma.zoo.rescaling import tuned_number_of_envs
 from sb3_ppo_ewma.zoo.search_space import BUDGET, N_ENVS
@@ -47,7 +47,8 @@ def _init(upstream: AnyFunction, manager: Any, *args: Any, **kwargs: Any) -> Non
     upstream(manager, *args, **kwargs)
     default = Path(exp_manager.__file__).parent / "hyperparams" / f"{manager.algo}.yml"
     # Without --conf-file, upstream looks in its own folder. Our files are elsewhere.
-    if manager.algo in ALGORITHMS and Path(manager.config) == default:
+    is_ours = manager.algo in ALGORITHMS or (manager.algo in BASELINES and not default.is_file())
+    if is_ours and Path(manager.config) == default:
         manager.config = str(hyperparameter_file(manager.algo))
     # --conf-file ppo_ewma_tuned.yml: the name of one of our files, unless the user has a file of that name
     elif manager.config.endswith(".yml") and not Path(manager.config).exists():

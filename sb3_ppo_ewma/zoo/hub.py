@@ -15,7 +15,7 @@ import huggingface_hub.repocard
 import rl_zoo3.utils
 from huggingface_sb3 import EnvironmentName, ModelName
 
-from sb3_ppo_ewma.zoo.algorithms import ALGORITHMS
+from sb3_ppo_ewma.zoo.algorithms import ALGORITHMS, BASELINES
 from sb3_ppo_ewma.zoo.patches._replace import AnyFunction, replace_function
 
 
@@ -42,7 +42,7 @@ def _metadata_save(upstream: AnyFunction, local_path: Any, data: dict[str, Any])
 
 def _get_hf_trained_models(upstream: AnyFunction, *args: Any, **kwargs: Any) -> dict[str, tuple[str, str]]:
     # Upstream uses the lower-case name of the class as the name of the algorithm.
-    names = {algorithm.__name__.lower(): name for name, algorithm in ALGORITHMS.items()}
+    names = {algorithm.__name__.lower(): name for name, algorithm in {**ALGORITHMS, **BASELINES}.items()}
     models = [(names.get(algo, algo), env_id) for algo, env_id in upstream(*args, **kwargs).values()]
     return {ModelName(algo, EnvironmentName(env_id)): (algo, env_id) for algo, env_id in models}
 

@@ -9,8 +9,8 @@ from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
 from rl_zoo3.utils import ALGOS
 
 from sb3_ppo_ewma.networks import FEATURES_EXTRACTORS
-from sb3_ppo_ewma.zoo import data_parallel, experiment, vec_envs
-from sb3_ppo_ewma.zoo.algorithms import ALGORITHMS
+from sb3_ppo_ewma.zoo import action_masks, data_parallel, experiment, vec_envs
+from sb3_ppo_ewma.zoo.algorithms import ALGORITHMS, BASELINES
 from sb3_ppo_ewma.zoo.patches import apply_patches
 from sb3_ppo_ewma.zoo.search_space import SEARCH_SPACES
 
@@ -20,7 +20,7 @@ _MINATAR_GAMES = ("asterix", "breakout", "freeway", "seaquest", "space_invaders"
 def register() -> None:
     """See :func:`sb3_ppo_ewma.zoo.register`."""
     # The zoo's modules share these three dictionaries: change them in place.
-    for name, algorithm in ALGORITHMS.items():
+    for name, algorithm in {**ALGORITHMS, **BASELINES}.items():
         sampler, converter = SEARCH_SPACES[name]
         ALGOS.setdefault(name, algorithm)
         HYPERPARAMS_SAMPLER.setdefault(name, sampler)
@@ -28,6 +28,7 @@ def register() -> None:
     apply_patches()
     experiment.install_hooks()
     vec_envs.install_hooks()
+    action_masks.install_hooks()  # after the algorithms are in ALGOS
     data_parallel.install_hooks()  # last: it divides the hyper-parameters that the others return
     _name_features_extractors()
     _register_minatar()

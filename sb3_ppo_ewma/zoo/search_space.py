@@ -3,9 +3,13 @@ Optuna search spaces: the zoo's space for PPO, for comparison with it, plus the 
 
 Every trial samples every parameter, even one without effect under the others: TPE models parameters jointly only if all
 trials have the same space. A converter sees only the parameters of a trial.
+
+A space is made of parts, each with the parameters of one idea: the moving average, the objective, phases, the critic's
+architecture, LSTMs.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import optuna
 from rl_zoo3.hyperparams_opt import convert_onpolicy_params, sample_ppo_params
@@ -20,126 +24,89 @@ N_ENVS = "n_envs"
 # Without that attribute: a common budget of the zoo's short tasks
 _DEFAULT_BUDGET = 100_000
 _PHASES = 4  # the budget is long enough for this number of phases, unless a rollout is longer than a phase may be
+# Hyper-parameters that a trial stores as user attributes, because its parameters have another form
+_SHOWN = ("prox_decay", "n_policy_iterations", "aux_batch_size")
 
-_PPO_EWMA = ("prox_center_of_mass", "objective", "kl_coef")
-_PPG = (
-    "n_policy_iterations_pow",
-    "longest_phase",
-    "n_aux_epochs",
-    "aux_batch_size_pow",
-    "aux_learning_rate",
-    "beta_clone",
-    "critic_arch",
-    "trunk_layers",
-)
+Params = dict[str, Any]
 
 
-def sample_ppo_ewma_params(
-    trial: optuna.Trial, n_actions: int, n_envs: int, additional_args: dict[str, Any]
-) -> dict[str, Any]:
+class Part(NamedTuple):
     """
-    Sampler of ``ppo_ewma`` and ``ppo_lstm_ewma``.
+    Part of a search space.
 
-    :param trial: Optuna's trial
-    :param n_actions: not used, part of the zoo's interface
-    :param n_envs: not used, part of the zoo's interface
-    :param additional_args: not used, part of the zoo's interface
-    :return: keyword arguments of the algorithm
+    :param names: names of its parameters
+    :param suggest: draws the parameters of a trial, given the number of environments
+    :param convert: keyword arguments of the algorithm, given the parameters of a trial and the arguments converted so
+        far
     """
-    sample_ppo_params(trial, n_actions, n_envs, additional_args)
-    _suggest_center_of_mass(trial)
+
+    names: tuple[str, ...]
+    suggest: Callable[[optuna.Trial, int], None]
+    convert: Callable[[Params, Params], Params]
+
+
+class SearchSpace(NamedTuple):
+    """
+    The zoo's parameters for PPO, and those of some parts.
+
+    :param sample: sampler, with the parameters that the zoo passes
+    :param convert: converts the parameters of a trial to the keyword arguments that the sampler returned
+    """
+
+    sample: AnyFunction
+    convert: AnyFunction
+
+
+def search_space(*parts: Part) -> SearchSpace:
+    """
+    :param parts: parts beside the zoo's parameters for PPO, in the order in which they are drawn and converted
+    :return: the space
+    """
+    names = {name for part in parts for name in part.names}
+
+    def sample(trial: optuna.Trial, n_actions: int, n_envs: int, additional_args: Params) -> Params:
+        sample_ppo_params(trial, n_actions, n_envs, additional_args)
+        for part in parts:
+            part.suggest(trial, n_envs)
+        hyperparams = convert(trial.params)
+        for name in _SHOWN:
+            if name in hyperparams:
+                trial.set_user_attr(name, hyperparams[name])
+        return hyperparams
+
+    def convert(sampled_params: Params) -> Params:
+        of_ppo = {name: value for name, value in sampled_params.items() if name not in names}
+        hyperparams: Params = convert_onpolicy_params(of_ppo)
+        for part in parts:
+            hyperparams |= part.convert(sampled_params, hyperparams)
+        return hyperparams
+
+    return SearchSpace(sample, convert)
+
+
+def _suggest_average(trial: optuna.Trial, n_envs: int) -> None:
+    # In gradient steps: the proximal policy is between one minibatch and several iterations old.
+    trial.suggest_float("prox_center_of_mass", 1.0, 1000.0, log=True)
+
+
+def _convert_average(sampled: Params, hyperparams: Params) -> Params:
+    return {"prox_decay": decay_from_center_of_mass(sampled["prox_center_of_mass"])}
+
+
+def _suggest_objective(trial: optuna.Trial, n_envs: int) -> None:
     trial.suggest_categorical("objective", ["clip", "kl"])
     # The paper uses 1.
     trial.suggest_float("kl_coef", 0.1, 10.0, log=True)
-    hyperparams = convert_ppo_ewma_params(trial.params)
-    trial.set_user_attr("prox_decay", hyperparams["prox_decay"])
-    return hyperparams
 
 
-def convert_ppo_ewma_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
-    """
-    :param sampled_params: parameters of a trial
-    :return: keyword arguments of the algorithm, equal to those that the sampler returned
-    """
-    hyperparams = _convert_ppo_params(sampled_params, without=_PPO_EWMA)
-    hyperparams["prox_decay"] = decay_from_center_of_mass(sampled_params["prox_center_of_mass"])
-    if sampled_params["objective"] == "kl":
+def _convert_objective(sampled: Params, hyperparams: Params) -> Params:
+    if sampled["objective"] == "kl":
         # A negative clip range is the zoo's spelling of None.
-        return {**hyperparams, "clip_range": -1.0, "kl_coef": sampled_params["kl_coef"]}
-    return {**hyperparams, "kl_coef": 0.0}
+        return {"clip_range": -1.0, "kl_coef": sampled["kl_coef"]}
+    return {"kl_coef": 0.0}
 
 
-def sample_ppg_params(
-    trial: optuna.Trial, n_actions: int, n_envs: int, additional_args: dict[str, Any]
-) -> dict[str, Any]:
-    """
-    Sampler of ``ppg``. It limits phases so that four of them fit into the budget of a trial.
-
-    :param trial: Optuna's trial, whose user attribute ``n_timesteps`` is the budget
-    :param n_actions: not used, part of the zoo's interface
-    :param n_envs: number of environments
-    :param additional_args: not used, part of the zoo's interface
-    :return: keyword arguments of the algorithm
-    """
-    _suggest_ppg_params(trial, n_actions, n_envs, additional_args)
-    return _with_user_attrs(trial, convert_ppg_params(trial.params))
-
-
-def convert_ppg_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
-    """
-    :param sampled_params: parameters of a trial
-    :return: keyword arguments of the algorithm, equal to those that the sampler returned
-    """
-    hyperparams = _convert_ppo_params(sampled_params, without=_PPG)
-    longest = sampled_params["longest_phase"] // hyperparams["n_steps"]
-    policy_kwargs = hyperparams["policy_kwargs"]
-    policy_net, value_net = (policy_kwargs["net_arch"][name] for name in ("pi", "vf"))  # of equal layers
-    trunk_layers = sampled_params["trunk_layers"]
-    return {
-        **hyperparams,
-        "n_policy_iterations": max(1, min(2 ** sampled_params["n_policy_iterations_pow"], longest)),
-        "aux_batch_size": 2 ** sampled_params["aux_batch_size_pow"],
-        **{name: sampled_params[name] for name in ("n_aux_epochs", "aux_learning_rate", "beta_clone")},
-        "policy_kwargs": {
-            **policy_kwargs,
-            "critic_arch": sampled_params["critic_arch"],
-            "trunk_arch": policy_net[:trunk_layers],
-            "net_arch": {"pi": policy_net[trunk_layers:], "vf": value_net[trunk_layers:]},
-        },
-    }
-
-
-def sample_ppg_ewma_params(
-    trial: optuna.Trial, n_actions: int, n_envs: int, additional_args: dict[str, Any]
-) -> dict[str, Any]:
-    """
-    Sampler of ``ppg_ewma``: the parameters of ``ppg`` and the centre of mass of the EWMA.
-
-    :param trial: Optuna's trial, whose user attribute ``n_timesteps`` is the budget
-    :param n_actions: not used, part of the zoo's interface
-    :param n_envs: number of environments
-    :param additional_args: not used, part of the zoo's interface
-    :return: keyword arguments of the algorithm
-    """
-    _suggest_ppg_params(trial, n_actions, n_envs, additional_args)
-    _suggest_center_of_mass(trial)
-    hyperparams = _with_user_attrs(trial, convert_ppg_ewma_params(trial.params))
-    trial.set_user_attr("prox_decay", hyperparams["prox_decay"])
-    return hyperparams
-
-
-def convert_ppg_ewma_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
-    """
-    :param sampled_params: parameters of a trial
-    :return: keyword arguments of the algorithm, equal to those that the sampler returned
-    """
-    ppg_params = {name: value for name, value in sampled_params.items() if name != "prox_center_of_mass"}
-    prox_decay = decay_from_center_of_mass(sampled_params["prox_center_of_mass"])
-    return {**convert_ppg_params(ppg_params), "prox_decay": prox_decay}
-
-
-def _suggest_ppg_params(trial: optuna.Trial, n_actions: int, n_envs: int, additional_args: dict[str, Any]) -> None:
-    sample_ppo_params(trial, n_actions, n_envs, additional_args)
+def _suggest_phases(trial: optuna.Trial, n_envs: int) -> None:
     # From 2 to the paper's 32
     trial.suggest_int("n_policy_iterations_pow", 1, 5)
     # In steps of one environment. A range of one value, so that the converter sees it among the parameters.
@@ -153,33 +120,77 @@ def _suggest_ppg_params(trial: optuna.Trial, n_actions: int, n_envs: int, additi
     trial.suggest_float("aux_learning_rate", 1e-5, 0.002, log=True)
     # The paper uses 1.
     trial.suggest_float("beta_clone", 0.1, 10.0, log=True)
+
+
+def _convert_phases(sampled: Params, hyperparams: Params) -> Params:
+    longest = sampled["longest_phase"] // hyperparams["n_steps"]
+    return {
+        "n_policy_iterations": max(1, min(2 ** sampled["n_policy_iterations_pow"], longest)),
+        "aux_batch_size": 2 ** sampled["aux_batch_size_pow"],
+        **{name: sampled[name] for name in ("n_aux_epochs", "aux_learning_rate", "beta_clone")},
+    }
+
+
+def _suggest_architecture(trial: optuna.Trial, n_envs: int) -> None:
     trial.suggest_categorical("critic_arch", ["dual", "shared", "detach"])
     # Number of layers of net_arch in the trunk. With vector observations and without a trunk, the three
     # architectures are the same.
     trial.suggest_int("trunk_layers", 0, 1)
 
 
-def _suggest_center_of_mass(trial: optuna.Trial) -> None:
-    # In gradient steps: the proximal policy is between one minibatch and several iterations old.
-    trial.suggest_float("prox_center_of_mass", 1.0, 1000.0, log=True)
+def _convert_architecture(sampled: Params, hyperparams: Params) -> Params:
+    policy_kwargs = hyperparams["policy_kwargs"]
+    policy_net, value_net = (policy_kwargs["net_arch"][name] for name in ("pi", "vf"))  # of equal layers
+    trunk_layers = sampled["trunk_layers"]
+    architecture = {
+        "critic_arch": sampled["critic_arch"],
+        "trunk_arch": policy_net[:trunk_layers],
+        "net_arch": {"pi": policy_net[trunk_layers:], "vf": value_net[trunk_layers:]},
+    }
+    return {"policy_kwargs": {**policy_kwargs, **architecture}}
 
 
-def _convert_ppo_params(sampled_params: dict[str, Any], without: tuple[str, ...]) -> dict[str, Any]:
-    ppo_params = {name: value for name, value in sampled_params.items() if name not in without}
-    hyperparams: dict[str, Any] = convert_onpolicy_params(ppo_params)
-    return hyperparams
+def _suggest_lstm(trial: optuna.Trial, n_envs: int) -> None:
+    # sb3-contrib's default is 256.
+    trial.suggest_categorical("lstm_hidden_size", [16, 32, 64, 128, 256, 512])
+    # sb3-contrib's default is an LSTM of the critic's own. Its two switches exclude each other.
+    trial.suggest_categorical("critic_lstm", ["own", "shared", "none"])
 
 
-def _with_user_attrs(trial: optuna.Trial, hyperparams: dict[str, Any]) -> dict[str, Any]:
-    for name in ("n_policy_iterations", "aux_batch_size"):
-        trial.set_user_attr(name, hyperparams[name])
-    return hyperparams
+def _convert_lstm(sampled: Params, hyperparams: Params) -> Params:
+    lstm = {
+        "lstm_hidden_size": sampled["lstm_hidden_size"],
+        "enable_critic_lstm": sampled["critic_lstm"] == "own",
+        "shared_lstm": sampled["critic_lstm"] == "shared",
+    }
+    return {"policy_kwargs": {**hyperparams["policy_kwargs"], **lstm}}
 
 
-# Sampler and converter by the name of the algorithm
-SEARCH_SPACES: dict[str, tuple[AnyFunction, AnyFunction]] = {
-    "ppo_ewma": (sample_ppo_ewma_params, convert_ppo_ewma_params),
-    "ppo_lstm_ewma": (sample_ppo_ewma_params, convert_ppo_ewma_params),
-    "ppg": (sample_ppg_params, convert_ppg_params),
-    "ppg_ewma": (sample_ppg_ewma_params, convert_ppg_ewma_params),
+_AVERAGE = Part(("prox_center_of_mass",), _suggest_average, _convert_average)
+_OBJECTIVE = Part(("objective", "kl_coef"), _suggest_objective, _convert_objective)
+# Limits phases so that four of them fit into the budget of a trial
+_PHASE = Part(
+    (
+        "n_policy_iterations_pow",
+        "longest_phase",
+        "n_aux_epochs",
+        "aux_batch_size_pow",
+        "aux_learning_rate",
+        "beta_clone",
+    ),
+    _suggest_phases,
+    _convert_phases,
+)
+_ARCHITECTURE = Part(("critic_arch", "trunk_layers"), _suggest_architecture, _convert_architecture)
+_LSTM = Part(("lstm_hidden_size", "critic_lstm"), _suggest_lstm, _convert_lstm)
+
+# Sampler and converter by the name of the algorithm. Masks change nothing.
+SEARCH_SPACES: dict[str, SearchSpace] = {
+    "ppo_mask": search_space(),
+    **dict.fromkeys(("ppo_ewma", "ppo_mask_ewma"), search_space(_AVERAGE, _OBJECTIVE)),
+    **dict.fromkeys(("ppo_lstm_ewma", "ppo_mask_lstm_ewma"), search_space(_AVERAGE, _OBJECTIVE, _LSTM)),
+    **dict.fromkeys(("ppg", "ppg_mask"), search_space(_PHASE, _ARCHITECTURE)),
+    **dict.fromkeys(("ppg_lstm", "ppg_mask_lstm"), search_space(_PHASE, _LSTM)),
+    **dict.fromkeys(("ppg_ewma", "ppg_mask_ewma"), search_space(_PHASE, _ARCHITECTURE, _AVERAGE)),
+    **dict.fromkeys(("ppg_lstm_ewma", "ppg_mask_lstm_ewma"), search_space(_PHASE, _LSTM, _AVERAGE)),
 }

@@ -10,13 +10,28 @@ from functools import cache
 from typing import Any
 
 from gymnasium import spaces
+from sb3_contrib import RecurrentPPO
 from stable_baselines3 import PPO
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.type_aliases import GymEnv
 
-from sb3_ppo_ewma import PPG, PPGEWMA, PPOEWMA, AuxiliaryPhaseMixin
+from sb3_ppo_ewma import (
+    PPG,
+    PPGEWMA,
+    PPOEWMA,
+    AuxiliaryPhaseMixin,
+    MaskablePPG,
+    MaskablePPGEWMA,
+    MaskablePPOEWMA,
+    MaskableRecurrentPPG,
+    MaskableRecurrentPPGEWMA,
+    MaskableRecurrentPPOEWMA,
+    RecurrentPPG,
+    RecurrentPPGEWMA,
+    RecurrentPPOEWMA,
+)
 
 # Two minibatches per epoch, two epochs: enough for every branch, a few milliseconds.
 QUICK: dict[str, Any] = {"n_steps": 16, "batch_size": 8, "n_epochs": 2, "seed": 0, "device": "cpu"}
@@ -68,12 +83,25 @@ class Algorithm:
         kwargs = {**QUICK, **self.kwargs, **overrides}
         given = overrides.get("policy_kwargs") or {}
         kwargs["policy_kwargs"] = {**POLICY_KWARGS[fitting], **self.policy_kwargs, **given}
+        if self.is_recurrent:
+            fitting = fitting.replace("Policy", "LstmPolicy")
+            kwargs["policy_kwargs"] = {"lstm_hidden_size": 4, **kwargs["policy_kwargs"]}
         return self.cls(policy or fitting, env, **kwargs)
 
     @property
     def has_phases(self) -> bool:
         """:return: whether it has auxiliary phases"""
         return issubclass(self.cls, AuxiliaryPhaseMixin)
+
+    @property
+    def is_recurrent(self) -> bool:
+        """:return: whether its policies have an LSTM"""
+        return issubclass(self.cls, RecurrentPPO)
+
+    @property
+    def has_masks(self) -> bool:
+        """:return: whether it takes action masks"""
+        return "Maskable" in self.cls.__name__
 
     @property
     def has_average(self) -> bool:
@@ -135,5 +163,19 @@ ALGORITHMS = [
     Algorithm(PPG, PHASES),
     Algorithm(PPGEWMA, {**PHASES, **SWITCHES}, {"critic_arch": "detach", "trunk_arch": [8]}, label="-switches"),
 ]
+# Those of sb3-contrib's families have batteries of their own.
+CONTRIB = [
+    Algorithm(RecurrentPPOEWMA),
+    Algorithm(RecurrentPPG, PHASES),
+    Algorithm(RecurrentPPGEWMA, {**PHASES, **SWITCHES}, label="-switches"),
+    Algorithm(MaskablePPOEWMA),
+    Algorithm(MaskablePPG, PHASES),
+    Algorithm(MaskablePPGEWMA, {**PHASES, **SWITCHES}, {"critic_arch": "detach", "trunk_arch": [8]}, label="-switches"),
+    Algorithm(MaskableRecurrentPPOEWMA),
+    Algorithm(MaskableRecurrentPPG, PHASES),
+    Algorithm(MaskableRecurrentPPGEWMA, {**PHASES, **SWITCHES}, label="-switches"),
+]
+RECURRENT = [algo for algo in CONTRIB if algo.is_recurrent]
+MASKABLE = [algo for algo in CONTRIB if algo.has_masks]
 if os.environ.get("BATTERY_CONTROL"):
     ALGORITHMS.append(Algorithm(PPO, own=False))

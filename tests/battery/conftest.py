@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch as th
 
-from tests.battery.algorithms import ALGORITHMS, Algorithm
+from tests.battery.algorithms import ALGORITHMS, CONTRIB, MASKABLE, RECURRENT, Algorithm
 
 
 @pytest.fixture(params=ALGORITHMS, ids=str)
@@ -31,6 +31,24 @@ def average_algo(request: pytest.FixtureRequest) -> Algorithm:
 @pytest.fixture(params=[algo for algo in ALGORITHMS if algo.has_phases], ids=str)
 def phasic_algo(request: pytest.FixtureRequest) -> Algorithm:
     """Every algorithm with auxiliary phases."""
+    return request.param
+
+
+@pytest.fixture(params=CONTRIB, ids=str)
+def contrib_algo(request: pytest.FixtureRequest) -> Algorithm:
+    """Every algorithm of sb3-contrib's families."""
+    return request.param
+
+
+@pytest.fixture(params=RECURRENT, ids=str)
+def recurrent_algo(request: pytest.FixtureRequest) -> Algorithm:
+    """Every algorithm with LSTM policies."""
+    return request.param
+
+
+@pytest.fixture(params=MASKABLE, ids=str)
+def maskable_algo(request: pytest.FixtureRequest) -> Algorithm:
+    """Every algorithm with action masks."""
     return request.param
 
 

@@ -85,6 +85,31 @@ class SpaceEnv(gym.Env[Any, Any]):
         return float(self.np_random.normal()) if self.constant_reward is None else self.constant_reward
 
 
+class MaskedSpaceEnv(SpaceEnv):
+    """
+    A :class:`SpaceEnv` in which a value of every action is invalid at every other step. Fails when one is taken.
+    """
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        masks = np.split(self.action_masks(), np.cumsum(self.sizes)[:-1])
+        assert all(mask[int(value)] for mask, value in zip(masks, np.ravel(action), strict=True))
+        return super().step(action)
+
+    @property
+    def sizes(self) -> list[int]:
+        """:return: numbers of values of the actions"""
+        space: Any = self.action_space
+        if isinstance(space, spaces.Discrete):
+            return [int(space.n)]
+        return [2] * space.n if isinstance(space, spaces.MultiBinary) else [int(size) for size in space.nvec]
+
+    def action_masks(self) -> np.ndarray:
+        """:return: True for valid values"""
+        times = [self.n_steps + i for i in range(len(self.sizes))]
+        invalid = [time % size if time % 2 else None for time, size in zip(times, self.sizes, strict=True)]
+        return np.concatenate([np.arange(size) != i for size, i in zip(self.sizes, invalid, strict=True)])
+
+
 class EpisodeEnv(gym.Env[Any, Any]):
     """
     Four steps, reward 1 in the last one; the end is a termination or a truncation.

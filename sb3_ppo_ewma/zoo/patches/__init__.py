@@ -1,5 +1,5 @@
 """
-Repairs of rl_zoo3 and of the Hugging Face libraries that it uses, one module per upstream defect.
+Repairs of rl_zoo3, and of sb3-contrib and the Hugging Face libraries as it uses them, one module per upstream defect.
 
 Each module names its defect, the version it was seen in and the upstream source or issue. It has two functions:
 ``is_needed()`` checks whether the installed version has the defect, ``apply()`` repairs it. When upstream fixes a
@@ -13,6 +13,7 @@ import functools
 from collections.abc import Iterator
 
 from sb3_ppo_ewma.zoo.patches import (
+    action_masker,
     bare_words,
     child_commands,
     constructor_errors,
@@ -31,6 +32,7 @@ from sb3_ppo_ewma.zoo.patches import (
 
 # Where several replace the same function, a later one calls the earlier ones.
 PATCHES = (
+    action_masker,
     unregistered_env,
     bare_words,
     schedule_none,
