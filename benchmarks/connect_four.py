@@ -34,10 +34,11 @@ SETTINGS: dict[str, Any] = {
     "n_steps": 64,
     "batch_size": 256,
     "n_epochs": 10,
-    "learning_rate": 1e-3,
+    "learning_rate": 5e-4,
     "ent_coef": 0.01,
-    "policy_kwargs": {"net_arch": [128, 128]},
 }
+# Filters of the size of four in a row
+NETWORK: dict[str, Any] = {"channels": [32], "kernel_size": 4, "features_dim": 128, "channels_last": True}
 PHASE: dict[str, Any] = {"n_policy_iterations": 8, "aux_batch_size": 256}
 ALGORITHMS: dict[str, tuple[Any, dict[str, Any]]] = {
     "MaskablePPO": (sb3_contrib, {}),
@@ -45,7 +46,7 @@ ALGORITHMS: dict[str, tuple[Any, dict[str, Any]]] = {
     "MaskablePPGEWMA": (sb3_ppo_ewma, PHASE),
 }
 # Share of random moves of the opponent in self-play, without which the learner never sees most positions
-EXPLORATION = 0.25
+EXPLORATION = 0.5
 
 # Chooses a move, given an observation and the mask of valid actions
 Player = Callable[[np.ndarray, np.ndarray], int]
@@ -145,7 +146,13 @@ def train(name: str, seed: int, n_timesteps: int) -> BaseAlgorithm:
     module, further = ALGORITHMS[name]
     myself = Myself(seed)
     env = make_vec_env(lambda: OnePlayer(connect_four_v3.env(), myself), N_ENVS, seed=seed)
-    model: BaseAlgorithm = getattr(module, name)("MlpPolicy", env, seed=seed, device="cpu", **SETTINGS, **further)
+    policy_kwargs = {
+        "features_extractor_class": sb3_ppo_ewma.SmallGridCNN,
+        "features_extractor_kwargs": NETWORK,
+        "net_arch": [],
+    }
+    settings = {**SETTINGS, **further, "policy_kwargs": policy_kwargs}
+    model: BaseAlgorithm = getattr(module, name)("MlpPolicy", env, seed=seed, device="cpu", **settings)
     myself.model = model
     return model.learn(n_timesteps)
 
@@ -175,7 +182,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--algorithms", nargs="+", choices=ALGORITHMS, default=list(ALGORITHMS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--timesteps", type=int, default=60_000, help="moves of the learner (default: 60000)")
+    parser.add_argument("--timesteps", type=int, default=100_000, help="moves of the learner (default: 100000)")
     parser.add_argument("--games", type=int, default=100, help="against the random player (default: 100)")
     parser.add_argument("--output", type=Path, default=HERE / "results" / "connect_four.json")
     args = parser.parse_args()
@@ -185,6 +192,7 @@ def main() -> None:
         "n_timesteps": args.timesteps,
         "n_envs": N_ENVS,
         "exploration": EXPLORATION,
+        "SmallGridCNN": NETWORK,
         "hyperparameters": hyperparameters,
     }
     content: dict[str, Any] = {"results": [], "target": TARGET, "settings": settings, **metadata()}
