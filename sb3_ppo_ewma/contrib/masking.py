@@ -280,7 +280,7 @@ class MaskableCollection:
         :return: False when a callback ended the collection
         :raises ValueError: if the environments have no masks, or one of them leaves no valid action
         """
-        model = cast(Any, self)
+        model, buffer = cast(Any, self), cast(Any, rollout_buffer)
         if not isinstance(rollout_buffer, MaskableBufferMixin):
             raise ValueError(f"the rollout buffer must have MaskableBufferMixin, got {type(rollout_buffer).__name__}")
         if not (self._use_masking if use_masking is None else use_masking):
@@ -288,7 +288,7 @@ class MaskableCollection:
             return cast(bool, collect(env, callback, rollout_buffer, n_rollout_steps))
         check_supports_masks(env)
         model.policy.set_training_mode(False)
-        rollout_buffer.reset()
+        buffer.reset()
         callback.on_rollout_start()
         lstm_states = model._last_lstm_states
         for n_steps in range(n_rollout_steps):
@@ -309,21 +309,14 @@ class MaskableCollection:
             model._update_info_buffer(infos, dones)
             for index in np.flatnonzero(dones):
                 rewards[index] += model.gamma * _value_of_cut_episode(model.policy, infos[index], lstm_states, index)
-            cast(Any, rollout_buffer).add(
-                model._last_obs,
-                actions.reshape(-1, 1) if isinstance(model.action_space, spaces.Discrete) else actions,
-                rewards,
-                model._last_episode_starts,
-                values,
-                log_probs,
-                lstm_states=model._last_lstm_states,
-                action_masks=action_masks,
-            )
+            stored = actions.reshape(-1, 1) if isinstance(model.action_space, spaces.Discrete) else actions
+            step = (model._last_obs, stored, rewards, model._last_episode_starts, values, log_probs)
+            buffer.add(*step, lstm_states=model._last_lstm_states, action_masks=action_masks)
             model._last_obs, model._last_episode_starts, model._last_lstm_states = new_obs, dones, lstm_states
         with th.no_grad():
             observations, starts = obs_as_tensor(cast(Any, new_obs), model.device), _flags(dones, model.device)
             last_values = model.policy.predict_values(observations, lstm_states.vf, starts)
-        cast(Any, rollout_buffer).compute_returns_and_advantage(last_values=last_values, dones=dones)
+        buffer.compute_returns_and_advantage(last_values=last_values, dones=dones)
         callback.on_rollout_end()
         return True
 
