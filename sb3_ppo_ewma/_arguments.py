@@ -23,6 +23,7 @@ StalenessMode = Literal["decoupled", "behavior", "proximal"]
 EngineChoice = Literal["auto", "reference"]
 CompileMode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 
+_LOGGING_DEFAULTS = {"log_interval": 1, "tb_log_name": None}
 _PACKAGES = ("sb3_ppo_ewma", "stable_baselines3", "sb3_contrib")
 
 
@@ -147,14 +148,20 @@ def check_policy_class(model: Any, needed: type, reason: str) -> None:
         )
 
 
-def default_log_name(model: Any, learn: Any) -> str | None:
+def logging_arguments(
+    model: Any, learn: Any, log_interval: int | None, tb_log_name: str | None
+) -> dict[str, int | str | None]:
     """
     :param model: an algorithm
-    :param learn: method of the algorithm that it extends
-    :return: name of its runs for tensorboard, ``None`` if that algorithm has one of its own
+    :param learn: method of the algorithm that it extends, which may have defaults of its own
+    :param log_interval: iterations between logs, ``None``: no logs
+    :param tb_log_name: name of the run for tensorboard, ``None``: none is given
+    :return: arguments of that method
     """
-    is_known = learn.__module__.partition(".")[0] in _PACKAGES
-    return type(model).__name__ if is_known else None
+    given: dict[str, int | str | None] = {"log_interval": log_interval, "tb_log_name": tb_log_name}
+    if learn.__module__.partition(".")[0] in _PACKAGES:
+        return {**given, "tb_log_name": type(model).__name__ if tb_log_name is None else tb_log_name}
+    return {name: value for name, value in given.items() if value != _LOGGING_DEFAULTS[name]}
 
 
 def check_update_limits(n_epochs: Any, max_grad_norm: Any, target_kl: Any) -> None:

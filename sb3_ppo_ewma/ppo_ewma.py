@@ -28,7 +28,7 @@ from sb3_ppo_ewma._arguments import (
     check_ewma_parameters,
     check_sb3_arguments,
     checked_clip_range,
-    default_log_name,
+    logging_arguments,
     merged_signature,
 )
 from sb3_ppo_ewma._engine.iteration import Engine, Iteration, Objective, make_iteration
@@ -393,7 +393,7 @@ class EwmaMixin(SavedStateMixin):
         self: SelfEwma,
         total_timesteps: int,
         callback: MaybeCallback = None,
-        log_interval: int | None = None,
+        log_interval: int | None = 1,
         tb_log_name: str | None = None,
         reset_num_timesteps: bool = True,
         progress_bar: bool = False,
@@ -404,16 +404,15 @@ class EwmaMixin(SavedStateMixin):
 
         :param total_timesteps: number of environment steps
         :param callback: called at every step
-        :param log_interval: iterations between logs; ``None``: the algorithm's default, in SB3 1
+        :param log_interval: iterations between logs; ``None``: no logs
         :param tb_log_name: name of the run for tensorboard; ``None``: that of the class, or the algorithm's own default
         :param reset_num_timesteps: whether to count steps from 0; an auxiliary phase goes on in any case
         :param progress_bar: show a progress bar, which also tells of an auxiliary phase
         :param kwargs: what else the algorithm's method takes
         :return: the model
         """
-        given = {"log_interval": log_interval, "tb_log_name": tb_log_name or default_log_name(self, super().learn)}
-        kwargs |= {name: value for name, value in given.items() if value is not None}
         kwargs |= {"reset_num_timesteps": reset_num_timesteps, "progress_bar": progress_bar}
+        kwargs |= logging_arguments(self, super().learn, log_interval, tb_log_name)
         return super().learn(total_timesteps, callback, **kwargs)
 
     def dump_logs(self, iteration: int = 0) -> None:

@@ -42,7 +42,7 @@ from sb3_ppo_ewma import (
     SmallGridCNN,
     rollouts,
 )
-from sb3_ppo_ewma._engine import dense, fused, microbatches, standard
+from sb3_ppo_ewma._engine import dense, fused, microbatches, recognition, standard
 from tests.battery.envs import OBSERVATION_SPACES, VECTOR, SpaceEnv, copies
 from tests.battery.helpers import record_log
 from tests.customizations import CUSTOMIZATIONS, Customization
@@ -547,6 +547,9 @@ def double_precision() -> Iterator[None]:
             patch("stable_baselines3.common.policies.preprocess_obs", lambda *a, **k: double(preprocess_obs(*a, **k))),
             patch.object(standard, "preprocessing", preprocessing),
         ):
-            yield
+            # Patches that the engines shall not decline for
+            known = recognition._ORIGINALS
+            with patch.dict(known, {key: getattr(*key) for key in known if key[1] == "to_torch"}):
+                yield
     finally:
         th.set_default_dtype(dtype)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.parallel import asynchronous, throughput
-from benchmarks.speed.cases import CASES, ENTRIES, case_settings, entry_settings
+from benchmarks.speed.cases import CASES, case_settings, entry_settings
 from tests.test_benchmarks import execute
 
 pytestmark = pytest.mark.long
@@ -40,7 +40,7 @@ def test_what_is_stored(file: str, targets: dict[str, float | None], kind: str |
     for each in stored["results"]:
         case = CASES[each["case"]]
         own = {"n_iterations", "kwargs"}
-        expected = {**case_settings(case), **entry_settings(case, ENTRIES["ppo_ewma"])}
+        expected = {**case_settings(case), **entry_settings(case, "ppo_ewma")}
         assert {name: each["settings"][name] for name in expected if name not in own} == {
             name: value for name, value in json.loads(json.dumps(expected)).items() if name not in own
         }

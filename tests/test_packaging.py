@@ -66,8 +66,8 @@ LAYERS: list[tuple[set[str], set[str]]] = [
     ({"ppo_ewma"}, set()),
     ({"ppg"}, set()),
     ({"callbacks.noise_scale"}, set()),
-    ({"contrib.masking", "contrib.callbacks"}, {"sb3_contrib"}),
-    ({"contrib.policies"}, set()),
+    ({"contrib.masking"}, {"sb3_contrib"}),
+    ({"contrib.policies", "contrib.callbacks"}, set()),
     ({"contrib.evaluation"}, set()),
     ({"contrib.algorithms"}, set()),
 ]

@@ -165,7 +165,9 @@ def check_phase(model, n_timesteps: int, algo: str, entry: str) -> None:
     # As many rollouts as the paper has, unless twice as many would leave too few phases
     assert model.n_policy_iterations == 32 or n_phases / 2 < 6
     policy_phase = FILES[f"{algo.removesuffix('_ewma').replace('ppg', 'ppo')}_ewma"][entry]
-    assert model.aux_batch_size == policy_phase.get("batch_size", 128 if "lstm" in algo else 64)
+    batch_size = policy_phase.get("batch_size", 128 if "lstm" in algo else 64)
+    # A sequence at least
+    assert model.aux_batch_size == max(batch_size, model.n_steps if "lstm" in algo else 1)
     for progress in (1.0, 0.5):
         assert model.aux_lr_schedule(progress) == model.lr_schedule(progress)
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.metadata import metadata
-from benchmarks.speed.cases import CASES, ENTRIES, case_settings, entry_settings, quick
+from benchmarks.speed.cases import CASES, case_settings, entry_settings, quick
 
 HERE = Path(__file__).parent
 # Names of cases of benchmarks/speed, the first of which takes about as long to collect as to train; ratio aimed at
@@ -113,7 +113,7 @@ def measure(name: str, rounds: int, n_iterations: int, is_quick: bool) -> dict[s
     :return: settings, steps per second, ratios
     """
     case = quick(CASES[name]) if is_quick else CASES[name]
-    settings = {**case_settings(case), **entry_settings(case, ENTRIES["ppo_ewma"]), "n_iterations": n_iterations}
+    settings = {**case_settings(case), **entry_settings(case, "ppo_ewma"), "n_iterations": n_iterations}
     trainings = {kind: Training({**settings, "kwargs": {"async_rollouts": lag}}) for kind, lag in KINDS.items()}
     try:
         found = [{kind: each.measure() for kind, each in trainings.items()} for _ in range(rounds + 1)][1:]

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.metadata import metadata
-from benchmarks.speed.cases import CASES, ENTRIES, case_settings, entry_settings, quick
+from benchmarks.speed.cases import CASES, case_settings, entry_settings, quick
 
 HERE = Path(__file__).parent
 # Names of cases of benchmarks/speed, and the ratio aimed at where there is one
@@ -100,7 +100,7 @@ def measure(name: str, rounds: int, is_quick: bool) -> dict[str, Any]:
     :return: settings, steps per second, ratios
     """
     case = quick(CASES[name]) if is_quick else CASES[name]
-    settings = {**case_settings(case), **entry_settings(case, ENTRIES["ppo_ewma"])}
+    settings = {**case_settings(case), **entry_settings(case, "ppo_ewma")}
     with tempfile.TemporaryDirectory() as folder:
         teams = {"one process": Team(settings, 1, Path(folder)), "two processes": Team(settings, 2, Path(folder))}
         try:

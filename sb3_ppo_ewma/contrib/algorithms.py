@@ -96,7 +96,7 @@ class MaskableMixin(EwmaMixin):
         self: SelfMaskable,
         total_timesteps: int,
         callback: MaybeCallback = None,
-        log_interval: int | None = None,
+        log_interval: int | None = 1,
         tb_log_name: str | None = None,
         reset_num_timesteps: bool = True,
         use_masking: bool = True,
@@ -107,7 +107,7 @@ class MaskableMixin(EwmaMixin):
 
         :param total_timesteps: number of environment steps
         :param callback: called at every step
-        :param log_interval: iterations between logs; ``None``: 1
+        :param log_interval: iterations between logs; ``None``: no logs
         :param tb_log_name: name of the run for tensorboard; ``None``: that of the class
         :param reset_num_timesteps: whether to count steps from 0
         :param use_masking: whether to use invalid-action masks
