@@ -258,3 +258,20 @@ def test_missing_sb3_contrib_is_said_in_one_sentence():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "RecurrentPPOEWMA needs sb3-contrib: pip install" in result.stdout
+
+
+class OwnLearn(RecurrentPPO):
+    """Has defaults of its own."""
+
+    def learn(self, total_timesteps, callback=None, log_interval=50, tb_log_name="mine", **kwargs):
+        self.logged = log_interval, tb_log_name
+        return super().learn(total_timesteps, callback, log_interval, tb_log_name, **kwargs)
+
+
+def test_defaults_of_an_own_learn():
+    class Own(EwmaMixin, OwnLearn):
+        policy_evaluation = RecurrentPPOEWMA.policy_evaluation
+
+    model = Own("MlpLstmPolicy", make_vec_env("CartPole-v1", 2), policy_kwargs=LSTM, **QUICK)
+    assert model.learn(64).logged == (50, "mine")
+    assert model.learn(64, log_interval=3, tb_log_name="other").logged == (3, "other")
