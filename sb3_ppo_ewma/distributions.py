@@ -39,7 +39,8 @@ def to_policy_actions(action_space: spaces.Space[Any], actions: th.Tensor) -> th
     if isinstance(action_space, spaces.Discrete):
         return actions.long().flatten()
     # Buffers of sb3-contrib keep integers, which Bernoulli's loss refuses.
-    return actions.float() if isinstance(action_space, spaces.MultiBinary) else actions
+    is_integer = isinstance(action_space, spaces.MultiBinary) and not actions.is_floating_point()
+    return actions.float() if is_integer else actions
 
 
 # === Closed forms ===

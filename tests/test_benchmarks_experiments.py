@@ -117,7 +117,17 @@ def test_tuned_entries_are_those_of_the_best_candidates():
         assert experiments.zoo_settings("ppo_ewma_tuned", env) == candidates[best]
 
 
-@pytest.mark.parametrize("file", sorted(experiments.RESULTS.glob("*.csv")), ids=lambda file: file.stem)
+# A report takes up to a minute; the others are among the slow tests.
+QUICK_REPORTS = ("memory_masks", "one_epoch")
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        pytest.param(file, id=file.stem, marks=() if file.stem in QUICK_REPORTS else pytest.mark.slow)
+        for file in sorted(experiments.RESULTS.glob("*.csv"))
+    ],
+)
 def test_stored_results_give_the_stored_report(file, tmp_path):
     for each in (file, file.with_suffix(".json"), *experiments.RESULTS.glob("ewma.csv")):
         shutil.copy(each, tmp_path)
