@@ -518,5 +518,4 @@ def _size(arguments: tuple[Any, ...]) -> int:
     :param arguments: arguments of a gradient function, a minibatch first
     :return: number of its samples
     """
-    minibatch = arguments[0]
-    return len(minibatch.returns if hasattr(minibatch, "returns") else minibatch.advantages)
+    return len(arguments[0].samples.returns)
