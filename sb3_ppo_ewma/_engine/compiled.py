@@ -518,4 +518,5 @@ def _size(arguments: tuple[Any, ...]) -> int:
     :param arguments: arguments of a gradient function, a minibatch first
     :return: number of its samples
     """
-    return len(arguments[0].samples.returns)
+    minibatch = arguments[0]
+    return len(minibatch.samples.returns if isinstance(minibatch, AuxiliaryMinibatch) else minibatch.advantages)
