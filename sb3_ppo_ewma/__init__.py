@@ -63,17 +63,8 @@ __all__ = [
 # Gymnasium's make() finds the games, by EnvPool's names, once this package is imported.
 _envpool_env.register(_envpool_env.PROCGEN)
 
-_CONTRIB = (
-    "MaskablePPG",
-    "MaskablePPGEWMA",
-    "MaskablePPOEWMA",
-    "MaskableRecurrentPPG",
-    "MaskableRecurrentPPGEWMA",
-    "MaskableRecurrentPPOEWMA",
-    "RecurrentPPG",
-    "RecurrentPPGEWMA",
-    "RecurrentPPOEWMA",
-)
+# Imported on first use
+_CONTRIB = frozenset(name for name in __all__ if name.startswith(("Maskable", "Recurrent")))
 
 
 def __getattr__(name: str) -> Any:
