@@ -6,7 +6,6 @@ before anything is built.
 import difflib
 import inspect
 import math
-import multiprocessing
 import warnings
 from collections.abc import Mapping, Sequence
 from numbers import Real
@@ -20,6 +19,7 @@ from stable_baselines3.common.utils import ConstantSchedule, FloatSchedule
 CLIP_OFF = -1.0
 KlEstimator = Literal["sample", "analytic"]
 StalenessMode = Literal["decoupled", "behavior", "proximal"]
+LagMode = Literal["fixed", "newest"]
 EngineChoice = Literal["auto", "reference"]
 CompileMode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 
@@ -305,11 +305,10 @@ def check_ewma_parameters(model: Any) -> None:
     if model.n_epochs_value is not None:
         check_integer("n_epochs_value", model.n_epochs_value, minimum=1)
     check_integer("staleness", model.staleness, minimum=0)
-    if model.async_rollouts is not None:
-        check_integer("async_rollouts", model.async_rollouts, minimum=0)
-        if "fork" not in multiprocessing.get_all_start_methods():
-            raise ValueError(f"async_rollouts={model.async_rollouts} needs fork(), which this system does not have")
-    check_number("async_timeout", model.async_timeout, 0)
+    if model.max_policy_lag is not None:
+        check_integer("max_policy_lag", model.max_policy_lag, minimum=0)
+    check_choice("lag_mode", model.lag_mode, get_args(LagMode))
+    check_number("collector_timeout", model.collector_timeout, 0)
     check_choice("engine", model.engine, get_args(EngineChoice))
     if not isinstance(model.torch_compile, bool):
         check_choice("torch_compile", model.torch_compile, get_args(CompileMode), "True or False")

@@ -222,7 +222,7 @@ def rescale(
     become shorter than 8 steps (:func:`shortest_rollout`): an iteration then has more samples, in more minibatches of
     the same size. ``prox_decay`` keeps its age in gradient steps; below a fifth of the iteration it grows with the
     iteration, up to that fifth, and with stale data always. The span of ``advantage_decay`` (at least an iteration),
-    ``n_policy_iterations``, ``staleness`` and ``async_rollouts`` are divided by as much as the iteration has grown.
+    ``n_policy_iterations``, ``staleness`` and ``max_policy_lag`` are divided by as much as the iteration has grown.
     With ``prox_decay=None`` or ``target_kl``, which are about whole iterations, iterations never grow; then, and where
     a number would not be whole, rollouts can be shorter, with a warning.
 
@@ -462,9 +462,9 @@ def _grow_iteration(old: Mapping[str, Any], growth: Fraction) -> list[Change]:
         if old.get(name):
             new = count(name, old[name], 1 / growth, "iterations")
             changes.append(Change(name, old[name], new, "÷ growth", _SAME_SAMPLES))
-    if old.get("async_rollouts"):
-        new = max(1, math.floor(old["async_rollouts"] / growth))
-        changes.append(Change("async_rollouts", old["async_rollouts"], new, "÷ growth, at least 1", _SAME_SAMPLES))
+    if old.get("max_policy_lag"):
+        new = max(1, math.floor(old["max_policy_lag"] / growth))
+        changes.append(Change("max_policy_lag", old["max_policy_lag"], new, "÷ growth, at least 1", _SAME_SAMPLES))
     if "n_policy_iterations" in old:
         changes.append(_kept_aux_batch_size(old, n_samples, _SAME_SAMPLES))
     return changes
@@ -525,7 +525,7 @@ def _minibatch_size(old: Mapping[str, Any]) -> int:
 
 
 def _is_stale(old: Mapping[str, Any]) -> bool:
-    return bool(old.get("staleness") or old.get("async_rollouts"))
+    return bool(old.get("staleness") or old.get("max_policy_lag"))
 
 
 def _decay_as_number(old: Mapping[str, Any]) -> float:

@@ -22,6 +22,7 @@ from stable_baselines3.common.utils import update_learning_rate
 from sb3_ppo_ewma._arguments import (
     EngineChoice,
     KlEstimator,
+    LagMode,
     StalenessMode,
     bind_arguments,
     check_built_parameters,
@@ -84,10 +85,12 @@ class EwmaMixin(SavedStateMixin):
     :param torch_compile: make each gradient step as one compiled graph, with the same results up to rounding; a string
         is a mode of ``torch.compile``. Compiling takes some seconds to a minute once. What cannot be compiled is
         trained without it, with a warning
-    :param async_rollouts: collect rollouts in a second process, forked when ``learn`` begins. When a rollout is trained
-        on, its policy is at most this many updates behind; 0: the processes take turns; ``None``: collect in this
-        process. ``staleness_mode`` applies to these rollouts
-    :param async_timeout: training aborts if the environments make no step for this many seconds
+    :param max_policy_lag: collect rollouts in a second process, at the same time as this one trains. When a rollout is
+        trained on, its policy is this many updates behind, or fewer where ``learn`` begins; 0: the processes take
+        turns; ``None``: collect in this process. ``staleness_mode`` applies to these rollouts
+    :param lag_mode: ``"fixed"``: the lag does not depend on timing, the same seed gives the same numbers; ``"newest"``:
+        the newest policy that there is when a rollout begins
+    :param collector_timeout: training aborts if the environments make no step for this many seconds
     :param ppo_args: positional arguments of the algorithm this is mixed into. ``clip_range`` may also be ``None`` or a
         negative constant: no clip
     :param ppo_kwargs: keyword arguments of the algorithm this is mixed into
@@ -151,8 +154,9 @@ class EwmaMixin(SavedStateMixin):
         engine: EngineChoice = "auto",
         tuned_for_n_envs: int | None = None,
         torch_compile: bool | str = False,
-        async_rollouts: int | None = None,
-        async_timeout: float = 600.0,
+        max_policy_lag: int | None = None,
+        lag_mode: LagMode = "fixed",
+        collector_timeout: float = 600.0,
         **ppo_kwargs: Any,
     ) -> None:
         given, arguments = bind_arguments(type(self), self._sb3_class(), ppo_args, ppo_kwargs)
@@ -172,8 +176,9 @@ class EwmaMixin(SavedStateMixin):
         self.engine: EngineChoice = engine
         self.tuned_for_n_envs = tuned_for_n_envs
         self.torch_compile = torch_compile
-        self.async_rollouts = async_rollouts
-        self.async_timeout = async_timeout
+        self.max_policy_lag = max_policy_lag
+        self.lag_mode: LagMode = lag_mode
+        self.collector_timeout = collector_timeout
         self._check_own_parameters()
         check_sb3_arguments(arguments, advantage_decay)
 
@@ -220,7 +225,7 @@ class EwmaMixin(SavedStateMixin):
 
     @property
     def _is_stale(self) -> bool:
-        return self.staleness > 0 or bool(self.async_rollouts)
+        return self.staleness > 0 or bool(self.max_policy_lag)
 
     def _has_value_epochs(self) -> bool:
         return self.n_epochs_value not in (None, self.n_epochs)
@@ -413,7 +418,11 @@ class EwmaMixin(SavedStateMixin):
         """
         kwargs |= {"reset_num_timesteps": reset_num_timesteps, "progress_bar": progress_bar}
         kwargs |= logging_arguments(self, super().learn, log_interval, tb_log_name)
-        return super().learn(total_timesteps, callback, **kwargs)
+        try:
+            return super().learn(total_timesteps, callback, **kwargs)
+        finally:
+            if self._collector is not None:
+                self._collector.abandon_rollouts()
 
     def dump_logs(self, iteration: int = 0) -> None:
         """

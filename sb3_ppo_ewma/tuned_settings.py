@@ -21,7 +21,7 @@ from sb3_ppo_ewma.checkpointing.rollout_files import OtherSizeError
 
 # Hyper-parameters that may be others for another number of environments
 _FITTED = ("n_steps", "batch_size", "sde_sample_freq", "prox_decay", "advantage_decay", "staleness",
-           "async_rollouts", "n_policy_iterations", "aux_batch_size")  # fmt: skip
+           "max_policy_lag", "n_policy_iterations", "aux_batch_size")  # fmt: skip
 # What is built for a number of environments
 _BUILT = ("rollout_buffer", "stale_rollouts", "phase_buffer", "_last_lstm_states")
 

@@ -1,12 +1,15 @@
 """Rollouts from another process: the numbers of collection in this one, what callbacks see, errors, and no leaks."""
 
 import gc
+import json
 import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +55,22 @@ def masked() -> VecEnv:
     return make_vec_env(lambda: InvalidActionEnvDiscrete(dim=5, n_invalid_actions=2), N_ENVS, seed=0)
 
 
+class IntegerActions(gym.Env):  # type: ignore[type-arg]
+    """Actions are integers of a box; the sum of all is observed and truncates episodes."""
+
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (1,))
+    action_space = gym.spaces.Box(-3, 3, (2,), np.int64)
+
+    def reset(self, **kwargs: Any) -> Any:
+        self.total = 0.0
+        return np.array([0.0], dtype=np.float32), {}
+
+    def step(self, action: Any) -> Any:
+        self.total += float(np.sum(action)) + 0.5
+        observation = np.array([self.total], dtype=np.float32)
+        return observation, float(np.sin(self.total)), False, abs(self.total) > 5, {}
+
+
 LSTM = {"policy_kwargs": {"lstm_hidden_size": 8}}
 PHASES = {"n_policy_iterations": 2, "n_aux_epochs": 1}
 CASES: dict[str, Any] = {
@@ -70,6 +89,7 @@ CASES: dict[str, Any] = {
         VecNormalize(masked(), norm_obs=False),
         {**LSTM, **PHASES},
     ),
+    "integers": lambda: (PPOEWMA, "MlpPolicy", DummyVecEnv([IntegerActions] * N_ENVS), {}),
     "dictionary": lambda: (PPOEWMA, "MultiInputPolicy", normalized(SimpleMultiObsEnv, norm_obs_keys=["vec"]), {}),
     "processes": lambda: (
         PPOEWMA,
@@ -80,9 +100,12 @@ CASES: dict[str, Any] = {
 }
 
 
-def make(case: str, **kwargs: Any) -> Any:
+def make(case: str, wrapper: Any = None, **kwargs: Any) -> Any:
     set_random_seed(0)  # some environments draw when they are made
     algorithm, policy, env, settings = CASES[case]()
+    base: Any = env.unwrapped
+    if wrapper is not None and isinstance(base, DummyVecEnv):
+        base.envs = [wrapper(each) for each in base.envs]
     return algorithm(policy, env, **{**SETTINGS, **settings, **kwargs})
 
 
@@ -90,7 +113,7 @@ class Watch(BaseCallback):
     """What SB3 promises to callbacks."""
 
     NAMES = ("n_steps", "obs_tensor", "actions", "clipped_actions", "values", "log_probs", "new_obs", "rewards",
-             "dones", "infos")  # fmt: skip
+             "dones", "infos", "action_masks", "lstm_states", "episode_starts")  # fmt: skip
 
     def __init__(self) -> None:
         super().__init__()
@@ -101,7 +124,11 @@ class Watch(BaseCallback):
         venv = self.model.get_vec_normalize_env()
         original = None if venv is None else venv.get_original_reward().copy()
         local = {name: self.locals[name] for name in self.NAMES if name in self.locals}
-        self.seen.append({"num_timesteps": self.num_timesteps, "original": original, **plain(local)})
+        kinds = {name: f"{type(each).__name__} {getattr(each, 'dtype', '')}" for name, each in local.items()}
+        position = self.locals["rollout_buffer"].pos
+        self.seen.append(
+            {"num_timesteps": self.num_timesteps, "original": original, "kinds": kinds, "pos": position, **plain(local)}
+        )
         return True
 
     def _on_rollout_start(self) -> None:
@@ -132,7 +159,8 @@ def differences(a: Any, b: Any, path: str = "") -> list[str]:
         return [line for name in sorted(names) for line in differences(a.get(name), b.get(name), f"{path}/{name}")]
     if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
         return [line for i, pair in enumerate(zip(a, b, strict=True)) for line in differences(*pair, f"{path}/{i}")]
-    return [] if np.array_equal(a, b) else [path]
+    is_equal = a == b if isinstance(a, str) else np.array_equal(a, b)
+    return [] if is_equal else [path]
 
 
 def state_of(model: Any) -> dict[str, Any]:
@@ -153,23 +181,279 @@ def state_of(model: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("case", CASES)
 def test_without_lag_the_numbers_are_those_of_one_process(case: str) -> None:
     found = []
-    for async_rollouts in (None, 0):
-        model, watch = make(case, async_rollouts=async_rollouts), Watch()
+    for max_policy_lag in (None, 0):
+        model, watch = make(case, max_policy_lag=max_policy_lag), Watch()
         model.learn(4 * N_ENVS * N_STEPS, watch)
         model.learn(2 * N_ENVS * N_STEPS, watch, reset_num_timesteps=False)  # goes on in the middle of episodes
         found.append({"state": state_of(model), "seen": watch.seen, "events": watch.events})
         model.env.close()
     alone, other = found
     assert len(alone["seen"]) == 6 * N_STEPS
-    if case.startswith("maskable"):  # discrete actions, which sb3-contrib has no reason to clip
-        other["seen"] = [{name: step[name] for name in step if name != "clipped_actions"} for step in other["seen"]]
     assert differences(alone, other) == []
     assert not multiprocessing.active_children()
 
 
-@pytest.mark.parametrize("case", ["cartpole", "recurrent", "phasic", "both, phasic"])
-def test_a_rollout_lacks_no_more_trainings_than_allowed(case: str) -> None:
-    model = make(case, async_rollouts=1)
+class Slow(gym.Wrapper):  # type: ignore[type-arg]
+    def step(self, action: Any) -> Any:
+        time.sleep(0.002)
+        return super().step(action)
+
+
+class SlowTraining(BaseCallback):
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_rollout_end(self) -> None:
+        time.sleep(0.15)
+
+
+def saved(model: Any, path: Path) -> dict[str, Any]:
+    """All of the saved file that is not time."""
+    model.save(path)
+    times = {"start_time", "ep_info_buffer", "ep_success_buffer", "rollout_buffer_kwargs"}
+    with zipfile.ZipFile(path.with_suffix(".zip")) as archive:
+        found: dict[str, Any] = {name: archive.read(name) for name in archive.namelist() if name != "data"}
+        data = json.loads(archive.read("data"))
+    return {**found, **{name: str(value) for name, value in data.items() if name not in times}}
+
+
+@pytest.mark.parametrize("lag", [1, 2])
+@pytest.mark.parametrize("case", ["cartpole", "sde", "recurrent", "phasic", "processes", "stale"])
+def test_the_same_seed_gives_the_same_numbers_whoever_is_slow(case: str, lag: int, tmp_path: Path) -> None:
+    found = []
+    for callback, wrapper in ((SlowTraining(), None), (None, Slow)):
+        model = make(case, max_policy_lag=lag, wrapper=wrapper)
+        model.learn(5 * N_ENVS * N_STEPS, callback)
+        model.learn(3 * N_ENVS * N_STEPS, callback, reset_num_timesteps=False)
+        found.append(saved(model, tmp_path / f"agent{len(found)}"))
+        model.env.close()
+    assert [name for name in found[0] if found[0][name] != found[1][name]] == []
+    assert not multiprocessing.active_children()
+
+
+def test_chunks_and_resumed_runs_draw_new_numbers(tmp_path: Path) -> None:
+    def noise() -> np.ndarray:
+        """What the worker drew last: actions without what the policy knows of the state."""
+        return model.rollout_buffer.actions.flatten().copy()
+
+    env = DummyVecEnv([Still] * N_ENVS)
+    model: Any = PPOEWMA("MlpPolicy", env, max_policy_lag=1, learning_rate=0.0, **SETTINGS)
+    drawn = []
+    for _ in range(2):
+        model.learn(N_ENVS * N_STEPS, reset_num_timesteps=False)
+        drawn.append(noise())
+    env.close()  # a new process
+    model.learn(N_ENVS * N_STEPS, reset_num_timesteps=False)
+    drawn.append(noise())
+    model.save(tmp_path / "agent")
+    for _ in range(2):  # the one that goes on, and the one that is loaded
+        model.learn(N_ENVS * N_STEPS, reset_num_timesteps=False)
+        drawn.append(noise())
+        env.close()
+        env = DummyVecEnv([Still] * N_ENVS)
+        model = PPOEWMA.load(tmp_path / "agent", env, device="cpu")
+    assert not any(np.array_equal(a, b) for i, a in enumerate(drawn[:4]) for b in drawn[:i])
+    np.testing.assert_array_equal(drawn[3], drawn[4])
+    for _ in range(2):
+        model.set_random_seed(1)
+        model.learn(N_ENVS * N_STEPS, reset_num_timesteps=False)
+        drawn.append(noise())
+    np.testing.assert_array_equal(drawn[-1], drawn[-2])
+    assert not any(np.array_equal(drawn[-1], each) for each in drawn[:-2])
+    env.close()
+
+
+class Still(gym.Env):  # type: ignore[type-arg]
+    """Nothing happens."""
+
+    observation_space = gym.spaces.Box(-1, 1, (1,))
+    action_space = gym.spaces.Box(-1, 1, (1,))
+
+    def reset(self, **kwargs: Any) -> Any:
+        return np.zeros(1, dtype=np.float32), {}
+
+    def step(self, action: Any) -> Any:
+        return np.zeros(1, dtype=np.float32), 1.0, False, False, {}
+
+
+# === What callbacks change ===
+
+
+class NewWeights(BaseCallback):
+    """Changes the policy where a rollout begins."""
+
+    def _on_rollout_start(self) -> None:
+        with th.no_grad():
+            self.model.policy.action_net.weight.mul_(1.5)
+
+    def _on_step(self) -> bool:
+        return True
+
+
+class NewHead(BaseCallback):
+    """Replaces a layer by another one, once by one of another kind."""
+
+    n_rollouts = 0
+
+    def _on_rollout_start(self) -> None:
+        self.n_rollouts += 1
+        policy: Any = self.model.policy
+        if self.n_rollouts == 2:
+            policy.mlp_extractor.policy_net = th.nn.Sequential(th.nn.Linear(4, 64), th.nn.ELU())
+        if self.n_rollouts == 3:
+            policy.action_net.register_forward_hook(lambda module, inputs, output: 0.5 * output)
+
+    def _on_step(self) -> bool:
+        return True
+
+
+class NewSettings(BaseCallback):
+    """Changes what collection reads."""
+
+    def _on_rollout_start(self) -> None:
+        self.model.gamma *= 0.9  # type: ignore[attr-defined]
+        self.model.rollout_buffer.gae_lambda *= 0.9  # type: ignore[attr-defined]
+        self.model.get_env().clip_obs *= 0.5  # type: ignore[union-attr]
+
+    def _on_step(self) -> bool:
+        return True
+
+
+class Curious(BaseCallback):
+    """Adds to rewards, in place, as intrinsic rewards are."""
+
+    def _on_step(self) -> bool:
+        self.locals["rewards"] += np.float32(0.25) * np.abs(self.locals["new_obs"][:, 0])
+        return True
+
+
+class Cuts(BaseCallback):
+    """Ends episodes, in place."""
+
+    def _on_step(self) -> bool:
+        if self.n_calls % 7 == 0:
+            self.locals["dones"][0] = True
+        return True
+
+
+class OtherActions(BaseCallback):
+    """Says that other actions were taken, with other values and probabilities."""
+
+    def _on_step(self) -> bool:
+        if self.n_calls % 5 == 0:
+            self.locals["actions"][:] = 0
+            self.locals["values"][:] += 1
+            self.locals["log_probs"][:] -= 0.1
+        return True
+
+
+class Rewrites(BaseCallback):
+    """Changes steps of the rollout buffer before the present one."""
+
+    def _on_step(self) -> bool:
+        buffer = self.locals["rollout_buffer"]
+        if buffer.pos >= 1:
+            buffer.rewards[buffer.pos - 1] -= 0.5
+        return True
+
+    def _on_rollout_end(self) -> None:
+        self.model.rollout_buffer.advantages *= 2  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("callback", [NewWeights, NewHead, NewSettings, Curious, Cuts, OtherActions, Rewrites])
+@pytest.mark.parametrize("settings", [{}, {"recompute_advantages": True}], ids=["", "recomputed"])
+def test_without_lag_callbacks_have_the_effect_that_they_have_in_one_process(
+    callback: Any, settings: dict[str, Any]
+) -> None:
+    found = []
+    for lag in (None, 0):
+        # Whether a faster way takes a policy that changes is decided at another time in another process.
+        model = make("cartpole", max_policy_lag=lag, engine="reference", **settings)
+        model.learn(4 * N_ENVS * N_STEPS, callback())
+        found.append(state_of(model))
+        model.env.close()
+    assert differences(*found) == []
+
+
+@pytest.mark.parametrize("callback", [Curious, Cuts])
+def test_with_lag_callbacks_change_rewards_and_ends(callback: Any) -> None:
+    found = []
+    for each in (None, callback()):
+        model = make("cartpole", max_policy_lag=1, learning_rate=0.0)
+        model.learn(3 * N_ENVS * N_STEPS, each)
+        found.append(model.rollout_buffer.advantages.copy())
+        model.env.close()
+    assert not np.allclose(*found)
+
+
+def test_dones_of_an_lstm_cannot_be_changed() -> None:
+    model = make("recurrent", max_policy_lag=1)
+    with pytest.raises(ValueError, match=r"changed locals\['dones'\].*use max_policy_lag=None"):
+        model.learn(256, Cuts())
+    model.env.close()
+
+
+def test_observations_cannot_be_changed() -> None:
+    class Changes(BaseCallback):
+        def _on_step(self) -> bool:
+            self.locals["new_obs"][:] = 0
+            return True
+
+    model = make("cartpole", max_policy_lag=1)
+    with pytest.raises(ValueError, match="read-only"):
+        model.learn(256, Changes())
+    model.env.close()
+
+
+def test_a_policy_that_changes_while_it_collects_is_refused() -> None:
+    class Counts(th.nn.Tanh):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("n_calls", th.zeros(()))
+
+        def forward(self, inputs: th.Tensor) -> th.Tensor:
+            self.n_calls += 1
+            return super().forward(inputs)
+
+    model = make("cartpole", max_policy_lag=1, policy_kwargs={"activation_fn": Counts})
+    with pytest.raises(ValueError, match=r"changes its buffer 'mlp_extractor.*n_calls' while it collects"):
+        model.learn(256)
+    model.env.close()
+
+
+def test_a_policy_that_cannot_be_pickled_is_refused() -> None:
+    model = make("cartpole", max_policy_lag=1)
+    model.policy.lock = threading.Lock()
+    with pytest.raises(TypeError, match="a policy that can be pickled, this one cannot"):
+        model.learn(256)
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("lag", [None, 1])
+def test_arrays_that_callbacks_keep_stay_what_they_were(lag: int | None) -> None:
+    class Keeps(BaseCallback):
+        def __init__(self) -> None:
+            super().__init__()
+            self.kept: list[Any] = []
+
+        def _on_step(self) -> bool:
+            names = ("new_obs", "actions", "dones")
+            self.kept += [(self.locals[name], self.locals[name].copy()) for name in names]
+            return True
+
+    model, keeps = make("cartpole", max_policy_lag=lag), Keeps()
+    model.learn(5 * N_ENVS * N_STEPS, keeps)
+    model.env.close()
+    assert all(np.array_equal(each, copy) for each, copy in keeps.kept)
+
+
+# === Lag ===
+
+
+@pytest.mark.parametrize("case", ["cartpole", "both, phasic"])
+@pytest.mark.parametrize(("lag", "mode"), [(1, "fixed"), (2, "fixed"), (1, "newest"), (2, "newest")])
+def test_how_many_trainings_a_rollout_lacks(case: str, lag: int, mode: str) -> None:
+    model = make(case, max_policy_lag=lag, lag_mode=mode)
     lags = []
 
     class Lags(BaseCallback):
@@ -185,9 +469,11 @@ def test_a_rollout_lacks_no_more_trainings_than_allowed(case: str) -> None:
     model.learn(6 * N_ENVS * N_STEPS, Lags())
     assert model.num_timesteps == 6 * N_ENVS * N_STEPS
     assert len(lags) == 6
-    assert lags[0] == 0
-    assert set(lags[1:]) <= {0, 1}
-    assert 1 in lags
+    most = [min(i, lag) for i in range(6)]
+    if mode == "fixed":
+        assert lags == most
+    else:
+        assert all(0 <= each <= bound for each, bound in zip(lags, most, strict=True))
     model.env.close()
 
 
@@ -197,12 +483,11 @@ def test_a_rollout_lacks_no_more_trainings_than_allowed(case: str) -> None:
 )
 def test_policies_of_late_rollouts(mode: str, is_prox_recent: bool, is_behav_recent: bool) -> None:
     kwargs = {"prox_decay": None, "n_epochs": 1, "batch_size": N_ENVS * N_STEPS, "learning_rate": 0.02}
-    model = make("cartpole", async_rollouts=1, staleness_mode=mode, **kwargs)
+    model = make("cartpole", max_policy_lag=1, staleness_mode=mode, **kwargs)
     log = TrainingsByLag()
     model.learn(12 * N_ENVS * N_STEPS, log)
     model.env.close()
-    # How many come late is a matter of time, but not that some do.
-    assert log.late
+    assert len(log.late) == 11
     # The first and only step of an iteration: the policy is the recent one. A step may also change hardly anything, but
     # not all of them.
     assert all(abs(training["train/approx_kl_prox"]) < 1e-6 for training in log.late) == is_prox_recent
@@ -230,7 +515,7 @@ class TrainingsByLag(BaseCallback):
 
 def test_evaluation_checkpoints_and_calls_reach_the_environments(tmp_path: Path) -> None:
     env = normalized("CartPole-v1")
-    model = PPOEWMA("MlpPolicy", env, async_rollouts=1, **SETTINGS)
+    model = PPOEWMA("MlpPolicy", env, max_policy_lag=1, **SETTINGS)
     evaluation = EvalCallback(VecNormalize(make_vec_env("CartPole-v1", 1), training=False), eval_freq=64, verbose=0)
     checkpoints = CheckpointCallback(64, str(tmp_path), save_vecnormalize=True)
     model.learn(256, [evaluation, checkpoints])
@@ -253,7 +538,7 @@ def test_envpool_after_a_reset_in_this_process() -> None:
     env = EnvPoolVecEnv("CartPole-v1", N_ENVS, seed=0)
     model = PPOEWMA("MlpPolicy", env, **SETTINGS)
     model.learn(64)
-    model.async_rollouts = 1
+    model.max_policy_lag = 1
     model.learn(192, reset_num_timesteps=False)
     model.learn(128, reset_num_timesteps=False)
     assert model.num_timesteps == 384
@@ -269,7 +554,7 @@ def test_a_step_without_valid_action_is_refused(algorithm: Any) -> None:
 
     env = DummyVecEnv([lambda: DeadEnd(dim=5)])
     model = algorithm(
-        "MlpLstmPolicy" if algorithm is MaskableRecurrentPPOEWMA else "MlpPolicy", env, async_rollouts=1, **SETTINGS
+        "MlpLstmPolicy" if algorithm is MaskableRecurrentPPOEWMA else "MlpPolicy", env, max_policy_lag=1, **SETTINGS
     )
     with pytest.raises(ValueError, match="valid action, environment 0 at step 20 of the rollout has none"):
         model.learn(64)
@@ -283,7 +568,7 @@ class Stops(BaseCallback):
 
 
 def test_a_callback_that_stops() -> None:
-    model = make("cartpole", async_rollouts=1)
+    model = make("cartpole", max_policy_lag=1)
     model.learn(1024, Stops())
     assert model.num_timesteps == 40 * N_ENVS
     model.learn(256, reset_num_timesteps=False)
@@ -306,24 +591,24 @@ class Counter(gym.Env):  # type: ignore[type-arg]
         return np.array([self.n_steps], dtype=np.float32), 0.0, False, False, {}
 
 
-def test_collection_goes_on_where_it_is_after_a_callback_that_stops() -> None:
-    model = PPOEWMA("MlpPolicy", DummyVecEnv([Counter]), async_rollouts=1, **SETTINGS)
+def test_without_lag_collection_goes_on_where_it_is_after_a_callback_that_stops() -> None:
+    model = PPOEWMA("MlpPolicy", DummyVecEnv([Counter]), max_policy_lag=0, **SETTINGS)
     model.learn(1024, Stops())
     model.learn(N_STEPS, reset_num_timesteps=False)
-    # Behind the rollout in which it stopped, and another one that nobody needs
-    np.testing.assert_array_equal(model.rollout_buffer.observations.flatten(), np.arange(3 * N_STEPS, 4 * N_STEPS))
+    # Behind the rollout in which it stopped
+    np.testing.assert_array_equal(model.rollout_buffer.observations.flatten(), np.arange(2 * N_STEPS, 3 * N_STEPS))
     assert model.env is not None
     model.env.close()
 
 
 def test_closed_environments_serve_again() -> None:
-    model = make("cartpole", async_rollouts=1)
+    model = make("cartpole", max_policy_lag=1)
     model.learn(128)
     model.env.close()
     model.learn(128, reset_num_timesteps=False)
     assert model.num_timesteps == 256
     model.env.close()
-    model.async_rollouts = None
+    model.max_policy_lag = None
     model.learn(128, reset_num_timesteps=False)
     assert model.num_timesteps == 384
     assert not multiprocessing.active_children()
@@ -355,12 +640,12 @@ class Failing(gym.Wrapper):  # type: ignore[type-arg]
     [
         ("raise", KeyError, "the reason why"),
         ("die", RuntimeError, "has ended \\(signal SIGKILL\\)"),
-        ("hang", RuntimeError, "no step for 1 seconds \\(async_timeout\\)"),
+        ("hang", RuntimeError, "no step for 1 seconds \\(collector_timeout\\)"),
     ],
 )
 def test_a_worker_that_fails(what: str, error: type[Exception], message: str, tmp_path: Path) -> None:
     env = DummyVecEnv([lambda: Failing(gym.make("CartPole-v1"), what)])
-    model = PPOEWMA("MlpPolicy", env, async_rollouts=1, async_timeout=1.0, **SETTINGS)
+    model = PPOEWMA("MlpPolicy", env, max_policy_lag=1, collector_timeout=1.0, **SETTINGS)
     with pytest.raises(error, match=message) as raised:
         model.learn(1024)
     if what == "raise":  # where it came from
@@ -387,7 +672,7 @@ class Tells(BaseCallback):
         return True
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell in the background would have ignored
-PPOEWMA("MlpPolicy", "CartPole-v1", n_steps=64, batch_size=64, n_epochs=1, async_rollouts=1, device="cpu").learn(
+PPOEWMA("MlpPolicy", "CartPole-v1", n_steps=64, batch_size=64, n_epochs=1, max_policy_lag=1, device="cpu").learn(
     10**9, Tells()
 )
 """
@@ -438,7 +723,7 @@ def test_fifty_starts_leave_nothing_behind() -> None:
 
     counts = []
     for start in range(51):
-        model = PPOEWMA("MlpPolicy", "CartPole-v1", async_rollouts=1, **{**SETTINGS, "n_steps": 16, "batch_size": 16})
+        model = PPOEWMA("MlpPolicy", "CartPole-v1", max_policy_lag=1, **{**SETTINGS, "n_steps": 16, "batch_size": 16})
         model.learn(32)
         if start % 2:  # the other half only goes out of scope
             assert model.env is not None
@@ -453,9 +738,9 @@ def test_fifty_starts_leave_nothing_behind() -> None:
 @pytest.mark.parametrize(
     ("kwargs", "error", "message"),
     [
-        ({"async_rollouts": -1}, ValueError, "async_rollouts must be >= 0, got -1"),
-        ({"async_rollouts": True}, TypeError, "async_rollouts must be an integer >= 0, got True"),
-        ({"async_timeout": -1.0}, ValueError, "async_timeout must be >= 0, got -1.0"),
+        ({"max_policy_lag": -1}, ValueError, "max_policy_lag must be >= 0, got -1"),
+        ({"max_policy_lag": True}, TypeError, "max_policy_lag must be an integer >= 0, got True"),
+        ({"collector_timeout": -1.0}, ValueError, "collector_timeout must be >= 0, got -1.0"),
     ],
 )
 def test_values_out_of_range(kwargs: dict[str, Any], error: type[Exception], message: str) -> None:

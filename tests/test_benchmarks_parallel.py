@@ -26,13 +26,13 @@ def test_a_quick_run(program: str, tmp_path: Path) -> None:
     (found,) = json.loads(file.read_text())["results"]
     assert all(len(speeds) == 1 and speeds[0] > 0 for speeds in found["steps_per_second"].values())
     if program == "asynchronous":
-        assert found["mean_lags"]["one process"] == found["mean_lags"]["async_rollouts=0"] == 0
-        assert 0 <= found["mean_lags"]["async_rollouts=1"] <= 1
+        assert found["mean_lags"]["one process"] == found["mean_lags"]["max_policy_lag=0"] == 0
+        assert 0 <= found["mean_lags"]["max_policy_lag=1"] <= 1
 
 
 @pytest.mark.parametrize(
     ("file", "targets", "kind"),
-    [("throughput", throughput.TARGETS, None), ("asynchronous", asynchronous.TARGETS, "async_rollouts=1")],
+    [("throughput", throughput.TARGETS, None), ("asynchronous", asynchronous.TARGETS, "max_policy_lag=1")],
 )
 def test_what_is_stored(file: str, targets: dict[str, float | None], kind: str | None) -> None:
     stored = json.loads((RESULTS / f"{file}.json").read_text())

@@ -38,6 +38,7 @@ HYPERPARAMETER_FILES = sorted((ROOT / "zoo_hyperparams").rglob("*.yml"))
 # Modules from the bottom up, each with the packages beside the standard library that its layer adds to those below.
 LAYERS: list[tuple[set[str], set[str]]] = [
     ({"checkpointing.atomic", "losses", "ewma"}, {"torch"}),
+    ({"_parallel.channel"}, {"cloudpickle"}),
     ({"checkpointing.generators", "memory", "advantages", "_parallel.process_group"}, {"numpy"}),
     (
         {
@@ -46,19 +47,21 @@ LAYERS: list[tuple[set[str], set[str]]] = [
             "checkpointing.own_states",
             "checkpointing.rollout_files",
             "_parallel.normalization",
+            "_parallel.shared_memory",
         },
         {"stable_baselines3", "gymnasium"},
     ),
-    ({"checkpointing.conversion"}, set()),
+    ({"checkpointing.conversion", "_parallel.portable"}, set()),
     ({"networks", "rollouts", "callbacks.advice", "envs.envpool_vec_env", "envs.action_masks"}, set()),
     ({"checkpointing.saving", "policies", "evaluation", "training_log", "envs.envpool_env"}, set()),
     (
-        {"batch_scaling", "following", "_engine.recognition", "_parallel.shared_memory", "_parallel.data_parallel"},
+        {"batch_scaling", "following", "_engine.recognition", "_parallel.policy_copies", "_parallel.data_parallel"},
         set(),
     ),
     ({"_engine.iteration"}, set()),
     ({"_engine.reference", "_engine.dense_networks", "auxiliary_phase", "_parallel.worker"}, set()),
-    ({"_engine.fused", "_parallel.collector"}, set()),
+    ({"_engine.fused", "_parallel.worker_process", "_parallel.remote_methods", "_parallel.replay"}, set()),
+    ({"_parallel.collector", "envs.remote_vec_env"}, set()),
     ({"_engine.standard", "_engine.sequences"}, set()),
     ({"_engine.dense", "_engine.microbatches", "_engine.collection"}, set()),
     ({"_engine.compiled"}, set()),
@@ -84,8 +87,9 @@ OWN_PARAMETERS = {
     "engine",
     "tuned_for_n_envs",
     "torch_compile",
-    "async_rollouts",
-    "async_timeout",
+    "max_policy_lag",
+    "lag_mode",
+    "collector_timeout",
 }
 PHASE_PARAMETERS = {
     "n_policy_iterations",

@@ -100,8 +100,8 @@ def test_stale_data_is_trained_on_with_the_average_of_an_iteration():
     model = model_for(64, staleness=2)
     assert (model.n_steps, model.staleness) == (8, 1)
     assert model.current_prox_decay == pytest.approx(16 / 17)
-    assert model_for(64, async_rollouts=4).async_rollouts == 2
-    assert model_for(128, async_rollouts=1).async_rollouts == 1
+    assert model_for(64, max_policy_lag=4).max_policy_lag == 2
+    assert model_for(128, max_policy_lag=1).max_policy_lag == 1
 
 
 def test_minibatches_stay_whole():

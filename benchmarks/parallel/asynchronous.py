@@ -26,7 +26,7 @@ HERE = Path(__file__).parent
 # Names of cases of benchmarks/speed, the first of which takes about as long to collect as to train; ratio aimed at
 TARGETS: dict[str, float | None] = {"halfcheetah": 1.6, "cartpole": None}
 ONE_PROCESS = "one process"
-KINDS: dict[str, int | None] = {ONE_PROCESS: None, **{f"async_rollouts={lag}": lag for lag in (0, 1, 2)}}
+KINDS: dict[str, int | None] = {ONE_PROCESS: None, **{f"max_policy_lag={lag}": lag for lag in (0, 1, 2)}}
 
 
 class Training:
@@ -91,7 +91,7 @@ def _serve(connection: Connection, settings: dict[str, Any]) -> None:
 
         return measured
 
-    if settings["kwargs"].get("async_rollouts") is None:
+    if settings["kwargs"].get("max_policy_lag") is None:
         for name in seconds:
             setattr(model, name, timed(name))
     with contextlib.suppress(EOFError):  # the parent has gone
@@ -114,7 +114,7 @@ def measure(name: str, rounds: int, n_iterations: int, is_quick: bool) -> dict[s
     """
     case = quick(CASES[name]) if is_quick else CASES[name]
     settings = {**case_settings(case), **entry_settings(case, "ppo_ewma"), "n_iterations": n_iterations}
-    trainings = {kind: Training({**settings, "kwargs": {"async_rollouts": lag}}) for kind, lag in KINDS.items()}
+    trainings = {kind: Training({**settings, "kwargs": {"max_policy_lag": lag}}) for kind, lag in KINDS.items()}
     try:
         found = [{kind: each.measure() for kind, each in trainings.items()} for _ in range(rounds + 1)][1:]
     finally:

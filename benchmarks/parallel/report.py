@@ -80,7 +80,7 @@ def spread(values: list[float], form: str) -> str:
 
 
 def target(result: dict[str, Any], kind: str) -> str:
-    aims = ("two processes", "async_rollouts=1")
+    aims = ("two processes", "max_policy_lag=1")
     return f"≥ {result['target']}" if result["target"] is not None and kind in aims else ""
 
 

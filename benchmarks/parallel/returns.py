@@ -21,9 +21,9 @@ WITHOUT, PROXIMAL = "asynchronous, no EWMA", "asynchronous, no EWMA, proximal"
 # Whose proximal policy is that of the beginning of the iteration; proximal: as if it had also collected
 VARIANTS: dict[str, dict[str, Any]] = {
     SYNCHRONOUS: {},
-    ASYNCHRONOUS: {"async_rollouts": 1},
-    WITHOUT: {"async_rollouts": 1, "prox_decay": None},
-    PROXIMAL: {"async_rollouts": 1, "prox_decay": None, "staleness_mode": "proximal"},
+    ASYNCHRONOUS: {"max_policy_lag": 1},
+    WITHOUT: {"max_policy_lag": 1, "prox_decay": None},
+    PROXIMAL: {"max_policy_lag": 1, "prox_decay": None, "staleness_mode": "proximal"},
 }
 
 

@@ -1,101 +1,165 @@
 """
 Asynchronous collection: another process collects the next rollouts while this one trains. It is forked from this
-process, with the environments as they are and a copy of the policy; large arrays go through shared memory.
+process, with the environments as they are; policies and large arrays go through shared memory.
 """
 
 import contextlib
+import copy
 import math
 import multiprocessing
-import multiprocessing.connection
-import signal
 import time
 import weakref
-from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Any, NoReturn
+from functools import partial
+from multiprocessing.connection import Connection
+from typing import Any, cast
 
 import numpy as np
 import torch as th
-from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.utils import obs_as_tensor
-from stable_baselines3.common.vec_env import VecEnv, VecNormalize
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
 
-from sb3_ppo_ewma._parallel.normalization import set_statistics
-from sb3_ppo_ewma._parallel.shared_memory import SharedMemory, parameter_arrays
+from sb3_ppo_ewma._parallel.normalization import Statistics, set_statistics, statistics_of
+from sb3_ppo_ewma._parallel.policy_copies import policy_copy
+from sb3_ppo_ewma._parallel.portable import dump_for_collection
+from sb3_ppo_ewma._parallel.remote_methods import RemoteMethods
+from sb3_ppo_ewma._parallel.replay import replay_steps
+from sb3_ppo_ewma._parallel.shared_memory import SharedMemory
 from sb3_ppo_ewma._parallel.worker import (
-    POLL_SECONDS,
+    Call,
     CollectedRollout,
+    PolicyUpdate,
     RolloutRequest,
     Worker,
     collection_state,
+    layers,
     set_collection_state,
 )
-from sb3_ppo_ewma.checkpointing.generators import GeneratorStates
-from sb3_ppo_ewma.policies import copy_policy
+from sb3_ppo_ewma._parallel.worker_process import WorkerProcess
+from sb3_ppo_ewma.checkpointing.generators import GeneratorStates, StateDict, derived_states, seed_from
 
-# Methods of the environments that act in the worker while it runs
-_ENV_METHODS = ("reset", "step", "step_async", "step_wait", "env_method", "get_attr", "set_attr", "seed",
-                "set_options", "env_is_wrapped", "get_images", "render")  # fmt: skip
-_NORMALIZE_METHODS = ("get_original_obs",)
-_REPLACED = {*_ENV_METHODS, *_NORMALIZE_METHODS, "close", "__getstate__"}
-_SECONDS_TO_END = 5
+# Attributes of these types reach the worker when they are changed, but for some that each process has for itself
+_SIMPLE = (bool, int, float, str, type(None))
+_NEW = object()
+# Who collects in environments, by the innermost of them
+_collectors: "weakref.WeakKeyDictionary[VecEnv, weakref.ref[Collector]]" = weakref.WeakKeyDictionary()
+_OWN_ATTRIBUTES = {"num_timesteps", "pos", "full", "generator_ready", "waiting", "closed"}
 
 
 class Collector:
     """
-    The worker process, seen from the process that trains. Until it ends, the methods of the environments act in the
-    worker.
+    Collection in another process. Until it ends, the methods of the environments act there.
 
     :param model: the algorithm, with the environments to collect in
     """
 
     def __init__(self, model: Any) -> None:
-        context = multiprocessing.get_context("fork")
-        self._env, self._lag, self._timeout = model.env, model.async_rollouts, model.async_timeout
+        self._env, self._lag, self._mode = model.env, model.max_policy_lag, model.lag_mode
         # Without lag, only one of the processes draws random numbers at a time: both then draw from one sequence.
-        shares_generators = self._lag == 0
-        self._generators: GeneratorStates | None = model.generators if shares_generators else None
+        self._generators: GeneratorStates | None = model.generators if self._lag == 0 else None
+        self._generators_of_worker: StateDict | None = None
+        self._is_closed = False
         self._version = -1
         self._n_requested = self._n_received = 0
-        self._rollouts: deque[CollectedRollout] = deque()
-        self._results: deque[Any] = deque()
         model.rollout_buffer.reset()
-        policy = _policy_on_cpu(model)
-        self._memory = SharedMemory(model.rollout_buffer, policy, self._lag + 1, context)
-        self._connection, connection = context.Pipe()
-        worker = Worker(model, policy, connection, self._connection, self._memory, shares_generators)
-        self._process: Any = context.Process(target=worker.run, name="collector", daemon=True)
-        self._process.start()
-        connection.close()
-        replaced: list[tuple[Any, str]] = []
-        self._finalizer = weakref.finalize(self, _end, self._process, self._connection, replaced)
-        _redirect_methods(weakref.ref(self), model.env, model.get_vec_normalize_env(), replaced)
+        tensors = policy_copy(model.policy).tensors
+        self._rest: bytes | None = None
+        self._memory = SharedMemory(model.rollout_buffer, tensors, self._lag + 1)
+        self._attributes = _Attributes(model)
+        self._statistics = _statistics(model)
+        try:
+            self._process = self._start(model)
+        finally:
+            self._memory.unlink()
+        self._process.progress = _progress(self._memory)
+        reference = weakref.ref(self)
+        _collectors[model.env.unwrapped] = reference
+        self._methods = RemoteMethods(model.env, partial(_call, reference), partial(_close, reference))
+        weakref.finalize(self, self._methods.restore)
+
+    def _start(self, model: Any) -> WorkerProcess:
+        remote = getattr(model.env.unwrapped, "worker_process", None)
+        self._owns_process = remote is None
+        if remote is None:
+            if "fork" not in multiprocessing.get_all_start_methods():
+                raise ValueError(
+                    f"max_policy_lag={self._lag}: this system has no fork(), so give the environments as functions to "
+                    "RemoteVecEnv(env_fns)"
+                )
+            arguments = (model, self._memory, self._generators is not None, model.collector_timeout)
+            return WorkerProcess("fork", _run_forked, arguments, model.collector_timeout)
+        process: WorkerProcess = remote
+        process.timeout = model.collector_timeout
+        process.send("attach", (dump_for_collection(model), self._memory, self._generators is not None))
+        process.result()
+        return process
 
     @classmethod
     def prepare(cls, model: Any) -> "Collector | None":
         """
-        Start, keep or end the worker, as the model's environments and ``async_rollouts`` require. To be called when
-        ``learn`` begins.
+        Start, keep or end the worker, as the model's environments and parameters require. To be called when ``learn``
+        begins.
 
         :param model: the algorithm, whose ``_collector`` is the collector so far
         :return: the collector to use from now on; ``None`` to collect in this process
         """
         collector: Collector | None = model._collector
-        if collector is not None and not collector._serves(model.env, model.async_rollouts):
+        if collector is not None and not (collector._serves(model) and collector._fits(model.rollout_buffer)):
             collector.close()
             collector = None
             model._last_obs = None  # the environments of this process did not make the worker's steps
-        if collector is None and model.async_rollouts is not None and model.env is not None:
+        if collector is None and model.max_policy_lag is not None and model.env is not None:
+            other = _collectors.get(model.env.unwrapped, _nothing)()
+            if other is not None:  # of another model, for which the environments begin again
+                other.close()
+                model._last_obs = None
             if getattr(model.env.unwrapped, "is_lost_by_fork", False):  # EnvPoolVecEnv, or environments like it
                 model._last_obs = None
             collector = cls(model)
         if collector is not None:
-            set_collection_state(model, collector._discard_rollouts())
+            collector._begin(model)
         return collector
 
-    def _serves(self, env: VecEnv | None, lag: int | None) -> bool:
-        return self._finalizer.alive and self._env is env and self._lag == lag
+    def _serves(self, model: Any) -> bool:
+        present = model.env, model.max_policy_lag, model.lag_mode
+        is_alive = self._process.is_alive and not self._is_closed
+        return is_alive and (self._env, self._lag, self._mode) == present
+
+    def _fits(self, buffer: Any) -> bool:
+        empty = copy.copy(buffer)  # training may have flattened the arrays
+        empty.reset()
+        return self._memory.fits(empty)
+
+    def _begin(self, model: Any) -> None:
+        has_abandoned = self._drain()
+        if self._lag == 0:
+            return
+        kept = model.collector_generators
+        if kept.states is None:
+            rank = 0 if model._data_parallel is None else model._data_parallel.group.rank
+            kept.states = derived_states(model.generators.state_dict(), f"collector of rank {rank}")
+        if has_abandoned or kept.states is not self._generators_of_worker:
+            self._process.send("generators", kept.states)
+            self._generators_of_worker = kept.states
+        if has_abandoned:
+            # Where they are is a matter of time; from here on it is not.
+            model.env.seed(seed_from(cast(StateDict, kept.states), "environments"))
+            model._last_obs = None
+
+    def _drain(self) -> bool:
+        """
+        :return: whether rollouts had been asked for that nobody took
+        """
+        has_abandoned = self._n_received < self._n_requested
+        while self._n_received < self._n_requested:
+            self._process.rollout()
+            self._n_received += 1
+        return has_abandoned
+
+    def abandon_rollouts(self) -> None:
+        """End the collection of what is not needed any more, within one step of the environments."""
+        if self._n_received < self._n_requested and self._process.is_alive:
+            self._process.abandon(self._n_requested)
 
     # ------------------------------------------------------------------ rollouts
 
@@ -121,311 +185,246 @@ class Collector:
         :param args: further positional arguments of the algorithm's ``collect_rollouts``
         :param kwargs: further keyword arguments of the algorithm's ``collect_rollouts``
         :return: False when a callback ended the collection
-        :raises RuntimeError: if the worker has ended or made no step for ``async_timeout`` seconds
+        :raises RuntimeError: if the worker has ended or made no step for ``collector_timeout`` seconds
         """
-        n_missing = math.ceil((model._total_timesteps - model.num_timesteps) / (n_rollout_steps * env.num_envs))
-        self._publish(model.policy)
-        self._request_rollouts(n_missing, model, args, kwargs)
+        with self._ending_with_process():
+            return self._collect(model, env, callback, rollout_buffer, n_rollout_steps, args, kwargs)
+
+    def _collect(
+        self,
+        model: Any,
+        env: VecEnv,
+        callback: BaseCallback,
+        rollout_buffer: Any,
+        n_rollout_steps: int,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> bool:
+        rollout_buffer.reset()
+        is_same = env is self._env and rollout_buffer is model.rollout_buffer and self._memory.fits(rollout_buffer)
+        if not (is_same and self._serves(model)):
+            raise RuntimeError(
+                "environments, rollout buffer and n_steps cannot change between two rollouts of one learn() with "
+                "max_policy_lag"
+            )
+        model.policy.set_training_mode(False)
         callback.on_rollout_start()
+        self._publish(model.policy)
+        n_missing = math.ceil((model._total_timesteps - model.num_timesteps) / (n_rollout_steps * env.num_envs))
+        self._request_rollouts(n_missing, model, n_rollout_steps, args, kwargs)
         idle_since = time.perf_counter()
-        rollout = self._receive_rollout()
+        rollout = self._receive_rollout(model)
         model.logger.record("time/learner_idle_s", time.perf_counter() - idle_since)
         model.logger.record("time/collector_idle_s", rollout.idle_seconds)
         model.logger.record("time/policy_lag", self._version - rollout.version)
-        self._memory.fill_buffer(rollout_buffer, rollout.slot)
-        venv = model.get_vec_normalize_env()
-        if venv is not None and rollout.statistics is not None:
-            set_statistics(venv, rollout.statistics)
+        self._memory.fill_buffer(rollout.number, rollout_buffer)
         try:
-            continues = _replay_steps(model, env, callback, rollout_buffer, rollout)
+            continues = replay_steps(model, env, callback, rollout_buffer, rollout)
         finally:
             set_collection_state(model, rollout.state)
         if continues:
+            callback.update_locals(rollout.ending)
             callback.on_rollout_end()
         return continues
 
     def _publish(self, policy: th.nn.Module) -> None:
-        arrays = parameter_arrays(policy)
-        while not self._memory.lock.acquire(timeout=POLL_SECONDS):
-            if not self._process.is_alive():  # it died with the lock
-                self._raise_ended()
-        try:
-            self._version += 1
-            self._memory.write_parameters(arrays, self._version)
-        finally:
-            self._memory.lock.release()
+        self._version += 1
+        own = policy_copy(policy)
+        is_shared = self._memory.write_policy(self._version, own.tensors)
+        rest = None if own.rest == self._rest else own.rest
+        self._rest = own.rest
+        self._process.send("policy", PolicyUpdate(self._version, rest, None if is_shared else own.tensors))
 
-    def _request_rollouts(self, n_missing: int, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _request_rollouts(
+        self, n_missing: int, model: Any, n_steps: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         n_allowed = self._n_received + min(self._lag + 1, n_missing)
+        version = None if self._mode == "newest" else self._version
         while self._n_requested < n_allowed:
             is_idle = self._n_requested == self._n_received
-            slot = self._n_requested % self._memory.n_slots
-            state = collection_state(model) if is_idle else None
-            self._send("collect", RolloutRequest(slot, args, kwargs, state))
+            attributes = self._attributes.changes(model)
+            if is_idle:
+                attributes.setdefault("model", {})["num_timesteps"] = model.num_timesteps
+            statistics = _statistics(model)
+            request = RolloutRequest(
+                self._n_requested,
+                version,
+                n_steps,
+                args,
+                kwargs,
+                attributes,
+                collection_state(model) if is_idle else {},
+                None if _are_equal(statistics, self._statistics) else statistics,
+            )
+            self._statistics = statistics
+            self._send_generators()
+            self._process.send("collect", request)
             self._n_requested += 1
 
-    def _receive_rollout(self) -> CollectedRollout:
-        self._wait_for(self._rollouts)
+    def _receive_rollout(self, model: Any) -> CollectedRollout:
+        rollout: CollectedRollout = self._process.rollout()
         self._n_received += 1
-        return self._rollouts.popleft()
+        venv = model.get_vec_normalize_env()
+        if venv is not None and rollout.statistics is not None:
+            set_statistics(venv, rollout.statistics)
+            self._statistics = rollout.statistics
+        if self._generators is None:
+            model.collector_generators.states = self._generators_of_worker = rollout.generators
+        else:
+            self._take_generators(rollout.generators)
+        return rollout
 
-    def _discard_rollouts(self) -> dict[str, Any]:
+    # ------------------------------------------------------------------ calls
+
+    def call(self, depth: int, name: str, *args: Any, **kwargs: Any) -> Any:
         """
-        :return: state of the collection after the requested rollouts, empty if there are none
-        """
-        state: dict[str, Any] = {}
-        while self._n_received < self._n_requested:
-            state = self._receive_rollout().state
-        return state
+        Call a method of the worker's environments, after the rollouts that were asked for before.
 
-    # ------------------------------------------------------------------ messages
-
-    def call(self, name: str, *args: Any, **kwargs: Any) -> Any:
-        """
-        Call a method of the worker's environments, between two rollouts.
-
+        :param depth: 0 for the outermost wrapper, 1 for what it wraps, and so on
         :param name: name of the method
         :param args: its positional arguments
         :param kwargs: its keyword arguments
         :return: its result
+        :raises Exception: what the method raises
         """
-        self._send("call", (name, args, kwargs))
-        self._wait_for(self._results)
-        return self._results.popleft()
+        self._send_generators()
+        with self._ending_with_process():
+            self._process.send("call", Call(depth, name, args, kwargs))
+            result = self._process.result()
+        if result.generators is not None:
+            self._take_generators(result.generators)
+        return result.value
 
-    def _send(self, kind: str, content: Any) -> None:
-        generators = None if self._generators is None else self._generators.state_dict()
-        with contextlib.suppress(BrokenPipeError):  # waiting for the answer raises the error
-            self._connection.send((kind, content, generators))
-
-    def _wait_for(self, answers: deque[Any]) -> None:
-        n_steps, since = -1, time.monotonic()
-        while not answers:
-            ready = multiprocessing.connection.wait([self._connection, self._process.sentinel], POLL_SECONDS)
-            if self._connection in ready:
-                self._read_answer()
-            elif ready:
-                self._raise_ended()
-            elif n_steps != self._memory.n_steps:
-                n_steps, since = self._memory.n_steps, time.monotonic()
-            elif time.monotonic() - since > self._timeout:
-                self._end_and_raise(
-                    RuntimeError(
-                        f"The process that collects rollouts has made no step for {self._timeout:.0f} seconds "
-                        "(async_timeout)"
-                    )
-                )
-
-    def _read_answer(self) -> None:
-        try:
-            kind, content, generators = self._connection.recv()
-        except (EOFError, ConnectionResetError):
-            self._raise_ended()
-        if kind == "error":
-            error, text = content
-            error.__cause__ = _WorkerTraceback(text)
-            self._end_and_raise(error)
-        (self._rollouts if kind == "rollout" else self._results).append(content)
+    def _send_generators(self) -> None:
         if self._generators is not None:
-            self._generators.load_state_dict(generators)
+            self._process.send("generators", self._generators.state_dict())
+
+    def _take_generators(self, states: StateDict) -> None:
+        if self._generators is not None:
+            self._generators.load_state_dict(states)
             self._generators.apply_pending()
 
-    # ------------------------------------------------------------------ the end of the process
+    @contextlib.contextmanager
+    def _ending_with_process(self) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            if not self._process.is_alive:
+                self._methods.restore()
+                _mark_lost(self._env.unwrapped)
 
     def close(self) -> None:
         """End the worker; the environments' methods act in this process again."""
-        if self._finalizer.alive:
-            self._send("close", None)
-            self._finalizer()
-
-    def _raise_ended(self) -> NoReturn:
-        self._process.join(_SECONDS_TO_END)
-        code = self._process.exitcode
-        how = f"signal {signal.Signals(-code).name}" if code is not None and code < 0 else f"exit code {code}"
-        self._end_and_raise(RuntimeError(f"The process that collects rollouts has ended ({how})"))
-
-    def _end_and_raise(self, error: BaseException) -> NoReturn:
-        self._process.kill()
-        self._finalizer()
-        raise error
+        self._is_closed = True
+        self._methods.restore()
+        if self._owns_process:
+            self._process.end()
+        elif self._process.is_alive:
+            self.abandon_rollouts()
+            self._drain()
 
 
-class _WorkerTraceback(Exception):  # noqa: N818  # the cause of an error, as in concurrent.futures
-    def __str__(self) -> str:
-        return f"\n{self.args[0]}"
-
-
-def _policy_on_cpu(model: Any) -> th.nn.Module:
-    """
-    :param model: the algorithm
-    :return: the policy that the worker gets with the fork; a copy if the model is on an accelerator, which it must not
-        touch
-    """
-    policy: th.nn.Module = model.policy if model.device.type == "cpu" else copy_policy(model.policy).to("cpu")
-    return policy
-
-
-def _end(process: Any, connection: Any, replaced: list[tuple[Any, str]]) -> None:
-    """
-    :param process: the worker's, which gets some seconds to end before it is killed
-    :param connection: this process's end of the pipe
-    :param replaced: from :func:`_redirect_methods`
-    """
-    for reference, name in replaced:
-        owner = reference()
-        if owner is not None:
-            vars(owner).pop(name, None)
-    connection.close()
-    process.join(_SECONDS_TO_END)
-    if process.exitcode is None:
-        process.kill()
-        process.join()
-    process.close()
-
-
-# === Methods of the environments ===
-
-
-def _redirect_methods(
-    collector: "weakref.ref[Collector]",
-    env: VecEnv,
-    normalizing: VecNormalize | None,
-    replaced: list[tuple[Any, str]],
+def _run_forked(
+    connection: "Connection[Any, Any]",
+    parent_connection: "Connection[Any, Any]",
+    model: Any,
+    memory: SharedMemory,
+    shares_generators: bool,
+    timeout: float,
 ) -> None:
+    worker = Worker(connection, model.env, timeout)
+    worker.attach(model, memory, shares_generators)
+    worker.run(parent_connection)
+
+
+def _progress(memory: SharedMemory) -> Callable[[], int]:
+    return lambda: memory.n_steps
+
+
+def _call(reference: "weakref.ref[Collector]", *args: Any, **kwargs: Any) -> Any:
+    collector = reference()
+    if collector is None:
+        raise RuntimeError("the process with these environments has ended")
+    return collector.call(*args, **kwargs)
+
+
+def _close(reference: "weakref.ref[Collector]") -> None:
+    collector = reference()
+    if collector is not None:
+        collector.close()
+
+
+def _mark_lost(env: VecEnv) -> None:
     """
-    Let methods of the environments act in the worker.
-
-    :param collector: the collector; its worker ends when nothing else refers to it
-    :param env: the training environments
-    :param normalizing: the wrapper among them that normalises
-    :param replaced: filled with a reference to the owner and the name of each method
+    :param env: the innermost environments, whose process has ended before it was told to
     """
-    env_reference = weakref.ref(env)
+    if isinstance(env, DummyVecEnv) or getattr(env, "is_lost_by_fork", False):
+        return  # this process has its own, as they were before
+    if isinstance(env, SubprocVecEnv):
+        for process in env.processes:
+            process.kill()  # they may wait for somebody to read their answers
+            process.join()
+        for remote in env.remotes:
+            remote.close()
+        env.closed = True
 
-    def remote(name: str) -> Callable[..., Any]:
-        def method(*args: Any, **kwargs: Any) -> Any:
-            alive = collector()
-            if alive is None:
-                raise RuntimeError("the process with these environments has ended")
-            return alive.call(name, *args, **kwargs)
+    def refuse(depth: int, name: str, *args: Any, **kwargs: Any) -> None:
+        raise RuntimeError(
+            f"{name}() of these environments cannot be called any more: the process that collected rollouts in them "
+            "has ended before its time. Make new ones and give them to the model: model.set_env(env)"
+        )
 
-        return method
-
-    def close() -> None:
-        alive, own = collector(), env_reference()
-        if alive is not None:
-            alive.close()
-        if own is not None:
-            own.close()  # the method of its class again
-
-    methods: list[tuple[Any, str, Callable[..., Any]]] = [(env, "close", close)]
-    methods += [(env, name, remote(name)) for name in _ENV_METHODS if hasattr(env, name)]
-    if normalizing is not None:
-        methods += [(normalizing, name, remote(name)) for name in _NORMALIZE_METHODS]
-    # VecNormalize is pickled to save its statistics; functions in its place of methods could not be.
-    owners = {id(owner): owner for owner, _, _ in methods}.values()
-    methods += [(owner, "__getstate__", _getstate_without_methods(owner)) for owner in owners]
-    for owner, name, method in methods:
-        setattr(owner, name, method)
-        replaced.append((weakref.ref(owner), name))
+    RemoteMethods(env, refuse, _nothing)
 
 
-def _getstate_without_methods(owner: Any) -> Callable[[], dict[str, Any]]:
-    reference = weakref.ref(owner)
-
-    def getstate() -> dict[str, Any]:
-        own: Any = reference()
-        method = getattr(type(own), "__getstate__", None)  # since Python 3.11 every class has it
-        attributes = vars(own) if method is None else method(own)
-        return {name: value for name, value in attributes.items() if name not in _REPLACED}
-
-    return getstate
+def _nothing() -> None:
+    pass
 
 
-# === Callbacks ===
-
-
-def _replay_steps(model: Any, env: VecEnv, callback: BaseCallback, buffer: Any, rollout: CollectedRollout) -> bool:
+class _Attributes:
     """
-    Count the steps of a rollout and call for each what SB3 calls.
+    Attributes that both processes have, and the process that trains may change.
 
     :param model: the algorithm
-    :param env: the training environments
-    :param callback: called for every step, with the local variables of SB3's loop
-    :param buffer: rollout buffer with the rollout
-    :param rollout: the rollout
-    :return: False when the callback ended the collection
     """
-    observations = _as_returned(buffer.observations, model.observation_space)
-    venv = model.get_vec_normalize_env()
-    n_steps = buffer.buffer_size
-    callback.update_locals(
-        {"self": model, "env": env, "callback": callback, "rollout_buffer": buffer, "n_rollout_steps": n_steps}
-    )
-    for step, variables in enumerate(_local_variables(model, buffer, observations, rollout)):
-        model._last_obs = _row(observations, step)
-        if venv is not None and rollout.original_rewards is not None:
-            venv.old_reward = rollout.original_rewards[step]
-        model.num_timesteps += env.num_envs
-        callback.update_locals(variables)
-        if not callback.on_step():
-            return False
-        model._update_info_buffer(variables["infos"], variables["dones"])
-    return True
 
+    def __init__(self, model: Any) -> None:
+        self._known = self._now(model)
 
-def _local_variables(model: Any, buffer: Any, observations: Any, rollout: CollectedRollout) -> Iterator[dict[str, Any]]:
-    """
-    :param model: the algorithm
-    :param buffer: rollout buffer with the rollout
-    :param observations: (n_steps, n_envs, ...) its observations
-    :param rollout: the rollout
-    :return: for each step, the local variables of SB3's loop when it calls the callbacks
-    """
-    n_steps, n_envs, space = buffer.buffer_size, buffer.n_envs, model.action_space
-    actions = buffer.actions.reshape(n_steps, n_envs, *space.shape).astype(space.dtype)
-    clipped_actions = actions
-    if isinstance(space, spaces.Box):
-        if model.policy.squash_output:
-            clipped_actions = model.policy.unscale_action(actions)
-        else:
-            clipped_actions = np.clip(actions, space.low, space.high)
-    obs_tensors = obs_as_tensor(observations, th.device("cpu"))
-    values, log_probs = th.as_tensor(buffer.values[..., None]), th.as_tensor(buffer.log_probs)
-    dones = np.concatenate([buffer.episode_starts[1:], rollout.state["_last_episode_starts"][None]]).astype(bool)
-    family: dict[str, Any] = {}
-    if hasattr(buffer, "action_masks"):
-        family["action_masks"] = buffer.action_masks
-    if hasattr(buffer, "hidden_states_pi"):  # recurrent
-        family["episode_starts"] = th.as_tensor(buffer.episode_starts, dtype=th.float32)
-    for step in range(n_steps):
-        yield {
-            **{name: rows[step] for name, rows in family.items()},
-            "n_steps": step,
-            "obs_tensor": _row(obs_tensors, step),
-            "actions": actions[step],
-            "clipped_actions": clipped_actions[step],
-            "values": values[step],
-            "log_probs": log_probs[step],
-            "new_obs": rollout.state["_last_obs"] if step + 1 == n_steps else _row(observations, step + 1),
-            "rewards": rollout.rewards[step],
-            "dones": dones[step],
-            "infos": rollout.infos[step],
+    def changes(self, model: Any) -> dict[str, dict[str, Any]]:
+        """
+        :param model: the algorithm
+        :return: by owner, the attributes that have changed since the last call
+        """
+        before, self._known = self._known, self._now(model)
+        changed = {
+            owner: {
+                name: value for name, value in now.items() if name not in before[owner] or before[owner][name] != value
+            }
+            for owner, now in self._known.items()
+        }
+        return {owner: each for owner, each in changed.items() if each}
+
+    @staticmethod
+    def _now(model: Any) -> dict[str, dict[str, Any]]:
+        owners = {"model": model, "buffer": model.rollout_buffer}
+        owners |= {str(depth): layer for depth, layer in enumerate(layers(model.env))}
+        return {
+            owner: {
+                name: value
+                for name, value in vars(each).items()
+                if type(value) in _SIMPLE and name not in _OWN_ATTRIBUTES
+            }
+            for owner, each in owners.items()
         }
 
 
-def _as_returned(observations: Any, space: spaces.Space[Any]) -> Any:
-    """
-    :param observations: observations of a rollout buffer, in which a discrete one is an array with one entry
-    :param space: observation space
-    :return: (n_steps, n_envs, ...) the observations as the environments returned them
-    """
-    if isinstance(space, spaces.Dict):
-        return {name: _as_returned(observations[name], each) for name, each in space.spaces.items()}
-    return observations.reshape(observations.shape[:2]) if isinstance(space, spaces.Discrete) else observations
+def _statistics(model: Any) -> Statistics | None:
+    venv = model.get_vec_normalize_env()
+    return None if venv is None else statistics_of(venv)
 
 
-def _row(observations: Any, step: int) -> Any:
-    if isinstance(observations, dict):
-        return {name: each[step] for name, each in observations.items()}
-    return observations[step]
+def _are_equal(a: Statistics | None, b: Statistics | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    return all(np.array_equal(cast(Any, x), cast(Any, y)) for name in a for x, y in zip(a[name], b[name], strict=True))

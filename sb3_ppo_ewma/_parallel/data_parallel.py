@@ -44,10 +44,10 @@ class DataParallel:
     """
 
     def __init__(self, model: Any, group: ProcessGroup) -> None:
-        if model.async_rollouts is not None:
+        if model.max_policy_lag is not None:
             raise ValueError(
-                f"async_rollouts={model.async_rollouts} cannot be combined with data-parallel training: use "
-                "async_rollouts=None in several processes"
+                f"max_policy_lag={model.max_policy_lag} cannot be combined with data-parallel training: use "
+                "max_policy_lag=None in several processes"
             )
         self.group = group
         self._model = model

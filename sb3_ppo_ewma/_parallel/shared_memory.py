@@ -1,142 +1,174 @@
 """Memory that the process that trains and the process that collects both read and write."""
 
+import contextlib
 import mmap
-from collections.abc import Mapping
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch as th
 from stable_baselines3.common.buffers import RolloutBuffer
 
-from sb3_ppo_ewma.policies import uncompiled
-
 _ALIGNMENT = 64
+# Where a file is memory, on Linux; it may be small, as in containers
+_MEMORY_DIR = "/dev/shm"
 
 
 class SharedArrays:
     """
-    Arrays that this process shares with the processes it forks later.
+    Arrays that processes share. A pickle of them, opened in another process, has the same memory.
 
     :param like: by name, arrays with the shapes and dtypes to allocate; their values are not copied
     """
 
     def __init__(self, like: Mapping[str, np.ndarray]) -> None:
-        offsets, size = {}, 0
+        self._layout: dict[str, tuple[int, tuple[int, ...], np.dtype[Any]]] = {}
+        size = 0
         for name, array in like.items():
-            offsets[name] = size
+            self._layout[name] = size, array.shape, array.dtype
             size += -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT
-        memory = mmap.mmap(-1, max(size, 1))  # anonymous: freed with the last process that maps it
+        self._path = _make_file(max(size, 1))
+        self._map()
+
+    def _map(self) -> None:
+        with open(self._path, "r+b") as file:
+            memory = mmap.mmap(file.fileno(), 0)
         self.arrays = {
-            name: np.frombuffer(memory, array.dtype, array.size, offsets[name]).reshape(array.shape)
-            for name, array in like.items()
+            name: np.frombuffer(memory, dtype, int(np.prod(shape, dtype=np.int64)), offset).reshape(shape)
+            for name, (offset, shape, dtype) in self._layout.items()
         }
 
-    def write(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """
-        :param arrays: by name, the new values
-        """
-        for name, array in self.arrays.items():
-            array[...] = arrays[name]
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_layout": self._layout, "_path": self._path}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._map()
+
+    def unlink(self) -> None:
+        """Delete the file, when all have opened it: the memory is then freed with the last process that uses it."""
+        with contextlib.suppress(OSError):  # Windows keeps it as long as somebody uses it
+            os.unlink(self._path)
+
+
+def _make_file(size: int) -> str:
+    """
+    :param size: bytes
+    :return: path of a new file, in memory if there is room
+    """
+    for folder in (_MEMORY_DIR, tempfile.gettempdir()):
+        with contextlib.suppress(OSError):
+            descriptor, path = tempfile.mkstemp(prefix="sb3-ppo-ewma-", dir=folder)
+            try:
+                os.truncate(descriptor, size)
+                if hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(descriptor, 0, size)  # raises an error where writing would kill the process
+                return path
+            except OSError:
+                os.unlink(path)
+                raise
+            finally:
+                os.close(descriptor)
+    raise MemoryError(f"there is no room for {size} bytes of shared memory in {_MEMORY_DIR} or {tempfile.gettempdir()}")
 
 
 class SharedMemory:
     """
-    Rollouts, the policy's parameters and two counters.
+    Rollouts, the policies that collect them, and a counter.
 
     :param buffer: rollout buffer with the shapes of the rollouts
-    :param policy: policy with the shapes of the parameters
-    :param n_slots: number of rollouts that can be kept at the same time
-    :param context: multiprocessing context that forks
+    :param tensors: arrays with the shapes of a policy's tensors
+    :param n_slots: number of rollouts, and of policies, that are kept at the same time
     """
 
-    def __init__(self, buffer: RolloutBuffer, policy: th.nn.Module, n_slots: int, context: Any) -> None:
-        template = _arrays_of(buffer)
-        self._rollouts = [SharedArrays(template) for _ in range(n_slots)]
-        self._parameters = SharedArrays(parameter_arrays(policy))
-        self._counters = SharedArrays({"version": np.zeros(1, np.int64), "n_steps": np.zeros(1, np.int64)}).arrays
-        # Held while parameters are written or read
-        self.lock = context.Lock()
+    def __init__(self, buffer: RolloutBuffer, tensors: Sequence[np.ndarray], n_slots: int) -> None:
+        self.n_slots = n_slots
+        rollout, policy = arrays_of(buffer), {str(i): array for i, array in enumerate(tensors)}
+        self._rollout_shapes, self._policy_shapes = _shapes(rollout), _shapes(policy)
+        counters = {"n_steps": np.zeros(1, np.int64)}
+        slots = {
+            f"{kind}/{slot}/{name}": array
+            for slot in range(n_slots)
+            for kind, arrays in (("rollout", rollout), ("policy", policy))
+            for name, array in arrays.items()
+        }
+        self._shared = SharedArrays({**counters, **slots})
 
-    @property
-    def n_slots(self) -> int:
-        """
-        :return: number of rollouts that can be kept at the same time
-        """
-        return len(self._rollouts)
+    def unlink(self) -> None:
+        """To be called when the other process has opened the memory."""
+        self._shared.unlink()
+
+    # ------------------------------------------------------------------ counter
 
     @property
     def n_steps(self) -> int:
         """
         :return: number of steps that the environments have made
         """
-        return int(self._counters["n_steps"][0])
+        return int(self._shared.arrays["n_steps"][0])
 
     def count_step(self) -> None:
         """Add one to :attr:`n_steps`."""
-        self._counters["n_steps"][0] += 1
+        self._shared.arrays["n_steps"][0] += 1
 
-    def write_parameters(self, arrays: Mapping[str, np.ndarray], version: int) -> None:
-        """
-        The caller holds the lock.
+    # ------------------------------------------------------------------ policies
 
-        :param arrays: from :func:`parameter_arrays`
-        :param version: number of updates that the parameters have had
+    def write_policy(self, version: int, tensors: Sequence[np.ndarray]) -> bool:
         """
-        self._parameters.write(arrays)
-        self._counters["version"][0] = version
+        :param version: number of the policy
+        :param tensors: its tensors
+        :return: whether they have the shapes of the slots; otherwise nothing is written
+        """
+        arrays = {str(i): array for i, array in enumerate(tensors)}
+        fits = _shapes(arrays) == self._policy_shapes
+        if fits:
+            for slot_array, array in zip(self.policy(version), tensors, strict=True):
+                slot_array[...] = array
+        return fits
 
-    def read_parameters(self, policy: th.nn.Module) -> int:
+    def policy(self, version: int) -> list[np.ndarray]:
         """
-        :param policy: policy that gets the parameters written last
-        :return: number of updates that they have had
+        :param version: number of a policy that was written, and none ``n_slots`` later
+        :return: its tensors, in the shared memory
         """
-        with self.lock, th.no_grad():
-            for name, tensor in _tensors_of(policy).items():
-                tensor.copy_(th.from_numpy(self._parameters.arrays[name]).view(tensor.dtype))
-            return int(self._counters["version"][0])
+        return [self._shared.arrays[f"policy/{version % self.n_slots}/{name}"] for name, *_ in self._policy_shapes]
 
-    def write_rollout(self, slot: int, buffer: RolloutBuffer) -> None:
+    # ------------------------------------------------------------------ rollouts
+
+    def fits(self, buffer: RolloutBuffer) -> bool:
         """
-        :param slot: number of the slot to write to
+        :param buffer: rollout buffer
+        :return: whether its arrays have the shapes and dtypes of the slots
+        """
+        return _shapes(arrays_of(buffer)) == self._rollout_shapes
+
+    def write_rollout(self, number: int, buffer: RolloutBuffer) -> None:
+        """
+        :param number: number of the rollout
         :param buffer: full rollout buffer
         """
-        self._rollouts[slot].write(_arrays_of(buffer))
+        for slot_array, array in self._with_slot(number, buffer):
+            slot_array[...] = array
 
-    def fill_buffer(self, buffer: Any, slot: int) -> None:
+    def fill_buffer(self, number: int, buffer: RolloutBuffer) -> None:
         """
-        :param buffer: rollout buffer, which uses the arrays of the slot itself, until the slot is written again
-        :param slot: number of a slot with a rollout
+        :param number: number of a rollout that was written, and none ``n_slots`` later
+        :param buffer: rollout buffer, reset: gets a copy
         """
-        buffer.reset()
-        for name, array in self._rollouts[slot].arrays.items():
-            attribute, _, key = name.partition("/")
-            if key:
-                getattr(buffer, attribute)[key] = array
-            else:
-                setattr(buffer, attribute, array)
-        buffer.pos, buffer.full = buffer.buffer_size, True
+        for slot_array, array in self._with_slot(number, buffer):
+            array[...] = slot_array
+
+    def _with_slot(self, number: int, buffer: RolloutBuffer) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for name, array in arrays_of(buffer).items():
+            yield self._shared.arrays[f"rollout/{number % self.n_slots}/{name}"], array
 
 
-def parameter_arrays(policy: th.nn.Module) -> dict[str, np.ndarray]:
-    """
-    :param policy: policy on any device
-    :return: by name, its parameters and buffers; bfloat16, which numpy lacks, as int16
-    """
-    return {name: _as_array(tensor) for name, tensor in _tensors_of(policy).items()}
+def _shapes(arrays: Mapping[str, np.ndarray]) -> list[tuple[str, tuple[int, ...], np.dtype[Any]]]:
+    return [(name, each.shape, each.dtype) for name, each in arrays.items()]
 
 
-def _tensors_of(policy: th.nn.Module) -> dict[str, th.Tensor]:
-    module = uncompiled(policy)
-    return {name: each.detach() for name, each in (*module.named_parameters(), *module.named_buffers())}
-
-
-def _as_array(tensor: th.Tensor) -> np.ndarray:
-    tensor = tensor.cpu().contiguous()
-    array: np.ndarray = (tensor.view(th.int16) if tensor.dtype == th.bfloat16 else tensor).numpy()
-    return array
-
-
-def _arrays_of(buffer: RolloutBuffer) -> dict[str, np.ndarray]:
+def arrays_of(buffer: RolloutBuffer) -> dict[str, np.ndarray]:
     """
     :param buffer: rollout buffer
     :return: its arrays by attribute; those of a dictionary as "attribute/key"

@@ -3,7 +3,10 @@
 import contextlib
 import os
 import pickle
+import queue
 import signal
+import sys
+import threading
 import time
 import traceback
 from collections import deque
@@ -13,55 +16,129 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch as th
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.vec_env import SubprocVecEnv, VecNormalize
+from stable_baselines3.common.logger import Logger
+from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv, VecEnvWrapper, VecNormalize
 
-from sb3_ppo_ewma._parallel.normalization import Statistics, statistics_of
+from sb3_ppo_ewma._parallel.channel import Channel
+from sb3_ppo_ewma._parallel.normalization import Statistics, set_statistics, statistics_of
+from sb3_ppo_ewma._parallel.policy_copies import build_policy
+from sb3_ppo_ewma._parallel.portable import load_for_collection
 from sb3_ppo_ewma._parallel.shared_memory import SharedMemory
+from sb3_ppo_ewma.checkpointing.generators import GeneratorStates, StateDict
 
 # Both processes look this often whether the other one is still there
 POLL_SECONDS = 0.5
 # Attributes that collection carries from one rollout to the next
 _COLLECTION_STATE = ("_last_obs", "_last_episode_starts", "_last_lstm_states", "_last_original_obs")
+# Local variables of the loop in collect_rollouts that the rollout buffer does not have, or not as they were
+_RECORDED = ("actions", "clipped_actions", "action_masks", "rewards", "dones")
+# Words to a worker: end; say where you are; abandon rollouts below a number
+CLOSE, STACK, ABANDON = "close", "stack", "abandon "
+
+
+class Call(NamedTuple):
+    """
+    A call of a method of the environments.
+
+    :param depth: 0 for the outermost wrapper, 1 for what it wraps, and so on
+    :param name: name of the method
+    :param args: its positional arguments
+    :param kwargs: its keyword arguments
+    """
+
+    depth: int
+    name: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class Result(NamedTuple):
+    """
+    What a method of the environments returned.
+
+    :param value: the value
+    :param generators: states of the random number generators; ``None`` where they are this process's own
+    """
+
+    value: Any
+    generators: StateDict | None
+
+
+class PolicyUpdate(NamedTuple):
+    """
+    Tells of a policy.
+
+    :param version: its number
+    :param rest: from :func:`~sb3_ppo_ewma._parallel.policy_copies.policy_copy`; ``None``: as before
+    :param tensors: its tensors; ``None``: they are in the shared memory
+    """
+
+    version: int
+    rest: bytes | None
+    tensors: list[np.ndarray] | None
 
 
 class RolloutRequest(NamedTuple):
     """
-    Asks the worker for a rollout.
+    Asks for a rollout.
 
-    :param slot: slot of the shared memory to write it to
+    :param number: of the rollout
+    :param version: of the policy to collect with; ``None``: the newest
+    :param n_steps: steps of each environment
     :param args: further positional arguments of ``collect_rollouts``
     :param kwargs: further keyword arguments of ``collect_rollouts``
-    :param state: from :func:`collection_state`; ``None``: collection goes on where it is
+    :param attributes: changed attributes of the algorithm, of its rollout buffer and of its environments, by depth
+    :param state: from :func:`collection_state`; empty: collection goes on where it is
+    :param statistics: running statistics of a ``VecNormalize``; ``None``: they are as after the rollout before
     """
 
-    slot: int
+    number: int
+    version: int | None
+    n_steps: int
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    state: dict[str, Any] | None
+    attributes: dict[str, dict[str, Any]]
+    state: dict[str, Any]
+    statistics: Statistics | None
 
 
 class CollectedRollout(NamedTuple):
     """
     A rollout, apart from the arrays in shared memory.
 
-    :param slot: slot of the shared memory with the rollout buffer's arrays
-    :param version: number of updates that its policy has had
+    :param number: of the rollout
+    :param version: of its policy
     :param idle_seconds: how long the worker waited before it started this rollout
-    :param rewards: (n_steps, n_envs) as the environments returned them
+    :param recorded: by name of a local variable, its values at all steps, (n_steps, n_envs, ...)
     :param original_rewards: (n_steps, n_envs) before a ``VecNormalize`` normalised them; ``None`` without one
     :param infos: of each step, a dictionary for each environment
+    :param ending: arguments with which the buffer computed its advantages, by name
     :param state: from :func:`collection_state`, after the last step
     :param statistics: running statistics of a ``VecNormalize``; ``None`` without one
+    :param generators: states of the random number generators after the last step
     """
 
-    slot: int
+    number: int
     version: int
     idle_seconds: float
-    rewards: np.ndarray
+    recorded: dict[str, np.ndarray]
     original_rewards: np.ndarray | None
     infos: list[Any]
+    ending: dict[str, Any]
     state: dict[str, Any]
     statistics: Statistics | None
+    generators: StateDict
+
+
+def layers(env: VecEnv) -> list[Any]:
+    """
+    :param env: environments
+    :return: the environments themselves, what they wrap, and so on to the innermost
+    """
+    found: list[Any] = [env]
+    while isinstance(found[-1], VecEnvWrapper):
+        found.append(found[-1].venv)
+    return found
 
 
 def collection_state(model: Any) -> dict[str, Any]:
@@ -93,131 +170,253 @@ def _on_device(value: Any, device: th.device) -> Any:
 
 class Worker:
     """
-    Collects rollouts with the algorithm's own ``collect_rollouts``. Built in the process that trains; :meth:`run` is
-    called in the process forked from it.
+    Holds environments, and collects rollouts with the algorithm's own ``collect_rollouts``. Built in the process that
+    trains; :meth:`run` is called in the process that it starts.
 
-    :param model: the algorithm, whose policy and device the worker replaces in its own process
-    :param policy: the policy to collect with, on the CPU
     :param connection: the worker's end of a pipe
-    :param parent_connection: the end of the process that trains
-    :param memory: shared memory
-    :param shares_generators: whether messages carry the states of the random number generators
+    :param env: environments; or a function without arguments that makes them
+    :param timeout: seconds that a hanging environment gets after the end of the process that trains
     """
 
-    def __init__(
-        self,
-        model: Any,
-        policy: th.nn.Module,
-        connection: "Connection[Any, Any]",
-        parent_connection: "Connection[Any, Any]",
-        memory: SharedMemory,
-        shares_generators: bool,
-    ) -> None:
-        self._model, self._policy = model, policy
-        self._connection, self._parent_connection = connection, parent_connection
-        self._memory = memory
-        self._shares_generators = shares_generators
-        self._requests: deque[RolloutRequest] = deque()
-        self._parent = os.getpid()
+    def __init__(self, connection: "Connection[Any, Any]", env: Any, timeout: float) -> None:
+        self._connection, self._env, self._timeout = connection, env, timeout
+        self._messages: deque[tuple[str, Any]] = deque()
+        self._generators = GeneratorStates(th.device("cpu"))
+        self._shares_generators = False
+        self._policies: dict[int, PolicyUpdate] = {}
+        self.is_closing = threading.Event()
+        # Rollouts with numbers below this one need not be collected, or collected to their end
+        self.n_abandoned = 0
 
-    def run(self) -> None:
-        """Answer messages until the process that trains ends or sends "close"."""
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl+C ends the parent, which ends this process
-        self._parent_connection.close()
-        th.set_num_threads(1)  # the parent's threads are not forked
-        model = self._model
-        model._collector = None  # collect here
+    def attach(self, model: Any, memory: SharedMemory, shares_generators: bool) -> None:
+        """
+        :param model: the algorithm to collect for, which then belongs to this process
+        :param memory: shared memory
+        :param shares_generators: whether results carry the states of the random number generators
+        """
+        self._model, self._memory, self._env = model, memory, model.env
+        self._shares_generators = shares_generators
+        self._policies, self.n_abandoned = {}, 0
+        model._collector = model._data_parallel = None  # collect here, for this process
         model.ep_info_buffer, model.ep_success_buffer = deque(maxlen=1), deque(maxlen=1)
-        if self._policy is not model.policy:
-            model.policy, model.device = self._policy, th.device("cpu")
-            model.rollout_buffer.device = model.generators.device = model.device
+        model.device = model.rollout_buffer.device = th.device("cpu")
+        model.set_logger(Logger(folder=None, output_formats=[]))
+
+    def run(self, parent_connection: "Connection[Any, Any] | None" = None) -> None:
+        """
+        Answer messages until the process that trains ends or says ``CLOSE``.
+
+        :param parent_connection: the other end of the pipe, which a fork has copied
+        """
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl+C ends the parent, which ends this process
+        if parent_connection is not None:
+            parent_connection.close()
+        th.set_num_threads(1)  # the parent's threads are not forked
+        self._main_thread = threading.get_ident()
+        self._channel = Channel(self._connection, self._hear)
+        threading.Thread(target=self._watch_parent, daemon=True).start()
         try:
-            with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the parent has ended
-                self._serve()
+            if not isinstance(self._env, VecEnv):
+                self._env = self._env()
+            self._channel.send(("result", (self._env.num_envs, self._env.observation_space, self._env.action_space)))
+            self._serve()
+        except BaseException as error:
+            self._send_error("failed", error)
+        try:
             self._close_environments()
         except BaseException as error:
-            with contextlib.suppress(OSError):
-                self._connection.send(("error", (_picklable(error), traceback.format_exc()), None))
+            self._send_error("failed", error)
+        self._channel.flush(self._timeout)
+
+    def _hear(self, word: str) -> bool:
+        if word.startswith(ABANDON):
+            self.n_abandoned = int(word[len(ABANDON) :])
+        elif word == STACK:
+            frame = sys._current_frames()[self._main_thread]
+            self._channel.send(("stack", "".join(traceback.format_stack(frame))))
+        else:  # CLOSE, or the other process has ended
+            self.is_closing.set()
+        return self.is_closing.is_set()
+
+    def _watch_parent(self) -> None:
+        parent = os.getppid()
+        # Other processes may hold the other end of the pipe, so that its end is not heard.
+        while not self.is_closing.wait(POLL_SECONDS) and os.getppid() == parent:
+            pass
+        self.is_closing.set()
+        time.sleep(self._timeout)  # ends with the process
+        os._exit(1)
 
     def _serve(self) -> None:
         idle_since = time.perf_counter()
-        while True:
-            while self._connection.poll(0 if self._requests else POLL_SECONDS):
-                kind, content, generators = self._connection.recv()
-                if kind == "close":
-                    return
-                if generators is not None:
-                    self._model.generators.load_state_dict(generators)
-                    self._model.generators.apply_pending()
-                if kind == "call":
-                    name, args, kwargs = content
-                    self._answer("result", getattr(self._model.env, name)(*args, **kwargs))
-                else:
-                    self._requests.append(content)
-            if self._requests:
-                rollout = self._collect(self._requests.popleft(), time.perf_counter() - idle_since)
+        while not self.is_closing.is_set():
+            self._take_messages()
+            if not self._messages:
+                continue
+            kind, content = self._messages.popleft()
+            if kind == "attach":
+                data, memory, shares_generators = content
+                self.attach(load_for_collection(data, self._env.unwrapped), memory, shares_generators)
+                self._channel.send(("result", None))
+            elif kind == "call":
+                self._answer_call(content)
+            elif kind == "generators":
+                self._generators.load_state_dict(content)
+                self._generators.apply_pending()
+            elif content.number < self.n_abandoned:
+                self._channel.send(("abandoned", None))
+            else:
+                rollout = self._collect(content, time.perf_counter() - idle_since)
                 idle_since = time.perf_counter()
-                self._answer("rollout", rollout)
-            elif os.getppid() != self._parent:
-                return
+                self._channel.send(("abandoned", None) if rollout is None else ("rollout", rollout))
 
-    def _answer(self, kind: str, content: Any) -> None:
-        generators = self._model.generators.state_dict() if self._shares_generators else None
-        self._connection.send((kind, content, generators))
+    def _take_messages(self) -> None:
+        timeout = 0.0 if self._messages else POLL_SECONDS
+        with contextlib.suppress(queue.Empty, EOFError):
+            while True:
+                kind, content = self._channel.receive(timeout)
+                timeout = 0.0
+                if kind == "policy":
+                    self._take_policy(content)
+                else:
+                    self._messages.append((kind, content))
 
-    def _collect(self, request: RolloutRequest, idle_seconds: float) -> CollectedRollout:
-        model, buffer = self._model, self._model.rollout_buffer
-        version = self._memory.read_parameters(self._policy)
-        set_collection_state(model, request.state or {})
-        venv = model.get_vec_normalize_env()
-        recorder = _StepRecorder(self._memory, self._parent, venv)
+    def _take_policy(self, update: PolicyUpdate) -> None:
+        if update.rest is None:
+            update = update._replace(rest=self._policies[max(self._policies)].rest)
+        self._policies[update.version] = update
+        for version in [each for each in self._policies if each <= update.version - self._memory.n_slots]:
+            del self._policies[version]
+
+    def _answer_call(self, call: Call) -> None:
+        try:
+            result = getattr(layers(self._env)[call.depth], call.name)(*call.args, **call.kwargs)
+            generators = self._generators.state_dict() if self._shares_generators else None
+            try:
+                self._channel.send(("result", Result(result, generators)))
+            except TypeError as error:
+                raise TypeError(f"the result of {call.name}() cannot be sent from its process: {error}") from None
+        except BaseException as error:
+            self._send_error("raised", error)
+
+    def _send_error(self, kind: str, error: BaseException) -> None:
+        self._channel.send((kind, (_picklable(error), traceback.format_exc())))
+
+    # ------------------------------------------------------------------ rollouts
+
+    def _collect(self, request: RolloutRequest, idle_seconds: float) -> CollectedRollout | None:
+        model, buffer, venv = self._model, self._model.rollout_buffer, self._model.get_vec_normalize_env()
+        self._prepare(request, venv)
+        version = max(self._policies) if request.version is None else request.version
+        update = self._policies[version]
+        tensors = self._memory.policy(version) if update.tensors is None else update.tensors
+        model.policy = build_policy(update.rest or b"", tensors)
+        buffers = {name: each.clone() for name, each in model.policy.named_buffers()}
+        recorder = _StepRecorder(self, self._memory, request.number, venv)
         recorder.init_callback(model)
-        model.collect_rollouts(model.env, recorder, buffer, model.n_steps, *request.args, **request.kwargs)
-        self._memory.write_rollout(request.slot, buffer)
+        with recorder.recording_end(buffer):
+            model.collect_rollouts(model.env, recorder, buffer, request.n_steps, *request.args, **request.kwargs)
+        if recorder.is_abandoned:
+            return None
+        _check_unchanged(model.policy, buffers)
+        self._memory.write_rollout(request.number, buffer)
         return CollectedRollout(
-            request.slot,
+            request.number,
             version,
             idle_seconds,
-            np.stack(recorder.rewards),
+            {name: np.stack(values) for name, values in recorder.recorded.items()},
             None if venv is None else np.stack(recorder.original_rewards),
             recorder.infos,
+            recorder.ending,
             collection_state(model),
             None if venv is None else statistics_of(venv),
+            self._generators.state_dict(),
         )
 
+    def _prepare(self, request: RolloutRequest, venv: VecNormalize | None) -> None:
+        model = self._model
+        owners = {"model": model, "buffer": model.rollout_buffer}
+        owners |= {str(depth): layer for depth, layer in enumerate(layers(model.env))}
+        for owner, changed in request.attributes.items():
+            vars(owners[owner]).update(changed)
+        set_collection_state(model, request.state)
+        if venv is not None and request.statistics is not None:
+            set_statistics(venv, request.statistics)
+
     def _close_environments(self) -> None:
-        base = self._model.env.unwrapped
-        if isinstance(base, SubprocVecEnv):
+        if not isinstance(self._env, VecEnv):
+            return
+        base = self._env.unwrapped
+        if isinstance(base, SubprocVecEnv) and any(process._parent_pid != os.getpid() for process in base.processes):
             base.closed = True  # its processes are children of the parent, which ends them
-        self._model.env.close()
+        self._env.close()
 
 
 class _StepRecorder(BaseCallback):
     """
-    Keeps what callbacks see at each step and the rollout buffer lacks.
+    Keeps what callbacks see at each step and the rollout buffer lacks, and ends the collection of an abandoned rollout.
 
+    :param worker: knows what is abandoned
     :param memory: shared memory, which counts the steps
-    :param parent: id of the process that trains; collection ends with it
+    :param number: of the rollout
     :param venv: environments that normalise rewards, if there are any
     """
 
-    def __init__(self, memory: SharedMemory, parent: int, venv: VecNormalize | None) -> None:
+    def __init__(self, worker: Worker, memory: SharedMemory, number: int, venv: VecNormalize | None) -> None:
         super().__init__()
-        self._memory, self._parent, self._venv = memory, parent, venv
-        self.rewards: list[np.ndarray] = []
+        self._worker, self._memory, self._number, self._venv = worker, memory, number, venv
+        self.recorded: dict[str, list[np.ndarray]] = {}
         self.original_rewards: list[np.ndarray] = []
         self.infos: list[Any] = []
+        self.ending: dict[str, Any] = {}
+        self.is_abandoned = False
+
+    @contextlib.contextmanager
+    def recording_end(self, buffer: Any) -> Any:
+        """
+        Within this context, :attr:`ending` gets the arguments with which the buffer computes its advantages.
+
+        :param buffer: rollout buffer
+        """
+        compute = buffer.compute_returns_and_advantage
+
+        def recorded(last_values: th.Tensor, dones: np.ndarray) -> None:
+            self.ending = {"last_values": last_values.clone(), "dones": dones.copy()}
+            compute(last_values, dones)
+
+        buffer.compute_returns_and_advantage = recorded
+        try:
+            yield
+        finally:
+            del buffer.compute_returns_and_advantage
 
     def _on_step(self) -> bool:
-        if os.getppid() != self._parent:
-            raise EOFError
         self._memory.count_step()
-        # SB3 adds the value of the last observation to the rewards of truncated episodes, in place.
-        self.rewards.append(self.locals["rewards"].copy())
+        if self._worker.is_closing.is_set() or self._worker.n_abandoned > self._number:
+            self.is_abandoned = True
+            return False
+        for name in _RECORDED:
+            if isinstance(self.locals.get(name), np.ndarray):
+                # SB3 adds the value of the last observation to the rewards of truncated episodes, in place.
+                self.recorded.setdefault(name, []).append(np.array(self.locals[name]))
         self.infos.append(self.locals["infos"])
         if self._venv is not None:
             self.original_rewards.append(self._venv.get_original_reward())
         return True
+
+
+def _check_unchanged(policy: th.nn.Module, buffers: dict[str, th.Tensor]) -> None:
+    """
+    :param policy: policy that has collected
+    :param buffers: its buffers before
+    :raises ValueError: if one has changed, which the policy that trains would not know
+    """
+    for name, each in policy.named_buffers():
+        if name in buffers and not th.equal(each, buffers[name]):
+            raise ValueError(
+                f"the policy changes its buffer {name!r} while it collects, which collection in another process "
+                "(max_policy_lag) cannot bring back: use max_policy_lag=None"
+            )
 
 
 def _picklable(error: BaseException) -> BaseException:

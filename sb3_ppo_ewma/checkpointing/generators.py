@@ -1,5 +1,6 @@
 """Save and restore the states of the global random number generators."""
 
+import hashlib
 import random
 import warnings
 from collections.abc import Iterator
@@ -85,6 +86,59 @@ class GeneratorStates:
         elif name == "python":
             internal, (version, has_gauss, gauss_next) = _integers(values[:-3]), values[-3:].tolist()
             random.setstate((int(version), tuple(internal.tolist()), gauss_next if has_gauss else None))
+
+
+class CollectorGenerators:
+    """
+    The states of the generators of a process that collects rollouts for the model, with the methods of a module that
+    saving needs. ``states`` is ``None`` before it has begun.
+    """
+
+    def __init__(self) -> None:
+        self.states: StateDict | None = None
+
+    def state_dict(self) -> StateDict:
+        """
+        :return: the states after the last rollout, empty before the first
+        """
+        return dict(self.states or {})
+
+    def load_state_dict(self, state_dict: StateDict, strict: bool = True) -> None:
+        """
+        :param state_dict: result of :meth:`state_dict`
+        :param strict: has no effect; part of the interface of a module
+        """
+        self.states = dict(state_dict) or None
+
+    def drop(self) -> None:
+        """Forget the states: the process begins with others."""
+        self.states = None
+
+
+def seed_from(states: StateDict, purpose: str) -> int:
+    """
+    :param states: of generators, as from :meth:`GeneratorStates.state_dict`
+    :param purpose: of the seed; each gets its own
+    :return: a seed that depends on both
+    """
+    digest = hashlib.sha256(purpose.encode())
+    for name in sorted(states):
+        digest.update(states[name].cpu().numpy().tobytes())
+    return int.from_bytes(digest.digest()[:4], "little") % 2**31
+
+
+def derived_states(states: StateDict, purpose: str) -> StateDict:
+    """
+    :param states: of generators
+    :param purpose: of the new states
+    :return: states of other generators, which depend on both; those of this process stay
+    """
+    cpu, seed = th.device("cpu"), seed_from(states, purpose)
+    with preserved_generators(cpu):
+        random.seed(seed)
+        np.random.seed(seed)
+        th.default_generator.manual_seed(seed)
+        return GeneratorStates(cpu).state_dict()
 
 
 def _words(state: th.Tensor) -> th.Tensor:

@@ -14,7 +14,7 @@ from sb3_ppo_ewma._arguments import CLIP_OFF, warn_caller
 from sb3_ppo_ewma._parallel.process_group import rank
 from sb3_ppo_ewma.checkpointing.atomic import replace_atomically, with_default_suffix
 from sb3_ppo_ewma.checkpointing.conversion import CLIP_OFF_IN_FILE, convert_to_sb3, copy_to_save
-from sb3_ppo_ewma.checkpointing.generators import GeneratorStates
+from sb3_ppo_ewma.checkpointing.generators import CollectorGenerators, GeneratorStates
 from sb3_ppo_ewma.checkpointing.own_states import (
     StateDict,
     append_own_states,
@@ -46,13 +46,14 @@ class SavedStateMixin(OnPolicyAlgorithm):
     """
 
     generators: GeneratorStates
+    collector_generators: CollectorGenerators
     # Number of rollouts that train() was called for, saved with the other attributes
     _n_rollouts = 0
 
     # Names of the attributes with own states, in the model and in the saved file. An attribute may be None.
-    _own_states: ClassVar[tuple[str, ...]] = ("generators",)
+    _own_states: ClassVar[tuple[str, ...]] = ("generators", "collector_generators")
     # Names of the own states that start without a warning when a file lacks them, and that each process has for itself
-    _silent_states: ClassVar[frozenset[str]] = frozenset({"generators"})
+    _silent_states: ClassVar[frozenset[str]] = frozenset({"generators", "collector_generators"})
     # Names of the attributes with rollouts that are kept between iterations. An attribute may be None.
     _own_buffers: ClassVar[tuple[str, ...]] = ()
 
@@ -87,6 +88,7 @@ class SavedStateMixin(OnPolicyAlgorithm):
             vars(self)["clip_range"] = CLIP_OFF
         super()._setup_model()
         self.generators = GeneratorStates(self.device)
+        self.collector_generators = CollectorGenerators()
 
     def _setup_learn(self, *args: Any, **kwargs: Any) -> Any:
         self.generators.apply_pending()
@@ -102,6 +104,7 @@ class SavedStateMixin(OnPolicyAlgorithm):
         super().set_random_seed(None if seed is None else seed + rank() * self.n_envs)
         if seed is not None and "generators" in vars(self):
             self.generators.drop_pending()
+            self.collector_generators.drop()
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), *self._own_states, *self._own_buffers]
@@ -175,6 +178,7 @@ class SavedStateMixin(OnPolicyAlgorithm):
         del model._states_in_file, model._given_to_load
         if kwargs.get("seed") is not None:
             model.generators.drop_pending()
+            model.collector_generators.drop()
         return model
 
     def save(

@@ -1,0 +1,215 @@
+"""The process of a worker, seen from the process that starts it: its start, its answers, its end."""
+
+import multiprocessing
+import multiprocessing.util
+import queue
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from sb3_ppo_ewma._arguments import warn_caller
+from sb3_ppo_ewma._parallel.channel import Channel
+from sb3_ppo_ewma._parallel.worker import ABANDON, CLOSE, POLL_SECONDS, STACK
+
+# A forked process is there at once, unless it waits for a lock that a thread held; then another try helps.
+_SECONDS_TO_FORK = 20
+_TRIES_TO_FORK = 3
+_SECONDS_FOR_STACK = 3
+_SECONDS_WITHOUT_WORD = 5
+_KINDS = {"rollout": "rollout", "abandoned": "rollout", "result": "result", "raised": "result", "stack": "stack"}
+
+
+class WorkerProcess:
+    """
+    A process that runs a :class:`~sb3_ppo_ewma._parallel.worker.Worker`.
+
+    :param start_method: "fork", "spawn" or "forkserver"
+    :param run: called in the process, with its end of a pipe, the other end if it is forked, and the other arguments
+    :param args: further arguments
+    :param timeout: seconds without an answer or a step of the environments after which the process is killed
+    :raises RuntimeError: if the process cannot be started
+    """
+
+    def __init__(self, start_method: str, run: Callable[..., None], args: tuple[Any, ...], timeout: float) -> None:
+        self.timeout = timeout
+        # How many steps the environments have made
+        self.progress: Callable[[], int] = int
+        is_forked = start_method == "fork"
+        for _ in range(_TRIES_TO_FORK if is_forked else 1):
+            self._start(multiprocessing.get_context(start_method), run, args, is_forked)
+            try:
+                # Number of environments, observation space and action space
+                self.description = self.result(_SECONDS_TO_FORK if is_forked else timeout)
+                return
+            except TimeoutError:
+                self.kill()
+        threads = ", ".join(thread.name for thread in threading.enumerate() if thread is not threading.main_thread())
+        raise RuntimeError(
+            "The process that collects rollouts does not begin. Where a process is forked while another thread holds "
+            f"a lock, the lock stays closed in it; the threads are: {threads}. Start it before them, or give the "
+            "environments as functions to RemoteVecEnv(env_fns, start_method='forkserver')."
+        )
+
+    def _start(self, context: Any, run: Callable[..., None], args: tuple[Any, ...], is_forked: bool) -> None:
+        if multiprocessing.current_process().daemon:
+            raise RuntimeError(
+                "collection in another process (max_policy_lag, RemoteVecEnv) starts a process, which a daemonic "
+                "process, as of multiprocessing.Pool, must not: use concurrent.futures.ProcessPoolExecutor instead, or "
+                "max_policy_lag=None"
+            )
+        own, theirs = context.Pipe()
+        process = context.Process(target=run, args=(theirs, own if is_forked else None, *args), name="collector")
+        process.start()
+        theirs.close()
+        self._process, self._channel = process, Channel(own)
+        # Results that nobody waits for any more
+        self._n_unwanted = 0
+        self._answers: dict[str, deque[Any]] = {kind: deque() for kind in _KINDS.values()}
+        self._finalizer = multiprocessing.util.Finalize(
+            self, _end, args=(process, self._channel, self.timeout), exitpriority=100
+        )
+
+    @property
+    def is_alive(self) -> bool:
+        """
+        :return: whether the process can be used
+        """
+        return bool(self._finalizer.still_active())
+
+    def send(self, kind: str, content: Any) -> None:
+        """
+        :param kind: of the message
+        :param content: anything that can be pickled
+        """
+        self._channel.send((kind, content))
+
+    def abandon(self, number: int) -> None:
+        """
+        :param number: of the first rollout that is still needed
+        """
+        self._channel.say(f"{ABANDON}{number}")
+
+    def result(self, timeout: float | None = None) -> Any:
+        """
+        :param timeout: seconds; ``None``: as long as the environments go on stepping
+        :return: the result of a message that asks for one
+        :raises TimeoutError: if it takes longer
+        :raises Exception: what the process raised instead
+        """
+        if not self.is_alive:
+            raise RuntimeError("The process of these environments has ended")
+        try:
+            kind, content = self._answer("result", timeout)
+        except BaseException:  # as of Ctrl+C
+            self._n_unwanted += 1
+            raise
+        if kind == "raised":
+            error, text = content
+            raise error from _WorkerTraceback(text)
+        return content
+
+    def rollout(self) -> Any:
+        """
+        :return: the next rollout; ``None`` if it was abandoned
+        :raises Exception: what the process raised instead, which has ended it
+        """
+        return self._answer("rollout", None)[1]
+
+    def _answer(self, kind: str, timeout: float | None) -> tuple[str, Any]:
+        n_steps, began = -1, time.monotonic()
+        while not self._answers[kind]:
+            message = self._next_message(POLL_SECONDS)
+            if message is not None:
+                self._take(*message)
+                continue
+            if not self._process.is_alive():
+                self._raise_ended()
+            waited = time.monotonic() - began
+            if timeout is not None and waited > timeout:
+                raise TimeoutError
+            if n_steps != self.progress():
+                n_steps, began = self.progress(), time.monotonic()
+            elif timeout is None and waited > self.timeout:
+                self._raise_hanging()
+        answer: tuple[str, Any] = self._answers[kind].popleft()
+        return answer
+
+    def _next_message(self, timeout: float) -> Any:
+        """
+        :param timeout: seconds
+        :return: the next message; ``None`` if there is none
+        """
+        try:
+            return self._channel.receive(timeout)
+        except queue.Empty:
+            return None
+        except EOFError:
+            self._process.join(_SECONDS_FOR_STACK)
+            return None
+
+    def _take(self, kind: str, content: Any) -> None:
+        if kind == "failed":
+            error, text = content
+            self.end()
+            raise error from _WorkerTraceback(text)
+        if _KINDS[kind] == "result" and self._n_unwanted > 0:
+            self._n_unwanted -= 1
+            return
+        self._answers[_KINDS[kind]].append((kind, content))
+
+    # ------------------------------------------------------------------ the end
+
+    def _raise_ended(self) -> NoReturn:
+        while (message := self._next_message(0)) is not None:  # what it said last may be the reason
+            self._take(*message)
+        code = self._process.exitcode
+        how = f"signal {signal.Signals(-code).name}" if code is not None and code < 0 else f"exit code {code}"
+        self.kill()
+        raise RuntimeError(f"The process that collects rollouts has ended ({how})")
+
+    def _raise_hanging(self) -> NoReturn:
+        self._channel.say(STACK)
+        try:
+            where = f". It is here:\n{self._answer('stack', _SECONDS_FOR_STACK)[1]}"
+        except TimeoutError:
+            where = ""
+        self.kill()
+        raise RuntimeError(
+            f"The process that collects rollouts has made no step for {self.timeout:.0f} seconds "
+            f"(collector_timeout){where}"
+        )
+
+    def kill(self) -> None:
+        """End the process at once."""
+        self._process.kill()
+        self._finalizer()
+
+    def end(self) -> None:
+        """End the process when the environments have made their step and are closed."""
+        self._finalizer()
+
+
+def _end(process: Any, channel: Channel, timeout: float) -> None:
+    """
+    :param process: the process
+    :param channel: this process's end of the connection
+    :param timeout: seconds after which a process that hangs is killed
+    """
+    channel.say(CLOSE)
+    process.join(min(timeout, _SECONDS_WITHOUT_WORD))
+    if process.exitcode is None and timeout > _SECONDS_WITHOUT_WORD:
+        warn_caller(f"Waiting for the environments to end their step, at most {timeout:.0f} seconds")
+        process.join(timeout - _SECONDS_WITHOUT_WORD)
+    if process.exitcode is None:
+        process.kill()
+        process.join()
+    channel.close(_SECONDS_FOR_STACK)
+    process.close()
+
+
+class _WorkerTraceback(Exception):  # noqa: N818  # the cause of an error, as in concurrent.futures
+    def __str__(self) -> str:
+        return f"\n{self.args[0]}"

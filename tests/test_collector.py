@@ -1,0 +1,386 @@
+"""The process that collects: calls that reach it, errors that come back, its end, and environments made in it."""
+
+import gc
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecFrameStack, VecNormalize
+
+from sb3_ppo_ewma import PPOEWMA, RecurrentPPOEWMA, RemoteVecEnv
+from tests.test_asynchronous import N_ENVS, N_STEPS, SETTINGS, differences, state_of
+
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="needs fork()"),
+]
+
+KINDS: dict[str, Callable[[Any], VecEnv]] = {
+    "dummy": lambda make: DummyVecEnv([make] * N_ENVS),
+    "subproc": lambda make: SubprocVecEnv([make] * N_ENVS, start_method="fork"),
+    "remote": lambda make: RemoteVecEnv([make] * N_ENVS, start_method="fork"),
+}
+
+
+class Steps(gym.Wrapper):  # type: ignore[type-arg]
+    """
+    Counts steps and closings in files, which all processes see.
+
+    :param folder: where the files are
+    :param what: called at the fiftieth step
+    :param seconds: duration of a step
+    """
+
+    def __init__(self, folder: Path, what: Callable[[], Any] = int, seconds: float = 0.0) -> None:
+        super().__init__(gym.make("CartPole-v1"))
+        self.folder, self.what, self.seconds, self.n_steps = folder, what, seconds, 0
+
+    def step(self, action: Any) -> Any:
+        self.n_steps += 1
+        with (self.folder / f"steps-{os.getpid()}").open("ab") as file:
+            file.write(b".")
+        if self.n_steps == 50:
+            self.what()
+        time.sleep(self.seconds)
+        return super().step(action)
+
+    def close(self) -> None:
+        (self.folder / f"closed-{os.getpid()}").touch()
+        super().close()
+
+
+def n_steps_in(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("steps-*"))
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left() -> Iterator[None]:
+    """Processes end in any case."""
+    yield
+    gc.collect()
+    deadline = time.monotonic() + 20
+    while multiprocessing.active_children() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not multiprocessing.active_children()
+
+
+# === Calls ===
+
+
+class Asks(BaseCallback):
+    """Makes calls that fail, and one that does not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[Any] = []
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_rollout_end(self) -> None:
+        env = self.training_env
+        self.found.append([env.has_attr("gravity"), env.has_attr("nope"), env.get_attr("gravity")])
+        for call in (
+            lambda: env.get_attr("nope"),
+            lambda: env.env_method("nope"),
+            lambda: env.env_method("reset", seed="x"),
+        ):
+            try:
+                call()
+            except Exception as error:
+                self.found.append(type(error).__name__)
+
+
+@pytest.mark.parametrize("kind", ["dummy", "remote"])
+def test_a_call_that_fails_raises_in_the_caller(kind: str) -> None:
+    found = []
+    for lag in (None, 1):
+        model = PPOEWMA("MlpPolicy", KINDS[kind](lambda: gym.make("CartPole-v1")), max_policy_lag=lag, **SETTINGS)
+        asks = Asks()
+        model.learn(3 * N_ENVS * N_STEPS, asks)
+        found.append(asks.found)
+        assert model.env is not None
+        model.env.close()
+    assert found[0] == found[1]
+    assert len(found[0]) == 12
+
+
+def test_the_cause_of_a_failed_call_is_told() -> None:
+    env = make_vec_env("CartPole-v1", 1)
+    model = PPOEWMA("MlpPolicy", env, max_policy_lag=1, **SETTINGS)
+    model.learn(64)
+    with pytest.raises(AttributeError) as raised:
+        env.env_method("nope")
+    assert "in env_method" in str(raised.value.__cause__)  # the worker's traceback
+    env.close()
+
+
+def test_results_that_cannot_be_pickled_are_named() -> None:
+    class Locked(gym.Wrapper):  # type: ignore[type-arg]
+        def lock(self) -> Any:
+            return threading.Lock()
+
+    env = DummyVecEnv([lambda: Locked(gym.make("CartPole-v1"))])
+    model = PPOEWMA("MlpPolicy", env, max_policy_lag=1, **SETTINGS)
+    model.learn(64)
+    with pytest.raises(TypeError, match=r"the result of env_method\(\) cannot be sent from its process: .*lock"):
+        env.env_method("lock")
+    with pytest.raises(TypeError, match="lock"):
+        env.set_attr("lock", threading.Lock())
+    model.learn(64)
+    env.close()
+
+
+def test_calls_of_inner_wrappers_reach_the_process() -> None:
+    inner = make_vec_env("CartPole-v1", 2)
+    middle = VecNormalize(inner)
+    env = VecFrameStack(middle, 2)
+    model = PPOEWMA("MlpPolicy", env, max_policy_lag=1, **SETTINGS)
+    model.learn(64)
+    middle.set_attr("tau", 0.5)
+    assert inner.get_attr("tau") == env.get_attr("tau") == [0.5, 0.5]
+    assert inner.reset().shape == (2, 4)
+    assert env.reset().shape == (2, 8)
+    env.close()
+    assert inner.get_attr("tau") == [0.02, 0.02]  # those of this process, which were never changed
+
+
+# === The end ===
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("how", ["returns False", "raises", "Ctrl+C"])
+def test_collection_ends_within_a_step(kind: str, how: str, tmp_path: Path) -> None:
+    class Ends(BaseCallback):
+        def _on_step(self) -> bool:
+            if self.n_calls < N_STEPS + 3:
+                return True
+            if how == "returns False":
+                return False
+            raise KeyboardInterrupt if how == "Ctrl+C" else KeyError("why")
+
+    model = PPOEWMA(
+        "MlpPolicy", KINDS[kind](lambda: Steps(tmp_path, seconds=0.03)), max_policy_lag=2, **{**SETTINGS, "n_epochs": 1}
+    )
+    if how == "returns False":
+        model.learn(10_000, Ends())
+    else:
+        with pytest.raises((KeyError, KeyboardInterrupt)):
+            model.learn(10_000, Ends())
+    stopped = n_steps_in(tmp_path)
+    time.sleep(0.5)
+    assert n_steps_in(tmp_path) <= stopped + N_ENVS
+    # Where the collection stood depends on timing, so the environments begin again, with seeds that do not.
+    model.learn(N_ENVS * N_STEPS, reset_num_timesteps=False)
+    assert model.env is not None
+    model.env.close()
+    assert len(list(tmp_path.glob("closed-*"))) >= 1
+
+
+def test_a_stopped_training_goes_on_with_the_same_numbers(tmp_path: Path) -> None:
+    class Stops(BaseCallback):
+        def _on_step(self) -> bool:
+            return self.n_calls < N_STEPS + 3
+
+    found = []
+    for seconds in (0.0, 0.01):
+        env = DummyVecEnv([lambda seconds=seconds: Steps(tmp_path, seconds=seconds)])  # type: ignore[misc]
+        model = PPOEWMA("MlpPolicy", env, max_policy_lag=2, **SETTINGS)
+        model.learn(10_000, Stops())
+        time.sleep(0.1)
+        model.learn(3 * N_STEPS, reset_num_timesteps=False)
+        found.append(state_of(model))
+        env.close()
+    assert differences(*found) == []
+
+
+def test_closing_waits_for_a_slow_step_and_closes(tmp_path: Path) -> None:
+    env = DummyVecEnv([lambda: Steps(tmp_path, seconds=1.0)])
+    model = PPOEWMA("MlpPolicy", env, max_policy_lag=1, **{**SETTINGS, "n_steps": 2, "batch_size": 2})
+    model.learn(2)
+    worker = next(tmp_path.glob("steps-*")).name.split("-")[1]
+    env.close()
+    assert (tmp_path / f"closed-{worker}").exists()
+
+
+def raises(error: BaseException) -> Callable[[], None]:
+    def what() -> None:
+        raise error
+
+    return what
+
+
+@pytest.mark.parametrize("error", [EOFError("why"), BrokenPipeError("why"), ConnectionResetError("why"), SystemExit(3)])
+def test_errors_of_environments_keep_their_names(error: BaseException, tmp_path: Path) -> None:
+    model = PPOEWMA("MlpPolicy", DummyVecEnv([lambda: Steps(tmp_path, raises(error))]), max_policy_lag=1, **SETTINGS)
+    with pytest.raises(type(error), match=str(error)) as raised:
+        model.learn(1024)
+    assert "in what" in str(raised.value.__cause__)
+    model.learn(N_STEPS, reset_num_timesteps=False)  # the environments of this process are whole
+
+
+@pytest.mark.parametrize("what", [raises(ValueError("why")), lambda: os.kill(os.getpid(), signal.SIGKILL)])
+def test_what_a_failing_subprocess_leaves_is_said(what: Any, tmp_path: Path) -> None:
+    env = KINDS["subproc"](lambda: Steps(tmp_path, what))
+    model = PPOEWMA("MlpPolicy", env, max_policy_lag=1, **SETTINGS)
+    with pytest.raises((EOFError, ConnectionResetError)) as raised:
+        model.learn(1024)
+    assert "subproc_vec_env.py" in str(raised.value.__cause__)
+    model.save(tmp_path / "agent")
+    with pytest.raises(RuntimeError, match=r"reset\(\) of these environments cannot be called any more.*set_env"):
+        model.learn(1024)
+    model.set_env(make_vec_env("CartPole-v1", N_ENVS))
+    model.learn(N_ENVS * N_STEPS)
+    env.close()
+    assert model.env is not None
+    model.env.close()
+
+
+def test_where_a_process_hangs_is_said(tmp_path: Path) -> None:
+    def sleeps() -> None:
+        time.sleep(1000)
+
+    env = DummyVecEnv([lambda: Steps(tmp_path, sleeps)])
+    model = PPOEWMA("MlpPolicy", env, max_policy_lag=1, collector_timeout=1.0, **SETTINGS)
+    with pytest.raises(RuntimeError, match=r"no step for 1 seconds \(collector_timeout\)[^$]*in sleeps"):
+        model.learn(1024)
+
+
+def test_large_observations_and_an_interrupted_call(tmp_path: Path) -> None:
+    class Large(gym.Env):  # type: ignore[type-arg]
+        observation_space = gym.spaces.Box(0, 255, (3, 640, 640), np.uint8)
+        action_space = gym.spaces.Discrete(2)
+
+        def reset(self, **kwargs: Any) -> Any:
+            return np.zeros((3, 640, 640), np.uint8), {"large": np.zeros(2**20, np.uint8)}
+
+        def step(self, action: Any) -> Any:
+            return np.ones((3, 640, 640), np.uint8), 1.0, False, False, {"large": np.zeros(2**20, np.uint8)}
+
+        def slow(self) -> Any:
+            time.sleep(2)
+            return np.zeros(2**22, np.uint8)
+
+    policy_kwargs = {"features_extractor_class": Mean}
+    env = DummyVecEnv([Large])
+    model = PPOEWMA(
+        "MlpPolicy", env, max_policy_lag=1, policy_kwargs=policy_kwargs, **{**SETTINGS, "n_steps": 4, "batch_size": 4}
+    )
+    model.learn(8)
+    previous = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    signal.setitimer(signal.ITIMER_REAL, 0.5)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            env.env_method("slow")
+    finally:
+        signal.signal(signal.SIGALRM, previous)
+    assert env.get_attr("spec") == [None]  # not what the other call returned
+    model.learn(8, reset_num_timesteps=False)
+    env.close()
+
+
+class Mean(BaseFeaturesExtractor):
+    def __init__(self, space: Any) -> None:
+        super().__init__(space, 3)
+
+    def forward(self, observations: Any) -> Any:
+        return observations.float().mean((2, 3))
+
+
+# === The beginning ===
+
+
+def in_a_pool(_: int) -> str:
+    try:
+        PPOEWMA("MlpPolicy", "CartPole-v1", max_policy_lag=1, **SETTINGS).learn(64)
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def test_in_a_daemonic_process_it_says_what_to_do() -> None:
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        assert "use concurrent.futures.ProcessPoolExecutor" in pool.map(in_a_pool, [0])[0]
+
+
+def test_several_threads_train_at_once() -> None:
+    def train(seed: int) -> int:
+        env = make_vec_env("CartPole-v1", N_ENVS, seed=seed)
+        model = PPOEWMA("MlpPolicy", env, max_policy_lag=1, **{**SETTINGS, "seed": seed})
+        model.learn(4 * N_ENVS * N_STEPS)
+        env.close()
+        return model.num_timesteps
+
+    with ThreadPoolExecutor(3) as executor:
+        assert list(executor.map(train, range(6))) == [4 * N_ENVS * N_STEPS] * 6
+
+
+# === Environments made in the process ===
+
+
+def wrapped(env: VecEnv) -> VecEnv:
+    return VecNormalize(VecFrameStack(env, 2))
+
+
+@pytest.mark.parametrize("start_method", ["forkserver", "spawn", "fork"])
+@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize("algorithm", [PPOEWMA, RecurrentPPOEWMA])
+def test_the_numbers_do_not_depend_on_where_environments_are_made(start_method: str, lag: int, algorithm: Any) -> None:
+    found = []
+    for cls, kwargs in ((DummyVecEnv, {}), (RemoteVecEnv, {"start_method": start_method})):
+        env = wrapped(make_vec_env("CartPole-v1", N_ENVS, seed=0, vec_env_cls=cls, vec_env_kwargs=kwargs))
+        policy = "MlpPolicy" if algorithm is PPOEWMA else "MlpLstmPolicy"
+        model = algorithm(policy, env, max_policy_lag=lag, **SETTINGS)
+        model.learn(4 * N_ENVS * N_STEPS)
+        model.learn(2 * N_ENVS * N_STEPS, reset_num_timesteps=False)
+        found.append(state_of(model))
+        env.close()
+    assert differences(*found) == []
+
+
+def test_environments_in_another_process_work_without_collection_there(tmp_path: Path) -> None:
+    found = []
+    for cls in (DummyVecEnv, RemoteVecEnv):
+        env = make_vec_env("CartPole-v1", N_ENVS, seed=0, vec_env_cls=cls)  # type: ignore[arg-type]
+        model = PPOEWMA("MlpPolicy", env, **SETTINGS)
+        model.learn(4 * N_ENVS * N_STEPS)
+        env.set_attr("tau", 0.5, indices=1)
+        found.append({**state_of(model), "tau": env.get_attr("tau")})
+        env.close()
+    assert differences(*found) == []
+    assert found[0]["tau"] == [0.02, 0.5]
+
+
+def test_one_process_serves_several_models() -> None:
+    env = make_vec_env("CartPole-v1", N_ENVS, seed=0, vec_env_cls=RemoteVecEnv)  # type: ignore[arg-type]
+    first = PPOEWMA("MlpPolicy", env, max_policy_lag=1, **SETTINGS).learn(128)
+    second = PPOEWMA("MlpPolicy", env, max_policy_lag=1, **{**SETTINGS, "n_steps": 16}).learn(128)
+    second.max_policy_lag = None
+    second.learn(128)
+    first.learn(128)
+    assert first.num_timesteps == second.num_timesteps == 128
+    env.close()
+    with pytest.raises(RuntimeError, match="process of these environments has ended"):
+        env.reset()
+
+
+def test_errors_of_functions_come_from_the_process() -> None:
+    def make() -> Any:
+        raise KeyError("not made")
+
+    with pytest.raises(KeyError, match="not made"):
+        RemoteVecEnv([make])
+    with pytest.raises(ValueError, match=r"start_method must be one of .*, got 'thread'"):
+        RemoteVecEnv([make], start_method="thread")
