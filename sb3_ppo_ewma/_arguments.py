@@ -16,6 +16,8 @@ import numpy as np
 from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.utils import ConstantSchedule, FloatSchedule
 
+from sb3_ppo_ewma._parallel.process_group import check_data_parallel
+
 # clip_range=None as a number, which SB3 can make a schedule of and YAML files of the zoo can hold.
 CLIP_OFF = -1.0
 KlEstimator = Literal["sample", "analytic"]
@@ -310,6 +312,7 @@ def check_ewma_parameters(model: Any) -> None:
         if "fork" not in multiprocessing.get_all_start_methods():
             raise ValueError(f"async_rollouts={model.async_rollouts} needs fork(), which this system does not have")
     check_number("async_timeout", model.async_timeout, 0)
+    check_data_parallel(model.data_parallel)
     check_choice("engine", model.engine, get_args(EngineChoice))
     if not isinstance(model.torch_compile, bool):
         check_choice("torch_compile", model.torch_compile, get_args(CompileMode), "True or False")
@@ -332,6 +335,7 @@ def check_built_parameters(model: Any) -> None:
     :raises TypeError: if one has the wrong type
     :raises ValueError: if one is out of range, or the model was built for another value
     """
+    model._check_own_parameters()
     check_update_limits(model.n_epochs, model.max_grad_norm, model.target_kl)
     for name, fits in model._fits_built_model().items():
         if not fits:

@@ -84,6 +84,7 @@ OWN_PARAMETERS = {
     "engine",
     "tuned_for_n_envs",
     "torch_compile",
+    "data_parallel",
     "async_rollouts",
     "async_timeout",
 }
