@@ -405,15 +405,18 @@ def families(folder: Path, rank: int, world_size: int) -> dict[str, str]:
     return {name: digest(parameters_of(model.learn(3 * 128))) for name, model in models.items()}
 
 
-def compiled(folder: Path, rank: int, world_size: int) -> dict[str, list[tuple[np.ndarray, list[float]]]]:
-    """By case, parameters and logged KL divergence after training compiled and not compiled."""
+def compiled(folder: Path, rank: int, world_size: int) -> dict[str, Any]:
+    """
+    By case, parameters and logged KL divergence after training compiled and not compiled; and what happens where one
+    process cannot compile.
+    """
     del folder, world_size
     phases = {"n_policy_iterations": 2, "n_aux_epochs": 1, "aux_batch_size": 32}
     cases: dict[str, tuple[Any, dict[str, Any]]] = {
         "compiled dense": (PPOEWMA, {"ent_coef": 0.1}),
         "compiled": (sb3_ppo_ewma.PPGEWMA, {"n_epochs": 4, "target_kl": 1e-6, **phases}),
     }
-    found: dict[str, list[tuple[np.ndarray, list[float]]]] = {}
+    found: dict[str, Any] = {}
     for name, (algorithm, settings) in cases.items():
         found[name] = []
         for is_compiled in (True, False):
@@ -431,7 +434,29 @@ def compiled(folder: Path, rank: int, world_size: int) -> dict[str, list[tuple[n
                 model.learn(4 * 144, watch)
             assert model.current_engine.startswith(name) == is_compiled, model.explain_engine()
             found[name].append((parameters_of(model), [*watch.divergences, model._n_updates]))
+    if rank == 1:
+        th.compile = refuse_to_compile
+    model = PPOEWMA("MlpPolicy", make_vec_env("CartPole-v1", 2), n_steps=32, batch_size=32, torch_compile=True, seed=0)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        model.learn(2 * 128)
+    found["in one rank only"] = (
+        model.current_engine,
+        digest(parameters_of(model)),
+        [str(each.message) for each in caught],
+    )
     return found
+
+
+def refuse_to_compile(function: Any, **_: Any) -> Any:
+    """In the place of ``torch.compile``, where it cannot compile."""
+
+    from torch import _dynamo
+
+    def call(*_: Any) -> Any:
+        raise _dynamo.exc.TorchDynamoException("there is no compiler")
+
+    return call
 
 
 # === Networks with buffers ===

@@ -247,6 +247,13 @@ def test_buffers_are_the_same_after_every_iteration(short: dict[str, list[Any]])
 @pytest.mark.slow
 def test_compiled_ranks_train_as_others(tmp_path: Path) -> None:
     first, second = ranks.results("compiled", tmp_path)
+    found = [each.pop("in one rank only") for each in (first, second)]
+    assert [engine for engine, *_ in found] == ["dense"] * 2
+    assert len({parameters for _, parameters, _ in found}) == 1
+    for rank, (_, _, warned) in enumerate(found):
+        where = " (in rank 1)" if rank == 0 else ""
+        reason = f"there is no compiler{where}"
+        assert warned == [f"torch_compile=True has no effect, training goes on without it: {reason}"]
     for name, results in first.items():
         for (parameters, _), (others, _) in zip(results, second[name], strict=True):
             np.testing.assert_array_equal(parameters, others)

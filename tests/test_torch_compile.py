@@ -167,15 +167,12 @@ def test_models_train_compiled_in_two_threads(monkeypatch: pytest.MonkeyPatch) -
         return call
 
     # A smaller last minibatch needs a graph of its own, while the other thread uses one that it has.
-    cases: list[dict[str, Any]] = [{"n_steps": 36}, {"n_steps": 44, "target_kl": 10.0}]
-    alone = [learn(make(**case), 4 * case["n_steps"]) for case in cases]
     monkeypatch.setattr(th, "compile", compile_slowly)
-    models = [make(torch_compile=True, **case) for case in cases]
+    models = [make(torch_compile=True, n_steps=36), make(torch_compile=True, n_steps=44, target_kl=10.0)]
     with ThreadPoolExecutor(2) as threads:
-        together = list(threads.map(learn, models, [4 * case["n_steps"] for case in cases]))
-    for compiled, eager in zip(together, alone, strict=True):
-        assert compiled[0].current_engine == "compiled dense"
-        assert_equal_training(compiled, eager)
+        for model in threads.map(lambda each: each.learn(4 * each.n_steps), models):
+            assert model.current_engine == "compiled dense"
+            assert model._n_updates == 4 * 2
     assert most == 1  # torch's settings for a graph are those of all threads
     assert not _dynamo.config.trace_autograd_ops
     assert not _dynamo.eval_frame._stance.skip_guard_eval_unsafe

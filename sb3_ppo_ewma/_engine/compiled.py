@@ -145,9 +145,8 @@ def _shared_step(
     :return: statistics of the minibatch, with the mean KL divergence of the processes; whether the step was made
     """
     trained = [each for each, has in zip(adam.parameters, has_gradient, strict=True) if has]
-    *parts, others = (total / n_processes).split(
-        [*(each.numel() for each in trained), 2 if "approx_kl" in values else 1]
-    )
+    sizes = [*(each.numel() for each in trained), 2 if "approx_kl" in values else 1]
+    *parts, others = th.split_with_sizes(total / n_processes, sizes)
     found = iter([part.view(each.shape) for part, each in zip(parts, trained, strict=True)])
     gradients = [next(found) if has else None for has in has_gradient]
     approx_kl = others[1] if "approx_kl" in values else None
@@ -309,9 +308,11 @@ class Graphs:
         :return: from :func:`_local_gradient`, once all processes have both graphs: if one trained on without them, it
             would make other exchanges than the others
         """
+        result: tuple[th.Tensor, dict[str, th.Tensor], list[bool]]
         if is_checked:
-            return cast(Any, self._call(True, self._gradient, gradient, arguments))
-        reason, result = None, cast(Any, None)
+            result = self._call(True, self._gradient, gradient, arguments)
+            return result
+        reason = None
         try:
             result = total, *others = self._call(False, self._gradient, gradient, arguments)
             (of_step,) = series.numbers(1)

@@ -132,6 +132,7 @@ class ProcessGroup:
         self._store = group.get_group_store()
         self._n_learned = self._count(f"{_PREFIX}/learned/{self.rank}", 0)
         self._next_look = time.monotonic() + _SECONDS_BETWEEN_LOOKS
+        self._work: Any = None
 
     @classmethod
     def of(cls, data_parallel: DataParallelChoice = None) -> "ProcessGroup | None":
@@ -203,8 +204,8 @@ class ProcessGroup:
         self._exchange(dist.broadcast, size, src=first)
         data = data if self.rank == 0 else data.new_empty(int(size))
         self._exchange(dist.broadcast, data, src=first)
-        # Pickled by rank 0 of the same training
-        result: Anything = th.load(io.BytesIO(data.cpu().numpy()), map_location="cpu", weights_only=False)
+        received = io.BytesIO(data.cpu().numpy().tobytes())
+        result: Anything = th.load(received, map_location="cpu", weights_only=False)  # from the same training
         return result
 
     def _gather_tensors(self, tensor: th.Tensor) -> list[th.Tensor]:
@@ -257,42 +258,41 @@ class ProcessGroup:
         """
         flat = [each for part in tensors for each in (part if isinstance(part, list) else [part])]
         _exchanged[:] = [*filter(_is_held, _exchanged), *flat]
-        is_queued = self._has_queue and flat[0].device.type == "cuda"
-        work = exchange(*tensors, group=self._group, async_op=True, **kwargs)
+        self._work = exchange(*tensors, group=self._group, async_op=True, **kwargs)
         try:
-            while is_queued and is_read and not work.is_completed():
-                self.check_others()
-                time.sleep(_SECONDS_BETWEEN_POLLS)
-            if is_queued:
-                work.wait()
+            if self._has_queue and flat[0].device.type == "cuda":
+                self._wait_for_queue(is_read)
             else:
-                self._wait(work)
+                while not self._is_over():
+                    self.check_others()
         finally:
-            del work  # or the traceback of an error holds the tensors
+            self._work = None  # the traceback of an error would hold it, and its tensors
 
-    def _wait(self, work: Any) -> None:
+    def _is_over(self) -> bool:
         """
-        :param work: an exchange of Gloo, which goes on in a thread of its own
-        :raises RuntimeError: if it fails, or another process has
+        :return: whether the exchange is over within a second; Gloo goes on with it in a thread of its own
+        :raises RuntimeError: if it failed
         """
-        is_over = False
+        is_over: bool = self._work.is_completed()
         try:
-            while not is_over:
-                is_over = work.is_completed()
-                try:
-                    work.wait(timedelta(seconds=_SECONDS_BETWEEN_LOOKS))  # raises too if it takes longer
-                    return
-                except th.OutOfMemoryError:
-                    raise
-                except RuntimeError as error:
-                    self.check_others(now=is_over)
-                    if is_over:
-                        raise RuntimeError(
-                            "Another process of the data-parallel training has ended or does not answer: its own "
-                            f"output says why. This one (rank {self.rank}) cannot go on without it."
-                        ) from error
-        finally:
-            del work
+            self._work.wait(timedelta(seconds=_SECONDS_BETWEEN_LOOKS))
+        except th.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            if not is_over:
+                return False
+            self.check_others(now=True)
+            raise RuntimeError(
+                "Another process of the data-parallel training has ended or does not answer: its own output says why. "
+                f"This one (rank {self.rank}) cannot go on without it."
+            ) from error
+        return True
+
+    def _wait_for_queue(self, is_read: bool) -> None:
+        while is_read and not self._work.is_completed():
+            self.check_others()
+            time.sleep(_SECONDS_BETWEEN_POLLS)
+        self._work.wait()  # for its place in the queue only
 
     def check_others(self, now: bool = False) -> None:
         """
@@ -309,7 +309,7 @@ class ProcessGroup:
             if self._store.check([self._key("error")]):
                 message = self._store.get(self._key("error")).decode()
         if message is not None:
-            raise RuntimeError(message) from None  # not from the timeout after which it was found
+            raise RuntimeError(message) from None
 
     def begin_learning(self) -> None:
         """Forget failures of the last training. To be called by all processes whenever ``learn`` begins."""
