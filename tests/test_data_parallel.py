@@ -13,12 +13,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch as th
 import torch.distributed as dist
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.running_mean_std import RunningMeanStd
 
 from sb3_ppo_ewma import PPGEWMA, PPOEWMA
 from sb3_ppo_ewma._parallel.normalization import pooled
+from sb3_ppo_ewma._parallel.process_group import ProcessGroup
 from tests import ranks
 from tests.engines import needs_compiler
 
@@ -317,6 +319,18 @@ def test_an_error_in_one_rank_ends_all(tmp_path: Path) -> None:
 def test_process_groups_that_are_not_there_are_refused(given: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         PPOEWMA("MlpPolicy", "CartPole-v1", data_parallel=given)
+
+
+def test_what_rank_0_hands_out_arrives_on_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        group = ProcessGroup(dist.group.WORLD)
+        monkeypatch.setattr("torch.serialization.location_tag", lambda storage: "cuda:0")  # as of tensors of rank 0's
+        (tensor,) = group.from_first([th.arange(3.0)])
+    finally:
+        dist.destroy_process_group()
+    assert tensor.device.type == "cpu"
+    assert tensor.tolist() == [0, 1, 2]
 
 
 def test_a_model_for_several_processes_predicts_in_one(tmp_path: Path) -> None:

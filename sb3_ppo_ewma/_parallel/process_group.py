@@ -9,15 +9,20 @@ import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
-from typing import Any, NamedTuple, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 import torch as th
 import torch.distributed as dist
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup as TorchProcessGroup
+else:
+    TorchProcessGroup = getattr(dist, "ProcessGroup", object)  # torch can be built without it
+
 Anything = TypeVar("Anything")
 # The parameter ``data_parallel`` of the algorithms
-DataParallelChoice: TypeAlias = "bool | dist.ProcessGroup | None"
+DataParallelChoice: TypeAlias = bool | TorchProcessGroup | None
 
 # Tensors of past exchanges, which threads of the process group may still hold
 _exchanged: list[th.Tensor] = []
@@ -86,7 +91,7 @@ def _torch_group(data_parallel: DataParallelChoice) -> Any:
 
 
 def _is_group(data_parallel: Any) -> bool:
-    return dist.is_available() and isinstance(data_parallel, dist.ProcessGroup)
+    return dist.is_available() and isinstance(data_parallel, TorchProcessGroup)
 
 
 class SharedInCopies:
