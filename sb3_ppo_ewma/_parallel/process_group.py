@@ -72,7 +72,10 @@ def check_data_parallel(data_parallel: Any) -> None:
                 "data_parallel=True needs a default process group of several processes, and there is none: start them "
                 "with torchrun, and call torch.distributed.init_process_group() first"
             )
-    elif not (data_parallel is None or data_parallel is False or _is_group(data_parallel)):
+    elif _is_group(data_parallel):
+        if not dist.is_initialized():
+            raise ValueError("data_parallel is a process group that was destroyed: give load() another one, or None")
+    elif not (data_parallel is None or data_parallel is False):
         if dist.is_available() and data_parallel == dist.GroupMember.NON_GROUP_MEMBER:
             raise ValueError("data_parallel is a process group that this process does not belong to")
         raise TypeError(
