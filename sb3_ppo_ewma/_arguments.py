@@ -15,6 +15,8 @@ import numpy as np
 from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.utils import ConstantSchedule, FloatSchedule
 
+from sb3_ppo_ewma._parallel.process_group import check_data_parallel
+
 # clip_range=None as a number, which SB3 can make a schedule of and YAML files of the zoo can hold.
 CLIP_OFF = -1.0
 KlEstimator = Literal["sample", "analytic"]
@@ -305,6 +307,7 @@ def check_ewma_parameters(model: Any) -> None:
     if model.n_epochs_value is not None:
         check_integer("n_epochs_value", model.n_epochs_value, minimum=1)
     check_integer("staleness", model.staleness, minimum=0)
+    check_data_parallel(model.data_parallel)
     if model.max_policy_lag is not None:
         check_integer("max_policy_lag", model.max_policy_lag, minimum=0)
     check_choice("lag_mode", model.lag_mode, get_args(LagMode))
@@ -331,6 +334,7 @@ def check_built_parameters(model: Any) -> None:
     :raises TypeError: if one has the wrong type
     :raises ValueError: if one is out of range, or the model was built for another value
     """
+    model._check_own_parameters()
     check_update_limits(model.n_epochs, model.max_grad_norm, model.target_kl)
     for name, fits in model._fits_built_model().items():
         if not fits:

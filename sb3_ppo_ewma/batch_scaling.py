@@ -23,7 +23,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.type_aliases import Schedule
 
 from sb3_ppo_ewma._arguments import check_choice, check_integer, check_number, check_schedule, warn_caller
-from sb3_ppo_ewma._parallel.process_group import world_size
+from sb3_ppo_ewma._parallel.process_group import place
 from sb3_ppo_ewma.checkpointing.saving import SavedStateMixin
 from sb3_ppo_ewma.ewma import (
     MOST_CENTERS_OF_MASS,
@@ -54,7 +54,7 @@ _SHORTEST_LOOK_AHEAD = 2
 _DIVIDED = {"n_envs": "environments", "batch_size": "samples", "aux_batch_size": "samples"}
 _COUNTED_IN_ITERATIONS = ("staleness", "n_policy_iterations")
 # Arguments of the constructor that are not hyper-parameters
-_NOT_HYPERPARAMETERS = ("policy", "env", "tuned_for_n_envs", "_init_setup_model")
+_NOT_HYPERPARAMETERS = ("policy", "env", "tuned_for_n_envs", "data_parallel", "_init_setup_model")
 # optimizer_kwargs of this package's policies where the user gives none
 _DEFAULT_ADAM_KWARGS = {"eps": 1e-5}
 # A floating-point ratio becomes the nearest fraction with at most this denominator.
@@ -287,7 +287,8 @@ def settings_of(model: BaseAlgorithm) -> dict[str, Any]:
         raise TypeError(f"model must be one of this package's algorithms, got {type(model).__name__}")
     names = [name for name in inspect.signature(type(model)).parameters if name not in _NOT_HYPERPARAMETERS]
     settings = {"n_envs": model.n_envs, **{name: getattr(model, name) for name in names if hasattr(model, name)}}
-    totals = {name: settings[name] * world_size() for name in _DIVIDED if settings.get(name) is not None}
+    n_processes = place(model.data_parallel).n_processes
+    totals = {name: settings[name] * n_processes for name in _DIVIDED if settings.get(name) is not None}
     return {**settings, **totals}
 
 

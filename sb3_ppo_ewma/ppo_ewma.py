@@ -34,8 +34,9 @@ from sb3_ppo_ewma._arguments import (
 )
 from sb3_ppo_ewma._engine.iteration import Engine, Iteration, Objective, make_iteration
 from sb3_ppo_ewma._engine.selection import EngineSelector
-from sb3_ppo_ewma._parallel.collector import Collector
-from sb3_ppo_ewma._parallel.data_parallel import DataParallel
+from sb3_ppo_ewma._parallel.collector import Collector, ending_collection
+from sb3_ppo_ewma._parallel.data_parallel import DataParallel, reporting_errors
+from sb3_ppo_ewma._parallel.process_group import DataParallelChoice
 from sb3_ppo_ewma.advantages import MomentsEwma
 from sb3_ppo_ewma.checkpointing.generators import preserved_generators
 from sb3_ppo_ewma.checkpointing.saving import SavedStateMixin
@@ -83,8 +84,10 @@ class EwmaMixin(SavedStateMixin):
     :param tuned_for_n_envs: the number of environments that the hyper-parameters are for: with another one they are
         rescaled to behave the same (:func:`~sb3_ppo_ewma.batch_scaling.rescale`); ``None``: they are used as given
     :param torch_compile: make each gradient step as one compiled graph, with the same results up to rounding; a string
-        is a mode of ``torch.compile``. Compiling takes some seconds to a minute once. What cannot be compiled is
-        trained without it, with a warning
+        is a mode of ``torch.compile``. Compiling takes up to a minute. A warning says why a model is trained without
+    :param data_parallel: the processes that train this model together. ``None``: those of the default process group of
+        ``torch.distributed``, if it has several; ``True``: those, or an error if there are none; ``False``: only this
+        one; a process group: its processes. Saved models do not keep a process group
     :param max_policy_lag: collect rollouts in a second process, at the same time as this one trains. When a rollout is
         trained on, its policy is this many updates behind, or fewer where ``learn`` begins; 0: the processes take
         turns; ``None``: collect in this process. ``staleness_mode`` applies to these rollouts
@@ -154,6 +157,7 @@ class EwmaMixin(SavedStateMixin):
         engine: EngineChoice = "auto",
         tuned_for_n_envs: int | None = None,
         torch_compile: bool | str = False,
+        data_parallel: DataParallelChoice = None,
         max_policy_lag: int | None = None,
         lag_mode: LagMode = "fixed",
         collector_timeout: float = 600.0,
@@ -176,6 +180,7 @@ class EwmaMixin(SavedStateMixin):
         self.engine: EngineChoice = engine
         self.tuned_for_n_envs = tuned_for_n_envs
         self.torch_compile = torch_compile
+        self.data_parallel = data_parallel
         self.max_policy_lag = max_policy_lag
         self.lag_mode: LagMode = lag_mode
         self.collector_timeout = collector_timeout
@@ -188,8 +193,7 @@ class EwmaMixin(SavedStateMixin):
         if given.get("policy_kwargs"):
             given["policy_kwargs"] = with_features_extractor(given["policy_kwargs"])
         if advantage_decay is not None:
-            # SB3 refuses minibatches and rollouts of one sample, whose standard deviation is NaN. Moments over
-            # iterations have no such limit.
+            # SB3 refuses minibatches and rollouts of one sample, which moments over iterations allow.
             given["normalize_advantage"] = False
         with quietly_about_size() if tuned_for_n_envs is not None else nullcontext():
             super().__init__(**{**given, "_init_setup_model": False})
@@ -298,8 +302,7 @@ class EwmaMixin(SavedStateMixin):
 
     def train(self) -> None:
         """Update policy and value function with the next rollout; while a queue of stale rollouts fills, do nothing."""
-        self._check_own_parameters()  # a callback may have set them
-        check_built_parameters(self)
+        check_built_parameters(self)  # a callback may have set them
         rollout = self._next_rollout()
         self._n_rollouts += 1
         if rollout is None:
@@ -329,7 +332,7 @@ class EwmaMixin(SavedStateMixin):
         log_training(self, iteration, rollout, advantage_std)
         self._end_iteration(rollout)
         if self._data_parallel is not None:
-            self._data_parallel.pool_log()
+            self._data_parallel.end_training()
 
     def _train_epoch(self, engine: Engine, iteration: Iteration, objective: Objective) -> bool:
         """
@@ -381,7 +384,6 @@ class EwmaMixin(SavedStateMixin):
 
     def _setup_learn(self, *args: Any, **kwargs: Any) -> Any:
         # load() and attributes set by hand bypass the constructor.
-        self._check_own_parameters()
         check_built_parameters(self)
         check_fits(self)
         self._data_parallel = DataParallel.start(self)
@@ -418,11 +420,8 @@ class EwmaMixin(SavedStateMixin):
         """
         kwargs |= {"reset_num_timesteps": reset_num_timesteps, "progress_bar": progress_bar}
         kwargs |= logging_arguments(self, super().learn, log_interval, tb_log_name)
-        try:
+        with reporting_errors(self), ending_collection(self):
             return super().learn(total_timesteps, callback, **kwargs)
-        finally:
-            if self._collector is not None:
-                self._collector.abandon_rollouts()
 
     def dump_logs(self, iteration: int = 0) -> None:
         """

@@ -14,7 +14,7 @@ from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_ppo_ewma._arguments import check_integer
-from sb3_ppo_ewma._parallel.process_group import world_size
+from sb3_ppo_ewma._parallel.process_group import place
 from sb3_ppo_ewma.batch_scaling import Rescaled, per_process, rescale
 from sb3_ppo_ewma.checkpointing.generators import preserved_generators
 from sb3_ppo_ewma.checkpointing.rollout_files import OtherSizeError
@@ -55,11 +55,12 @@ def fit_to_envs(model: Any) -> None:
             raise ValueError(
                 f"{name} was set by hand to {value!r}, where {tuned[name]!r}, tuned for {model.tuned_for_n_envs} "
                 f"environments, had become {fitted[name]!r}: it cannot be rescaled to "
-                f"{model.n_envs * world_size()} environments, give load() its value for {model.tuned_for_n_envs}"
+                f"{_n_envs(model)} environments, give load() its value for {model.tuned_for_n_envs}"
             )
     model.tuned_hyperparameters = {**tuned, **by_hand}
-    result = _rescale({**attributes, **model.tuned_hyperparameters, **_whole_sequences(model)}, model.n_envs)
-    fitted = _fitted(result)
+    result = _rescale({**attributes, **model.tuned_hyperparameters, **_whole_sequences(model)}, _n_envs(model))
+    shares = per_process(result.hyperparameters, place(model.data_parallel).n_processes)
+    fitted = {name: shares[name] for name in _FITTED if name in shares}
     attributes.update(fitted)
     n_envs = result.hyperparameters["n_envs"]
     model.fitted_hyperparameters = {**fitted, "n_envs": n_envs, "tuned_for_n_envs": model.tuned_for_n_envs}
@@ -76,7 +77,7 @@ def is_fitted(model: Any) -> bool:
         return True
     fitted = model.fitted_hyperparameters or {}
     numbers = fitted.get("n_envs"), fitted.get("tuned_for_n_envs")
-    return numbers == (model.n_envs * world_size(), model.tuned_for_n_envs)
+    return numbers == (_n_envs(model), model.tuned_for_n_envs)
 
 
 def check_fits(model: Any) -> None:
@@ -90,7 +91,7 @@ def check_fits(model: Any) -> None:
     raise ValueError(
         f"the model was built with tuned_for_n_envs={fitted.get('tuned_for_n_envs')} for {fitted.get('n_envs')} "
         f"environments in all processes; now there are tuned_for_n_envs={model.tuned_for_n_envs} and "
-        f"{model.n_envs * world_size()} environments: load it or call set_env(), in several processes after "
+        f"{_n_envs(model)} environments: load it or call set_env(), in several processes after "
         "init_process_group()"
     )
 
@@ -140,6 +141,15 @@ def quietly_about_size() -> Iterator[None]:
         yield
 
 
+def _n_envs(model: Any) -> int:
+    """
+    :param model: one of this package's algorithms
+    :return: number of environments of all processes that train it
+    """
+    n_envs: int = model.n_envs * place(model.data_parallel).n_processes
+    return n_envs
+
+
 def _number_of_envs(env: GymEnv | str | None) -> int:
     """
     :param env: environment as SB3's constructors take it
@@ -151,12 +161,12 @@ def _number_of_envs(env: GymEnv | str | None) -> int:
 def _rescale(settings: Mapping[str, Any], n_envs: int) -> Rescaled:
     """
     :param settings: hyper-parameters as tuned
-    :param n_envs: number of environments of this process
-    :return: hyper-parameters for the environments of all processes
+    :param n_envs: number of environments of all processes
+    :return: hyper-parameters for them
     """
     tuned_for = settings["tuned_for_n_envs"]
     check_integer("tuned_for_n_envs", tuned_for, minimum=1)
-    return rescale({**settings, "n_envs": tuned_for}, Fraction(n_envs * world_size(), tuned_for))
+    return rescale({**settings, "n_envs": tuned_for}, Fraction(n_envs, tuned_for))
 
 
 def _whole_sequences(model: Any) -> dict[str, Any]:
@@ -170,12 +180,3 @@ def _whole_sequences(model: Any) -> dict[str, Any]:
         return {}
     length = tuned["n_steps"]
     return {"aux_batch_size": max(1, size // length) * length}
-
-
-def _fitted(result: Rescaled) -> dict[str, Any]:
-    """
-    :param result: hyper-parameters for the environments of all processes
-    :return: those of this process that depend on their number
-    """
-    shares = per_process(result.hyperparameters, world_size())
-    return {name: shares[name] for name in _FITTED if name in shares}

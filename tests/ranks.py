@@ -6,11 +6,13 @@ What the processes of data-parallel trainings do in the tests, and how they are 
 runs one of the functions below in a process group; what it returns goes to ``FOLDER/NAME_RANK.pkl``.
 """
 
+import copy
 import hashlib
 import os
 import pickle
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -33,7 +35,9 @@ from stable_baselines3.common.callbacks import (
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import SimpleMultiObsEnv
 from stable_baselines3.common.logger import configure
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.vec_env import VecNormalize
+from torch import nn
 
 import sb3_ppo_ewma
 from sb3_ppo_ewma import PPOEWMA, zoo
@@ -128,6 +132,14 @@ def parameters_of(model: Any) -> np.ndarray:
     """
     averages = [] if model.policy_ewma is None else model.policy_ewma.averages
     return np.concatenate([each.detach().numpy().ravel() for each in (*model.policy.parameters(), *averages)])
+
+
+def digest(array: np.ndarray) -> str:
+    """
+    :param array: any array
+    :return: hash of its bytes
+    """
+    return hashlib.sha256(array.tobytes()).hexdigest()
 
 
 # === The same data ===
@@ -250,6 +262,8 @@ class Watch(BaseCallback):
         super().__init__()
         self.steps: list[int] = []
         self.hashes: list[str] = []
+        self.buffers: list[dict[str, np.ndarray]] = []
+        self.divergences: list[float] = []
         self.observations: list[np.ndarray] = []
 
     def _on_step(self) -> bool:
@@ -258,7 +272,10 @@ class Watch(BaseCallback):
 
     def _on_rollout_start(self) -> None:
         # Of what the training before left
-        self.hashes.append(hashlib.sha256(parameters_of(self.model).tobytes()).hexdigest())
+        self.hashes.append(digest(parameters_of(self.model)))
+        self.buffers.append(buffers_of(self.model))
+        if "train/approx_kl" in self.logger.name_to_value:
+            self.divergences.append(self.logger.name_to_value["train/approx_kl"])
 
     def _on_rollout_end(self) -> None:
         self.observations.append(self.model.rollout_buffer.observations.copy())
@@ -384,16 +401,106 @@ def families(folder: Path, rank: int, world_size: int) -> dict[str, str]:
         "both, phasic": sb3_ppo_ewma.MaskableRecurrentPPG("MlpLstmPolicy", masked, **lstm, **phases),
         "dictionary": PPOEWMA("MultiInputPolicy", dictionary, **discrete),
         "sde": PPOEWMA("MlpPolicy", make_vec_env("Pendulum-v1", 2), use_sde=True, **discrete),
-        "compiled": PPOEWMA("MlpPolicy", cartpole, torch_compile=True, **discrete),
     }
-    found = {}
-    for name, model in models.items():
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            model.learn(3 * 128)
-        found[name] = hashlib.sha256(parameters_of(model).tobytes()).hexdigest()
-        found[f"warnings of {name}"] = " ".join(str(each.message) for each in caught)
+    return {name: digest(parameters_of(model.learn(3 * 128))) for name, model in models.items()}
+
+
+def compiled(folder: Path, rank: int, world_size: int) -> dict[str, Any]:
+    """
+    By case, parameters and logged KL divergence after training compiled and not compiled; and what happens where one
+    process cannot compile.
+    """
+    del folder, world_size
+    phases = {"n_policy_iterations": 2, "n_aux_epochs": 1, "aux_batch_size": 32}
+    cases: dict[str, tuple[Any, dict[str, Any]]] = {
+        "compiled dense": (PPOEWMA, {"ent_coef": 0.1}),
+        "compiled": (sb3_ppo_ewma.PPGEWMA, {"n_epochs": 4, "target_kl": 1e-6, **phases}),
+    }
+    found: dict[str, Any] = {}
+    for name, (algorithm, settings) in cases.items():
+        found[name] = []
+        for is_compiled in (True, False):
+            model = algorithm(
+                "MlpPolicy",
+                make_vec_env("CartPole-v1", 2, seed=rank),
+                **{"n_steps": 36, "batch_size": 16, "n_epochs": 2, "seed": 0, "device": "cpu", **settings},
+                policy_kwargs={"net_arch": [4]},
+                torch_compile=is_compiled,
+            )
+            watch = Watch()
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", UserWarning)
+                warnings.filterwarnings("ignore", "You have specified a mini-batch size")
+                model.learn(4 * 144, watch)
+            assert model.current_engine.startswith(name) == is_compiled, model.explain_engine()
+            found[name].append((parameters_of(model), [*watch.divergences, model._n_updates]))
+    if rank == 1:
+        th.compile = refuse_to_compile
+    model = PPOEWMA("MlpPolicy", make_vec_env("CartPole-v1", 2), n_steps=32, batch_size=32, torch_compile=True, seed=0)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        model.learn(2 * 128)
+    found["in one rank only"] = (
+        model.current_engine,
+        digest(parameters_of(model)),
+        [str(each.message) for each in caught],
+    )
     return found
+
+
+def refuse_to_compile(function: Any, **_: Any) -> Any:
+    """In the place of ``torch.compile``, where it cannot compile."""
+
+    from torch import _dynamo
+
+    def call(*_: Any) -> Any:
+        raise _dynamo.exc.TorchDynamoException("there is no compiler")
+
+    return call
+
+
+# === Networks with buffers ===
+
+
+class Normalized(BaseFeaturesExtractor):
+    """Of vectors, with BatchNorm."""
+
+    def __init__(self, observation_space: Any) -> None:
+        super().__init__(observation_space, 8)
+        size = observation_space.shape[0]
+        self.layers = nn.Sequential(nn.BatchNorm1d(size), nn.Linear(size, 8), nn.BatchNorm1d(8), nn.Tanh())
+
+    def forward(self, observations: th.Tensor) -> th.Tensor:
+        output: th.Tensor = self.layers(observations)
+        return output
+
+
+def buffers(folder: Path, rank: int, world_size: int) -> dict[str, Any]:
+    """Of networks with BatchNorm: parameters and buffers before every rollout."""
+    del folder, world_size
+    phases = {"n_policy_iterations": 2, "n_aux_epochs": 1}
+    found: dict[str, Any] = {}
+    for algorithm, settings in ((PPOEWMA, {}), (sb3_ppo_ewma.PPGEWMA, phases)):
+        env = make_vec_env("CartPole-v1", 2, seed=rank)
+        settings = {"n_steps": 32, "batch_size": 32, "n_epochs": 2, "seed": 0, "device": "cpu", **settings}
+        model = algorithm("MlpPolicy", env, policy_kwargs={"features_extractor_class": Normalized}, **settings)
+        watch = Watch()
+        model.learn(4 * 128, watch)
+        found[algorithm.__name__] = [watch.hashes, watch.buffers, buffers_of(model)]
+    model.policy.features_extractor.layers[0].num_batches_tracked += rank
+    try:
+        model._data_parallel.end_training()
+    except ValueError as error:
+        found["other integers"] = str(error)
+    return found
+
+
+def buffers_of(model: Any) -> dict[str, np.ndarray]:
+    """
+    :param model: of any algorithm
+    :return: buffers of its policy, by name
+    """
+    return {name: each.numpy().copy() for name, each in model.policy.named_buffers()}
 
 
 def stored_of(model: Any) -> list[dict[str, np.ndarray]]:
@@ -440,6 +547,7 @@ def refusals(folder: Path, rank: int, world_size: int) -> list[str]:
         ["--algo", "ppo_ewma", "-params", "n_envs:3"],
         ["--algo", "ppo"],
         ["--algo", "ppo_ewma", "-optimize"],
+        ["--algo", "ppo_ewma", "-params", "data_parallel:False"],
     ):
         try:
             zoo.main([*train, *arguments])
@@ -452,7 +560,7 @@ def short(folder: Path, rank: int, world_size: int) -> dict[str, Any]:
     """One after the other, since it takes longer to start processes."""
     return {
         each.__name__: each(folder, rank, world_size)
-        for each in (stopping, differing, resuming, sequences, families, refusals)
+        for each in (stopping, differing, resuming, sequences, families, buffers, refusals)
     }
 
 
@@ -490,6 +598,106 @@ def elastic(folder: Path, rank: int, world_size: int) -> dict[str, Any]:
     return {**counters(model), "n_steps": model.n_steps, "batch_size": model.batch_size}
 
 
+# === Groups of their own ===
+
+
+def groups(folder: Path, rank: int, world_size: int) -> dict[str, Any]:
+    """Two trainings of two processes each, then one of all four, then four of one."""
+    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    number, of_pair = rank // 2, rank % 2
+    mine, others = pairs[number], pairs[1 - number]
+    found: dict[str, Any] = {}
+    settings: dict[str, Any] = {"n_steps": 16, "batch_size": 32, "n_policy_iterations": 3, "n_aux_epochs": 1}
+    settings |= {"device": "cpu", "tuned_for_n_envs": 4}
+    for name, choice in {"pair": mine, "all": True, "alone": False}.items():
+        env = make_vec_env("CartPole-v1", 2)
+        seed = 100 * number + 1000 * rank * (choice is False)
+        model = sb3_ppo_ewma.PPGEWMA("MlpPolicy", env, data_parallel=choice, seed=seed, **settings).learn(2 * 128)
+        found[name] = {
+            "parameters": digest(parameters_of(model)),
+            "seeds": [each.unwrapped.np_random_seed for each in env.envs],
+            "n_steps": model.n_steps,
+            "batch_size": model.batch_size,
+            "batch_size of all": settings_of(model)["batch_size"],
+            "num_timesteps": model.num_timesteps,
+            "rollouts": len(model.phase_buffer),
+        }
+        if choice is not mine:
+            continue
+        for copied in (copy.copy(model), copy.deepcopy(model)):
+            assert copied.data_parallel is mine
+        assert pickle.loads(pickle.dumps(model)).data_parallel is None
+        model.to_ppo()
+        path = folder / f"pair{number}"
+        if of_pair == 0:
+            model.save(path)
+        model.save_replay_buffer(f"{path}_rollouts")
+        dist.barrier()
+        assert sb3_ppo_ewma.PPGEWMA.load(path).data_parallel is None
+        loaded = sb3_ppo_ewma.PPGEWMA.load(path, make_vec_env("CartPole-v1", 2, seed=rank), data_parallel=mine)
+        loaded.load_replay_buffer(f"{path}_rollouts")
+        loaded.learn(128, reset_num_timesteps=False)
+        found["loaded"] = {"parameters": digest(parameters_of(loaded)), "phases": loaded._n_phases}
+    try:
+        PPOEWMA("MlpPolicy", "CartPole-v1", data_parallel=others)
+    except ValueError as error:
+        found["message"] = str(error)
+    return found
+
+
+# === Ends ===
+
+
+class Breaks(BaseCallback):
+    """In one process, something goes wrong in the second rollout."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self._kind = kind
+
+    def _on_step(self) -> bool:
+        if self.n_calls == 40:
+            if self._kind == "observation":
+                self.locals["new_obs"][:] = np.nan
+            elif self._kind == "environment":
+                raise OSError("the simulator has crashed")
+        return True
+
+    def _on_rollout_end(self) -> None:
+        if self._kind == "memory" and self.n_calls >= 40:
+            raise th.OutOfMemoryError("none left")
+
+
+class BreaksInStep(PPOEWMA):
+    """In one process, the shapes of a loss do not fit, in the second training."""
+
+    def extra_loss(self, evaluation: Any, minibatch: Any) -> th.Tensor:
+        is_broken = dist.get_rank() == 1 and self._n_rollouts == 2
+        result: th.Tensor = 0.0 * minibatch.advantages @ (evaluation.values[:-1] if is_broken else evaluation.values)
+        return result
+
+
+def failing(folder: Path, rank: int, world_size: int) -> dict[str, Any]:
+    """One process fails, in its own way; what both say, and how long the other one has waited."""
+    found: dict[str, Any] = {}
+    for kind in ("observation", "environment", "memory", "loss"):
+        group = dist.new_group(list(range(world_size)))
+        env = make_vec_env("CartPole-v1", 2)
+        algorithm = BreaksInStep if kind == "loss" else PPOEWMA
+        model = algorithm("MlpPolicy", env, n_steps=32, batch_size=32, device="cpu", data_parallel=group)
+        began = time.monotonic()
+        try:
+            model.learn(100_000, Breaks(kind) if rank == 1 else None)
+        except Exception as error:
+            found[kind] = type(error).__name__, str(error), time.monotonic() - began
+        model.save(folder / f"{kind}_{rank}")
+        assert PPOEWMA.load(folder / f"{kind}_{rank}").num_timesteps == model.num_timesteps
+        # The same processes train on in another group, without hearing of the failure again.
+        again = dist.new_group(list(range(world_size)))
+        PPOEWMA("MlpPolicy", env, n_steps=32, batch_size=32, device="cpu", data_parallel=again).learn(128)
+    return found
+
+
 def dying(folder: Path, rank: int, world_size: int) -> None:
     """The second process is killed when it has made a checkpoint's steps."""
     del world_size
@@ -506,7 +714,7 @@ def dying(folder: Path, rank: int, world_size: int) -> None:
 
 
 FUNCTIONS: dict[str, Callable[[Path, int, int], Any]] = {
-    function.__name__: function for function in (same_data, training, short, elastic, dying)
+    function.__name__: function for function in (same_data, training, short, compiled, elastic, groups, failing, dying)
 }
 
 

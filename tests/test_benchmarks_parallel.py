@@ -8,6 +8,7 @@ import pytest
 
 from benchmarks.parallel import asynchronous, throughput
 from benchmarks.speed.cases import CASES, case_settings, entry_settings
+from tests.engines import needs_compiler
 from tests.test_benchmarks import execute
 
 pytestmark = pytest.mark.long
@@ -28,6 +29,17 @@ def test_a_quick_run(program: str, tmp_path: Path) -> None:
     if program == "asynchronous":
         assert found["mean_lags"]["one process"] == found["mean_lags"]["max_policy_lag=0"] == 0
         assert 0 <= found["mean_lags"]["max_policy_lag=1"] <= 1
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_a_quick_run_of_compiled_processes(tmp_path: Path) -> None:
+    file = tmp_path / "results.json"
+    module = "benchmarks.parallel.throughput"
+    execute(module, "--quick", "--torch-compile", "--cases", "cartpole", "--rounds", 1, "--output", file)
+    (found,) = json.loads(file.read_text())["results"]
+    assert found["title"].endswith(", compiled")
+    assert found["settings"]["kwargs"] == {"torch_compile": True}
 
 
 @pytest.mark.parametrize(

@@ -13,12 +13,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch as th
+import torch.distributed as dist
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.running_mean_std import RunningMeanStd
 
 from sb3_ppo_ewma import PPGEWMA, PPOEWMA
 from sb3_ppo_ewma._parallel.normalization import pooled
+from sb3_ppo_ewma._parallel.process_group import ProcessGroup
 from tests import ranks
+from tests.engines import needs_compiler
 
 pytestmark = pytest.mark.long
 
@@ -222,17 +226,143 @@ def test_one_process_then_two_then_one_count_as_one(tmp_path: Path) -> None:
 def test_all_families_train_in_two_ranks(short: dict[str, list[Any]]) -> None:
     first, second = short["families"]
     assert first == second
-    assert len(first) == 2 * 9
-    assert "data-parallel training averages gradients" in first["warnings of compiled"]
+    assert len(first) == 8
+
+
+def test_buffers_are_the_same_after_every_iteration(short: dict[str, list[Any]]) -> None:
+    first, second = short["buffers"]
+    for algorithm in ("PPOEWMA", "PPGEWMA"):  # the second one also through auxiliary phases
+        (hashes, before, after), (other_hashes, other_before, other_after) = first[algorithm], second[algorithm]
+        assert hashes == other_hashes
+        assert len(set(hashes)) == 4
+        for ours, others in zip([*before, after], [*other_before, other_after], strict=True):
+            assert ours.keys() == others.keys()
+            for name, buffer in ours.items():
+                np.testing.assert_array_equal(buffer, others[name])
+        name = "features_extractor.layers.0.running_mean"
+        assert len({each[name].tobytes() for each in before}) == 4
+    assert "the same buffer 'features_extractor.layers.0.num_batches_tracked' of the policy" in first["other integers"]
+    assert first["other integers"] == second["other integers"]
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_compiled_ranks_train_as_others(tmp_path: Path) -> None:
+    first, second = ranks.results("compiled", tmp_path)
+    found = [each.pop("in one rank only") for each in (first, second)]
+    assert [engine for engine, *_ in found] == ["dense"] * 2
+    assert len({parameters for _, parameters, _ in found}) == 1
+    for rank, (_, _, warned) in enumerate(found):
+        where = " (in rank 1)" if rank == 0 else ""
+        reason = f"there is no compiler{where}"
+        assert warned == [f"torch_compile=True has no effect, training goes on without it: {reason}"]
+    for name, results in first.items():
+        for (parameters, _), (others, _) in zip(results, second[name], strict=True):
+            np.testing.assert_array_equal(parameters, others)
+        (compiled, log), (eager, eager_log) = results
+        np.testing.assert_allclose(compiled, eager, rtol=1e-4, atol=1e-5)
+        assert log == pytest.approx(eager_log, rel=1e-3, abs=1e-5)
+    # target_kl ended epochs, of both ranks at once
+    assert first["compiled"][0][1][-1] < 4 * 4
+
+
+def test_groups_train_for_themselves(tmp_path: Path) -> None:
+    by_rank = ranks.results("groups", tmp_path, world_size=4)
+
+    def column(case: str, name: str) -> list[Any]:
+        return [found[case][name] for found in by_rank]
+
+    for case in ("pair", "loaded"):
+        a, b, c, d = column(case, "parameters")
+        assert a == b != c == d
+    assert len(set(column("all", "parameters"))) == 1
+    assert len(set(column("alone", "parameters"))) == 4
+    assert column("pair", "seeds") == [[0, 1], [2, 3], [100, 101], [102, 103]]
+    assert column("alone", "seeds") == [[0, 1], [1000, 1001], [2100, 2101], [3100, 3101]]
+    # Tuned for 4 environments: a pair has them, all have twice as many, and one has half of them
+    for case, n_steps, batch_size, of_all in (("pair", 16, 16, 32), ("all", 8, 8, 32), ("alone", 32, 32, 32)):
+        assert column(case, "n_steps") == [n_steps] * 4
+        assert column(case, "batch_size") == [batch_size] * 4
+        assert column(case, "batch_size of all") == [of_all] * 4
+        assert column(case, "num_timesteps") == [2 * 128] * 4
+    assert column("pair", "rollouts") == [1] * 4
+    assert column("loaded", "phases") == [2] * 4  # which it would not have without them
+    files = {f"pair{pair}_rollouts{rank}.pkl" for pair in range(2) for rank in ("", ".rank1")}
+    assert {path.name for path in tmp_path.glob("pair*.pkl")} == files
+    for found in by_rank:
+        assert found["message"] == "data_parallel is a process group that this process does not belong to"
+
+
+def test_an_error_in_one_rank_ends_all(tmp_path: Path) -> None:
+    first, second = ranks.results("failing", tmp_path)
+    messages = {
+        "observation": ("ValueError", "NaN or Inf in observations of the rollout"),
+        "environment": ("OSError", "the simulator has crashed"),
+        "memory": ("OutOfMemoryError", "none left"),
+        "loss": ("RuntimeError", "inconsistent tensor size"),
+    }
+    for kind, (name, message) in messages.items():
+        assert second[kind][0] == name
+        assert message in second[kind][1]
+        assert first[kind][:2] == ("RuntimeError", f"Rank 1 ended with {name}: {second[kind][1]}")
+    assert max(seconds for _, _, seconds in first.values()) < 20
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        (True, ValueError, "data_parallel=True needs a default process group of several processes"),
+        (1, TypeError, "data_parallel must be True, False, None or a process group of torch.distributed, got 1"),
+        (dist.GroupMember.NON_GROUP_MEMBER, ValueError, "a process group that this process does not belong to"),
+    ],
+)
+def test_process_groups_that_are_not_there_are_refused(given: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        PPOEWMA("MlpPolicy", "CartPole-v1", data_parallel=given)
+
+
+def test_what_rank_0_hands_out_arrives_on_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        group = ProcessGroup(dist.group.WORLD)
+        monkeypatch.setattr("torch.serialization.location_tag", lambda storage: "cuda:0")  # as of tensors of rank 0's
+        (tensor,) = group.from_first([th.arange(3.0)])
+    finally:
+        dist.destroy_process_group()
+    assert tensor.device.type == "cpu"
+    assert tensor.tolist() == [0, 1, 2]
+
+
+def test_a_destroyed_group_is_refused(tmp_path: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        model = PPOEWMA("MlpPolicy", "CartPole-v1", n_steps=32, batch_size=32, data_parallel=dist.new_group([0]))
+        model.learn(32)
+    finally:
+        dist.destroy_process_group()
+    with pytest.raises(ValueError, match="data_parallel is a process group that was destroyed"):
+        model.learn(32)
+
+
+def test_a_model_for_several_processes_predicts_in_one(tmp_path: Path) -> None:
+    model = PPOEWMA("MlpPolicy", "CartPole-v1", n_steps=32, batch_size=32, data_parallel=False)
+    model.data_parallel = True  # as if it was built in one of several
+    model.save(tmp_path / "model")
+    loaded = PPOEWMA.load(tmp_path / "model", make_vec_env("CartPole-v1"))
+    assert loaded.data_parallel is True
+    loaded.predict(loaded.observation_space.sample())
+    with pytest.raises(ValueError, match="data_parallel=True needs a default process group"):
+        loaded.learn(32)
 
 
 def test_the_zoo_refuses_what_cannot_be_shared(short: dict[str, list[Any]]) -> None:
-    for not_divided, other, search, *folders in short["refusals"]:
+    for not_divided, other, search, alone, *folders in short["refusals"]:
         assert not_divided.endswith(
             "n_envs=3 environments cannot be divided between 2 processes: it must be a multiple of 2"
         )
         assert "ppo cannot train in several processes, only ppo_ewma" in other
         assert "processes that have the same --storage share a search" in search
+        assert "data_parallel=False cannot be combined with torchrun, whose processes train one model" in alone
         assert not folders
 
 

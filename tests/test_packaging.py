@@ -87,6 +87,7 @@ OWN_PARAMETERS = {
     "engine",
     "tuned_for_n_envs",
     "torch_compile",
+    "data_parallel",
     "max_policy_lag",
     "lag_mode",
     "collector_timeout",

@@ -1,11 +1,14 @@
 """Training by compiled graphs: when it is refused, what makes new graphs, and how it goes on without them."""
 
+import contextvars
 import copy
 import io
 import json
 import pickle
+import time
 import warnings
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -140,6 +143,48 @@ def test_models_do_not_share_a_limit_of_graphs() -> None:
     with _dynamo.config.patch(recompile_limit=2):
         for seed in range(3):
             assert make(torch_compile=True, batch_size=6, seed=seed).learn(32).current_engine == "compiled dense"
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_models_train_compiled_in_two_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a search with ``--n-jobs 2``. A thread lets the other one run wherever it calls a graph."""
+    real, n_inside, most = th.compile, 0, 0
+
+    def compile_slowly(function: Any, **kwargs: Any) -> Any:
+        graph = real(function, **kwargs)
+
+        def call(*args: Any) -> Any:
+            nonlocal n_inside, most
+            n_inside += 1
+            most = max(most, n_inside)
+            time.sleep(0.005)
+            try:
+                return graph(*args)
+            finally:
+                n_inside -= 1
+
+        return call
+
+    # A smaller last minibatch needs a graph of its own, while the other thread uses one that it has.
+    monkeypatch.setattr(th, "compile", compile_slowly)
+    models = [make(torch_compile=True, n_steps=36), make(torch_compile=True, n_steps=44, target_kl=10.0)]
+    with ThreadPoolExecutor(2) as threads:
+        for model in threads.map(lambda each: each.learn(4 * each.n_steps), models):
+            assert model.current_engine == "compiled dense"
+            assert model._n_updates == 4 * 2
+    assert most == 1  # torch's settings for a graph are those of all threads
+    assert not _dynamo.config.trace_autograd_ops
+    assert not _dynamo.eval_frame._stance.skip_guard_eval_unsafe
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_trainings_leave_nothing_behind() -> None:
+    model = make(torch_compile=True).learn(32)
+    before = len(contextvars.copy_context())
+    model.learn(64)
+    assert len(contextvars.copy_context()) == before
 
 
 PHASES = {"n_policy_iterations": 2, "n_aux_epochs": 2, "aux_batch_size": 16, "aux_learning_rate": 1e-4}

@@ -2,6 +2,7 @@
 How many more steps per second do several processes make than one? From the root of the repository:
 
     python -m benchmarks.parallel.throughput
+    python -m benchmarks.parallel.throughput --torch-compile --cases impala
 
 PPO-EWMA trains in one process, and data-parallel in two that share its environments and minibatches, with one thread
 each. Both are built once and take turns, a few iterations each, while the other one sleeps. The ratio of a round is
@@ -70,6 +71,8 @@ class Team:
 
 
 def _serve(connection: Connection, settings: dict[str, Any], rank: int, n_processes: int, folder: Path) -> None:
+    import warnings
+
     import torch as th
     import torch.distributed as dist
 
@@ -77,6 +80,7 @@ def _serve(connection: Connection, settings: dict[str, Any], rank: int, n_proces
     from sb3_ppo_ewma.batch_scaling import per_process
 
     th.set_num_threads(1)
+    warnings.filterwarnings("error", message="torch_compile=.* has no effect")
     if n_processes > 1:
         dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=n_processes)
     parts = per_process({"n_envs": settings["n_envs"], "batch_size": settings["ppo"]["batch_size"]}, n_processes)
@@ -92,15 +96,16 @@ def _serve(connection: Connection, settings: dict[str, Any], rank: int, n_proces
         dist.destroy_process_group()
 
 
-def measure(name: str, rounds: int, is_quick: bool) -> dict[str, Any]:
+def measure(name: str, entry: str, rounds: int, is_quick: bool) -> dict[str, Any]:
     """
     :param name: of a case
+    :param entry: of an algorithm of benchmarks/speed
     :param rounds: in each of which all take their turn; one more that does not count goes before
     :param is_quick: whether it only shows that everything runs
     :return: settings, steps per second, ratios
     """
     case = quick(CASES[name]) if is_quick else CASES[name]
-    settings = {**case_settings(case), **entry_settings(case, "ppo_ewma")}
+    settings = {**case_settings(case), **entry_settings(case, entry)}
     with tempfile.TemporaryDirectory() as folder:
         teams = {"one process": Team(settings, 1, Path(folder)), "two processes": Team(settings, 2, Path(folder))}
         try:
@@ -110,7 +115,7 @@ def measure(name: str, rounds: int, is_quick: bool) -> dict[str, Any]:
                 team.close()
     return {
         "case": name,
-        "title": case.title,
+        "title": case.title + (", compiled" if "torch_compile" in settings["kwargs"] else ""),
         "settings": settings,
         "steps_per_second": {kind: [round(each[kind]) for each in speeds] for kind in teams},
         "ratios": [round(each["two processes"] / each["one process"], 3) for each in speeds],
@@ -135,13 +140,20 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", choices=list(TARGETS), default=list(TARGETS))
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--quick", action="store_true", help="only show that everything runs")
-    parser.add_argument("--output", type=Path, help="JSON file (default: results/throughput.json, with --quick none)")
+    parser.add_argument("--torch-compile", action="store_true", help="train with compiled gradient steps")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="JSON file (default: results/throughput.json, with --torch-compile results/throughput_compiled.json, "
+        "with --quick none)",
+    )
     args = parser.parse_args()
+    suffix = "_compiled" if args.torch_compile else ""
     results = []
     for name in args.cases:
-        results.append(measure(name, args.rounds, args.quick))
+        results.append(measure(name, f"ppo_ewma{suffix}", args.rounds, args.quick))
         tell(results[-1])
-    output = args.output or (None if args.quick else HERE / "results" / "throughput.json")
+    output = args.output or (None if args.quick else HERE / "results" / f"throughput{suffix}.json")
     if output is not None:
         output.write_text(json.dumps({**metadata(), "results": results}, indent=2) + "\n")
 

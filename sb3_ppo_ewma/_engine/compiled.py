@@ -3,6 +3,7 @@
 import copy
 import functools
 import math
+import threading
 import types
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple, cast
@@ -32,6 +33,8 @@ _UNROLLED = 4
 _PREPARED = 64
 # The one objective of dense engines
 _JOINT = Objective(policy=True, value=True)
+# Torch has settings that graphs need for itself, which are those of all threads.
+_CALLING = threading.RLock()
 
 # From the arguments of a minibatch to the loss, or a number that is finite if the loss is; statistics; derivatives
 GradientFunction = Callable[..., tuple[th.Tensor, dict[str, th.Tensor], Sequence[th.Tensor | None]]]
@@ -98,24 +101,95 @@ def _gradient_steps(
     for arguments, of_step in zip(minibatches, numbers, strict=True):
         loss, values, gradients = gradient(*arguments)
         has_gradient = [each is not None for each in gradients]
-        with th.no_grad():
-            squares = [each.square().sum() for each in gradients if each is not None]
-            norm = th.stack(squares).sum().sqrt()
-            step = norm + loss
-            made = th.isfinite(step)
-            if "approx_kl" in values:
-                made = made & ~(values["approx_kl"] > of_step[StepNumbers.MAX_KL])
-            if all_made:
-                made = made & all_made[-1]
-            one = made.to(norm.dtype)  # or 0, which leaves everything as it is
-            factor = th.clamp(of_step[StepNumbers.MAX_GRAD_NORM] / (norm + 1e-6), max=1.0)
-            clipped = [None if each is None else th.where(made, each * factor, 0.0) for each in gradients]
-            _adam_step(adam, clipped, one, of_step)
-            for average, parameter in zip(averages, averaged, strict=True):
-                average.lerp_(parameter, (one * of_step[StepNumbers.INTERPOLATION]).to(average.dtype))
+        goes_on = all_made[-1] if all_made else None
+        step, made = _update(gradients, loss, values.get("approx_kl"), goes_on, adam, averages, averaged, of_step)
         statistics.append({**values, STEP: step})
         all_made.append(made)
     return statistics, th.stack(all_made).sum(), has_gradient
+
+
+def _local_gradient(
+    gradient: GradientFunction, arguments: tuple[Any, ...]
+) -> tuple[th.Tensor, dict[str, th.Tensor], list[bool]]:
+    """
+    :param gradient: computes the gradient of a minibatch
+    :param arguments: its arguments
+    :return: what processes add up: the gradient, the loss, and the approximate KL divergence if there is one, in one
+        tensor; statistics of the minibatch; for each parameter whether it has a gradient
+    """
+    loss, values, gradients = gradient(*arguments)
+    parts = [*(each for each in gradients if each is not None), loss]
+    parts += [values["approx_kl"]] if "approx_kl" in values else []
+    return th.cat([each.reshape(-1) for each in parts]), values, [each is not None for each in gradients]
+
+
+def _shared_step(
+    total: th.Tensor,
+    values: dict[str, th.Tensor],
+    has_gradient: list[bool],
+    n_processes: int,
+    adam: Adam,
+    averages: list[th.Tensor],
+    averaged: list[th.Tensor],
+    numbers: th.Tensor,
+) -> tuple[dict[str, th.Tensor], th.Tensor]:
+    """
+    :param total: sum of what the processes have from :func:`_local_gradient`
+    :param values: statistics of this process's minibatch
+    :param has_gradient: for each parameter whether it has a gradient
+    :param n_processes: number of processes
+    :param adam: the optimiser
+    :param averages: tensors of an EWMA, none without one
+    :param averaged: the parameters that they average
+    :param numbers: those of the step, see :class:`StepNumbers`
+    :return: statistics of the minibatch, with the mean KL divergence of the processes; whether the step was made
+    """
+    trained = [each for each, has in zip(adam.parameters, has_gradient, strict=True) if has]
+    sizes = [*(each.numel() for each in trained), 2 if "approx_kl" in values else 1]
+    *parts, others = th.split_with_sizes(total / n_processes, sizes)
+    found = iter([part.view(each.shape) for part, each in zip(parts, trained, strict=True)])
+    gradients = [next(found) if has else None for has in has_gradient]
+    approx_kl = others[1] if "approx_kl" in values else None
+    step, made = _update(gradients, others[0], approx_kl, None, adam, averages, averaged, numbers)
+    return {**values, **({} if approx_kl is None else {"approx_kl": approx_kl}), STEP: step}, made
+
+
+@th.no_grad()
+def _update(
+    gradients: Sequence[th.Tensor | None],
+    loss: th.Tensor,
+    approx_kl: th.Tensor | None,
+    goes_on: th.Tensor | None,
+    adam: Adam,
+    averages: list[th.Tensor],
+    averaged: list[th.Tensor],
+    numbers: th.Tensor,
+) -> tuple[th.Tensor, th.Tensor]:
+    """
+    :param gradients: of the optimiser's parameters
+    :param loss: a number that is finite if the loss is
+    :param approx_kl: approximate KL divergence, ``None``: it is not limited
+    :param goes_on: whether the step before was made, ``None``: there is none
+    :param adam: the optimiser
+    :param averages: tensors of an EWMA, none without one
+    :param averaged: the parameters that they average
+    :param numbers: those of the step, see :class:`StepNumbers`
+    :return: norm of the gradient plus loss; whether the step was made
+    """
+    norm = th.stack([each.square().sum() for each in gradients if each is not None]).sum().sqrt()
+    step = norm + loss
+    made = th.isfinite(step)
+    if approx_kl is not None:
+        made = made & ~(approx_kl > numbers[StepNumbers.MAX_KL])
+    if goes_on is not None:
+        made = made & goes_on
+    one = made.to(norm.dtype)  # or 0, which leaves everything as it is
+    factor = th.clamp(numbers[StepNumbers.MAX_GRAD_NORM] / (norm + 1e-6), max=1.0)
+    clipped = [None if each is None else th.where(made, each * factor, 0.0) for each in gradients]
+    _adam_step(adam, clipped, one, numbers)
+    for average, parameter in zip(averages, averaged, strict=True):
+        average.lerp_(parameter, (one * numbers[StepNumbers.INTERPOLATION]).to(average.dtype))
+    return step, made
 
 
 def _adam_step(adam: Adam, gradients: list[th.Tensor | None], one: th.Tensor, numbers: th.Tensor) -> None:
@@ -139,7 +213,8 @@ def _adam_step(adam: Adam, gradients: list[th.Tensor | None], one: th.Tensor, nu
 
 class Graphs:
     """
-    The compiled graphs of one model, one for each shape of minibatch. They belong to a process.
+    The compiled graphs of one model, one for each shape of minibatch. They belong to a process, and one thread at a
+    time calls graphs of any model.
 
     :param mode: mode of ``torch.compile``, ``None``: its default
     :raises CompilationError: if this version of torch cannot trace a backward pass
@@ -161,10 +236,11 @@ class Graphs:
         if mode is None:
             # Fewer of the wrapper's own operations between the kernels, which are small
             options = {"cpp_wrapper": True, "size_asserts": False, "fallback_random": True}
-        # A function of its own: torch limits the number of graphs of one.
-        code = _gradient_steps.__code__.replace()
-        function = types.FunctionType(code, _gradient_steps.__globals__, _gradient_steps.__name__)
-        self._function = th.compile(function, fullgraph=True, dynamic=False, mode=mode, options=options)
+        # Functions of its own: torch limits the number of graphs of one.
+        self._steps, self._gradient, self._shared_step = (
+            th.compile(_copied(each), fullgraph=True, dynamic=False, mode=mode, options=options)
+            for each in (_gradient_steps, _local_gradient, _shared_step)
+        )
         # With CUDA graphs, the next step writes its results where those of the last one are.
         self._copies = mode in ("reduce-overhead", "max-autotune")
 
@@ -180,30 +256,37 @@ class Graphs:
         return graphs
 
     def __call__(
-        self, gradient: GradientFunction, minibatches: list[tuple[Any, ...]], series: "StepSeries", is_checked: bool
+        self,
+        gradient: GradientFunction,
+        minibatches: list[tuple[Any, ...]],
+        series: "StepSeries",
+        is_checked: bool,
+        process_group: Any = None,
     ) -> list[dict[str, th.Tensor]]:
         """
-        Make some steps as one graph. If they cannot be compiled, nothing has changed.
+        Make some steps as one graph, or as two with an exchange between them. If they cannot be compiled, nothing has
+        changed.
 
         :param gradient: computes the gradient of a minibatch
-        :param minibatches: its arguments, for each minibatch; all of one size
+        :param minibatches: its arguments, for each minibatch; all of one size, and a single one with a process group
         :param series: the steps of an optimiser in this training
         :param is_checked: whether such minibatches were seen in this training before. That nothing changes need not be
             checked again at every step, only which of the graphs it is
+        :param process_group: processes that train together, ``None``: this one trains alone
         :return: statistics of the minibatches, of which ``STEP`` is NaN or Inf where gradient or loss are
-        :raises CompilationError: if it cannot be compiled
+        :raises CompilationError: if it cannot be compiled, in any of the processes
         """
-        context: Any = (
-            th.compiler.set_stance("default", skip_guard_eval_unsafe=True)
-            if is_checked
-            else self._dynamo.config.patch(trace_autograd_ops=True)
-        )
-        try:
-            with context:
-                numbers = series.numbers(len(minibatches))
-                statistics, n_made, has_gradient = self._function(gradient, minibatches, *series.tensors, numbers)
-        except (self._dynamo.exc.TorchDynamoException, self._dynamo.exc.FailOnRecompileLimitHit) as error:
-            raise CompilationError(str(error).strip().partition("\n")[0]) from error
+        numbers = series.numbers(len(minibatches))
+        if process_group is None:
+            steps = self._steps, gradient, minibatches, *series.tensors, numbers
+            statistics, n_made, has_gradient = self._call(is_checked, *steps)
+        else:
+            ((arguments,), (of_step,)) = minibatches, numbers
+            total, values, has_gradient = self._local_gradient(gradient, arguments, series, is_checked, process_group)
+            process_group.add_up(total)
+            step = total, values, has_gradient, process_group.size, *series.tensors, of_step
+            own, n_made = self._call(is_checked, self._shared_step, *step)
+            statistics = [own]
         self.n_steps += len(minibatches)
         # Without a limit of the KL divergence, only a step that ends the training with an error is not made: to ask an
         # accelerator would be to wait for it.
@@ -212,6 +295,57 @@ class Graphs:
         if self._copies:
             statistics = [{name: value.clone() for name, value in each.items()} for each in statistics]
         return cast(list[dict[str, th.Tensor]], statistics)
+
+    def _local_gradient(
+        self,
+        gradient: GradientFunction,
+        arguments: tuple[Any, ...],
+        series: "StepSeries",
+        is_checked: bool,
+        process_group: Any,
+    ) -> tuple[th.Tensor, dict[str, th.Tensor], list[bool]]:
+        """
+        :return: from :func:`_local_gradient`, once all processes have both graphs: if one trained on without them, it
+            would make other exchanges than the others
+        """
+        result: tuple[th.Tensor, dict[str, th.Tensor], list[bool]]
+        if is_checked:
+            result = self._call(True, self._gradient, gradient, arguments)
+            return result
+        reason = None
+        try:
+            result = total, *others = self._call(False, self._gradient, gradient, arguments)
+            (of_step,) = series.numbers(1)
+            not_made = th.full_like(total, math.nan)
+            self._call(False, self._shared_step, not_made, *others, process_group.size, *series.tensors, of_step)
+        except CompilationError as error:
+            reason = str(error)
+        for rank, each in enumerate(process_group.gather(reason)):
+            if each is not None:
+                raise CompilationError(each if rank == process_group.rank else f"{each} (in rank {rank})")
+        return result
+
+    def _call(self, is_checked: bool, function: Callable[..., Any], *args: Any) -> Any:
+        with _CALLING:
+            context: Any = (
+                th.compiler.set_stance("default", skip_guard_eval_unsafe=True) if is_checked else _tracing_gradients()
+            )
+            try:
+                with context:
+                    return function(*args)
+            except (self._dynamo.exc.TorchDynamoException, self._dynamo.exc.FailOnRecompileLimitHit) as error:
+                raise CompilationError(str(error).strip().partition("\n")[0]) from error
+
+
+@functools.cache  # each one leaves a context variable
+def _tracing_gradients() -> Any:
+    from torch import _dynamo
+
+    return _dynamo.config.patch(trace_autograd_ops=True)
+
+
+def _copied(function: Any) -> Any:
+    return types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
 
 
 class StepSeries:
@@ -349,7 +483,7 @@ class CompiledEngine(StandardEngine):
 
     def _finish_step(self, statistics: dict[str, th.Tensor]) -> bool:
         self.iteration.statistics.add(statistics)
-        return not self.exceeds_max_kl(statistics) and self.was_made(statistics[STEP])
+        return not self.is_beyond_max_kl(statistics) and self.was_made(statistics[STEP])
 
     def _policy_gradient(self, minibatch: Any, objective: Objective, parameters: list[th.Tensor]) -> tuple[Any, ...]:
         loss, statistics = self.loss(self.evaluate(minibatch, objective), minibatch, objective, self._coefficients)
@@ -391,7 +525,8 @@ class CompiledEngine(StandardEngine):
             )
         shape = (key, len(minibatches), _size(minibatches[0]))
         try:
-            results = self._graphs(gradient, minibatches, self._series[key], shape in self._seen)
+            group = self.iteration.process_group
+            results = self._graphs(gradient, minibatches, self._series[key], shape in self._seen, group)
         except CompilationError as reason:
             self._finish_series()
             self._graphs.failure = str(reason)
@@ -439,7 +574,9 @@ class CompiledDenseEngine(CompiledEngine, DenseEngine):
         if not self._goes_on:
             return False
         self._queue.append(minibatch)
-        n_unrolled = 1 if self.iteration.max_kl is not None else _UNROLLED
+        # Processes exchange gradients at every step.
+        is_single = self.iteration.max_kl is not None or self.iteration.process_group is not None
+        n_unrolled = 1 if is_single else _UNROLLED
         if len({len(each.features) for each in self._queue}) > 1 or len(self._queue) == n_unrolled:
             self._flush()
         return self._goes_on
@@ -455,7 +592,7 @@ class CompiledDenseEngine(CompiledEngine, DenseEngine):
                 continue
             for values in results:
                 self.wait_with(values)
-                made = not self.exceeds_max_kl(values) and self.was_made(values[STEP])
+                made = not self.is_beyond_max_kl(values) and self.was_made(values[STEP])
                 self._goes_on = self._goes_on and made
             if not self._goes_on:
                 return

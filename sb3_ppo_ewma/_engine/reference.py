@@ -159,12 +159,20 @@ class ReferenceEngine:
         :param statistics: statistics of a minibatch
         :return: whether ``target_kl`` forbids its step
         """
+        iteration = self.iteration
+        if iteration.process_group is not None and iteration.max_kl is not None and "approx_kl" in statistics:
+            iteration.process_group.average([statistics["approx_kl"]])
+        return self.is_beyond_max_kl(statistics)
+
+    def is_beyond_max_kl(self, statistics: dict[str, th.Tensor]) -> bool:
+        """
+        :param statistics: statistics of a minibatch, of all processes
+        :return: whether ``target_kl`` forbids its step
+        """
         # SB3 measures it against the behaviour policy. Against the EWMA, a refused step would never be caught up with.
         iteration = self.iteration
         if iteration.max_kl is None or "approx_kl" not in statistics:
             return False
-        if iteration.process_group is not None:
-            iteration.process_group.average([statistics["approx_kl"]])
         approx_kl = statistics["approx_kl"].item()
         if not approx_kl > iteration.max_kl:  # a NaN goes on, to be named
             return False

@@ -136,8 +136,6 @@ def _not_compiled(question: Question) -> str | None:
     graphs = question.graphs
     if graphs is not None and graphs.failure is not None and graphs.mode == _mode(question.torch_compile):
         return graphs.failure
-    if question.iteration.process_group is not None:
-        return "data-parallel training averages gradients outside of graphs"
     groups = {len(optimizer.param_groups) for optimizer in question.optimizers}
     return None if groups == {1} else "the optimizer has several parameter groups"
 

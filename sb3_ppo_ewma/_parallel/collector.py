@@ -324,6 +324,20 @@ class Collector:
             self._drain()
 
 
+@contextlib.contextmanager
+def ending_collection(model: Any) -> Iterator[None]:
+    """
+    At the end of this context, however it comes, end the collection of what is not needed any more.
+
+    :param model: the algorithm
+    """
+    try:
+        yield
+    finally:
+        if model._collector is not None:
+            model._collector.abandon_rollouts()
+
+
 def _run_forked(
     connection: "Connection[Any, Any]",
     parent_connection: "Connection[Any, Any]",

@@ -22,10 +22,11 @@ from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.type_aliases import MaybeCallback
 
 from sb3_ppo_ewma._parallel.normalization import Statistics, pooled, set_statistics, statistics_of
-from sb3_ppo_ewma._parallel.process_group import ProcessGroup
+from sb3_ppo_ewma._parallel.process_group import ProcessGroup, check_data_parallel
 
 # Constructor arguments that may differ between processes
-_LOCAL_ARGUMENTS = {"env", "policy", "seed", "verbose", "device", "tensorboard_log", "_init_setup_model"}
+_LOCAL_ARGUMENTS = {"env", "policy", "seed", "verbose", "device", "tensorboard_log", "data_parallel",
+                    "_init_setup_model"}  # fmt: skip
 # Log keys that training writes, and those pooled by their maximum instead of their mean
 _TRAINING_KEYS = ("train/", "aux/")
 _MAXIMA = {"train/importance_ratio_max"}
@@ -40,14 +41,14 @@ class DataParallel:
 
     :param model: the model of this process
     :param group: all processes
-    :raises ValueError: if the model collects asynchronously
+    :raises ValueError: if ``max_policy_lag`` and ``VecNormalize`` are combined
     """
 
     def __init__(self, model: Any, group: ProcessGroup) -> None:
-        if model.max_policy_lag is not None:
+        if model.max_policy_lag and model.get_vec_normalize_env() is not None:
             raise ValueError(
-                f"max_policy_lag={model.max_policy_lag} cannot be combined with data-parallel training: use "
-                "max_policy_lag=None in several processes"
+                f"max_policy_lag={model.max_policy_lag} cannot be combined with VecNormalize in data-parallel training, "
+                "which pools its statistics after every rollout, when the next ones have begun: use max_policy_lag=0 or None"
             )
         self.group = group
         self._model = model
@@ -62,9 +63,9 @@ class DataParallel:
         """
         :param model: the model of this process
         :return: its part in the training, ``None`` where it trains alone
-        :raises ValueError: if the model collects asynchronously
+        :raises ValueError: if ``max_policy_lag`` and ``VecNormalize`` are combined
         """
-        group = ProcessGroup.default()
+        group = ProcessGroup.of(model.data_parallel)
         return None if group is None else cls(model, group)
 
     def setup_learn(
@@ -148,7 +149,32 @@ class DataParallel:
             set_statistics(venv, self._statistics)
         return all(each["continues"] for each in reports)
 
-    def pool_log(self) -> None:
+    def end_training(self) -> None:
+        """
+        Give all processes the same buffers of the policy, and the same log. To be called after every training.
+
+        :raises ValueError: in every process, if integers in the buffers differ
+        """
+        self._share_buffers()
+        self._pool_log()
+
+    def _share_buffers(self) -> None:
+        """
+        Floating-point buffers, as BatchNorm's running statistics, become their means over the processes: each has seen
+        its part of the samples, and with momentum the mean of running means is the running mean of them all. The
+        variance leaves out that between the means of the processes, as the minibatches do: each process normalises its
+        own. Integers, as BatchNorm's number of minibatches, count what all processes have done alike, so that a
+        difference is an error.
+        """
+        buffers = dict(self._model.policy.named_buffers())
+        floats = [each for each in buffers.values() if each.is_floating_point()]
+        if floats:
+            self.group.average(floats)
+        others = {name: each.tolist() for name, each in buffers.items() if not each.is_floating_point()}
+        if others:
+            self.group.check_same({f"buffer {name!r} of the policy": values for name, values in others.items()})
+
+    def _pool_log(self) -> None:
         """Replace what training has logged by its mean over all processes, or its maximum."""
         record = self._model.logger.name_to_value
         logged = {
@@ -171,6 +197,28 @@ class DataParallel:
             yield
         finally:
             model.ep_info_buffer, model.ep_success_buffer = buffers
+
+
+@contextlib.contextmanager
+def reporting_errors(model: Any) -> Iterator[None]:
+    """
+    An error within this context ends the training in all processes.
+
+    :param model: a model that is about to learn
+    :raises TypeError: if its ``data_parallel`` has the wrong type
+    :raises ValueError: if that asks for a process group that is not there, or that this process does not belong to
+    """
+    check_data_parallel(model.data_parallel)
+    group = ProcessGroup.of(model.data_parallel)
+    if group is None:
+        yield
+        return
+    group.begin_learning()
+    try:
+        yield
+    except BaseException as error:
+        group.report(error)
+        raise
 
 
 def _shared_settings(model: Any) -> dict[str, Any]:
@@ -198,7 +246,7 @@ def _shared_settings(model: Any) -> dict[str, Any]:
 class RankCallbacks(CallbackList):
     """
     The callbacks of one process. Adds the steps of the other processes to ``num_timesteps``. When a callback wants to
-    stop, collects the rollout to its end, where all processes stop.
+    stop, collects the rollout to its end, where all processes stop. Stops at once if another process has failed.
 
     :param callback: the callbacks of this process, initialised
     :param group: all processes
@@ -206,14 +254,15 @@ class RankCallbacks(CallbackList):
 
     def __init__(self, callback: BaseCallback, group: ProcessGroup) -> None:
         super().__init__([callback])
-        self._n_others = group.size - 1
+        self._group = group
         self.wants_to_stop = False
 
     def _init_callback(self) -> None:
         pass  # CallbackList would initialise the callbacks again
 
     def _on_step(self) -> bool:
-        self.model.num_timesteps += self._n_others * self.training_env.num_envs
+        self._group.check_others()
+        self.model.num_timesteps += (self._group.size - 1) * self.training_env.num_envs
         self.num_timesteps = self.model.num_timesteps
         if not self.wants_to_stop:
             self.wants_to_stop = not super()._on_step()

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 
 from sb3_ppo_ewma._arguments import is_clip_off, warn_caller
+from sb3_ppo_ewma._parallel.process_group import without_group
 from sb3_ppo_ewma.checkpointing.generators import preserved_generators
 
 Model = TypeVar("Model", bound=OnPolicyAlgorithm)
@@ -29,6 +30,7 @@ def copy_to_save(model: Model, own_states: Collection[str]) -> Model:
     plain = copy.copy(model)
     attributes = vars(plain)
     attributes.update(dict.fromkeys(own_states))
+    attributes["data_parallel"] = without_group(attributes["data_parallel"])
     if is_clip_off(attributes["clip_range"]):
         attributes["clip_range"] = CLIP_OFF_IN_FILE
     return plain

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar
 
 from stable_baselines3.common.buffers import RolloutBuffer
 
-from sb3_ppo_ewma._parallel.process_group import rank, world_size
+from sb3_ppo_ewma._parallel.process_group import ALONE, Place
 from sb3_ppo_ewma.checkpointing.atomic import replace_atomically, with_default_suffix
 
 RolloutPath: TypeAlias = str | pathlib.Path | BufferedIOBase
@@ -76,7 +76,7 @@ class KeptRollouts(Protocol):
         """
 
 
-def write_rollouts(path: RolloutPath, step: Step, parts: Mapping[str, KeptRollouts]) -> None:
+def write_rollouts(path: RolloutPath, step: Step, parts: Mapping[str, KeptRollouts], place: Place = ALONE) -> None:
     """
     Write kept rollouts. A file name is written atomically: if the process is killed, the old file stays as it was.
 
@@ -84,21 +84,22 @@ def write_rollouts(path: RolloutPath, step: Step, parts: Mapping[str, KeptRollou
         ranks above 0 add theirs to the name
     :param step: step of the model, which :func:`read_rollouts` compares with the model's
     :param parts: kept rollouts by name
+    :param place: this process among those that train the model
     """
     if isinstance(path, BufferedIOBase):
-        _write(path, step, parts)
+        _write(path, step, parts, place)
         return
-    path = _file_of_rank(path)
+    path = _file_of_rank(path, place.rank)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replace_atomically(path) as temporary, temporary.open("wb") as file:
-        _write(file, step, parts)
+        _write(file, step, parts, place)
 
 
-def _write(file: Any, step: Step, parts: Mapping[str, KeptRollouts]) -> None:
+def _write(file: Any, step: Step, parts: Mapping[str, KeptRollouts], place: Place) -> None:
     header = {
         "format": _FORMAT_VERSION,
         "step": tuple(step),
-        "n_processes": world_size(),
+        "n_processes": place.n_processes,
         "parts": {name: len(part) for name, part in parts.items()},
     }
     pickle.dump(header, file, protocol=pickle.HIGHEST_PROTOCOL)
@@ -108,7 +109,11 @@ def _write(file: Any, step: Step, parts: Mapping[str, KeptRollouts]) -> None:
 
 
 def read_rollouts(
-    path: RolloutPath, step: Step, parts: Mapping[str, KeptRollouts], model_buffer: RolloutBuffer
+    path: RolloutPath,
+    step: Step,
+    parts: Mapping[str, KeptRollouts],
+    model_buffer: RolloutBuffer,
+    place: Place = ALONE,
 ) -> dict[str, KeptRollouts]:
     """
     Read the file that :func:`write_rollouts` wrote, or the files of all processes where another number of processes
@@ -118,22 +123,23 @@ def read_rollouts(
     :param step: step of the model, which must be the one in the file
     :param parts: the model's kept rollouts by name; they are not changed
     :param model_buffer: the model's rollout buffer, which the rollouts must fit
+    :param place: this process among those that train the model
     :return: collections like ``parts`` with the rollouts from the file, by name
     :raises OtherSizeError: if the rollouts do not fit the model
     :raises ValueError: if the file is of another kind or belongs to another step
     """
-    own = path if isinstance(path, BufferedIOBase) else _file_of_rank(path)
+    own = path if isinstance(path, BufferedIOBase) else _file_of_rank(path, place.rank)
     with contextlib.ExitStack() as stack:
         try:
-            files = [path] if isinstance(path, BufferedIOBase) else _files_to_read(path, stack)
+            files = [path] if isinstance(path, BufferedIOBase) else _files_to_read(path, stack, place)
             headers = [pickle.load(file) for file in files]
             for header in headers:
-                _check_header(header, step, parts, len(files))
+                _check_header(header, step, parts, {len(files), place.n_processes})
             found = {}
             for name, count in headers[0]["parts"].items():
                 together = ([pickle.load(file) for file in files] for _ in range(count))
-                is_shared = headers[0].get("n_processes", len(files)) != world_size()
-                pieces = (parts[name].share(each, rank(), world_size()) if is_shared else each[0] for each in together)
+                is_shared = headers[0].get("n_processes", len(files)) != place.n_processes
+                pieces = (parts[name].share(each, *place) if is_shared else each[0] for each in together)
                 found[name] = parts[name].restored(pieces, count, model_buffer)
             return found
         except FileNotFoundError:
@@ -147,28 +153,29 @@ def read_rollouts(
             raise ValueError(f"{own} is damaged or not a file of save_replay_buffer() ({reason})") from error
 
 
-def _files_to_read(path: str | pathlib.Path, stack: contextlib.ExitStack) -> list[Any]:
+def _files_to_read(path: str | pathlib.Path, stack: contextlib.ExitStack, place: Place) -> list[Any]:
     """
     :param path: file name
     :param stack: closes the files
+    :param place: this process among those that train the model
     :return: the open file of this process or, where another number of processes wrote them, those of all
     """
     first = _file_of_rank(path, 0)
-    n_processes = world_size()
+    n_processes = place.n_processes
     if first.exists():
         with first.open("rb") as file:
             header = pickle.load(file)
             if isinstance(header, dict):
                 n_processes = header.get("n_processes", n_processes)
-    ranks = [rank()] if n_processes == world_size() else range(n_processes)
+    ranks = [place.rank] if n_processes == place.n_processes else range(n_processes)
     return [stack.enter_context(_file_of_rank(path, each).open("rb")) for each in ranks]
 
 
-def _check_header(header: Any, step: Step, parts: Mapping[str, KeptRollouts], n_files: int) -> None:
+def _check_header(header: Any, step: Step, parts: Mapping[str, KeptRollouts], numbers: set[int]) -> None:
     if not (isinstance(header, dict) and header.get("format") == _FORMAT_VERSION):
         raise ValueError(f"not a file of save_replay_buffer() (format {_FORMAT_VERSION})")
-    n_processes = header.get("n_processes", world_size())
-    if n_processes not in (n_files, world_size()):
+    n_processes = header.get("n_processes")
+    if n_processes is not None and n_processes not in numbers:
         raise ValueError(f"{n_processes} processes wrote their rollouts: the file names of all of them are needed")
     saved = Step(*header["step"])
     if saved != step:
@@ -183,8 +190,7 @@ def _check_header(header: Any, step: Step, parts: Mapping[str, KeptRollouts], n_
         )
 
 
-def _file_of_rank(path: str | pathlib.Path, number: int | None = None) -> pathlib.Path:
+def _file_of_rank(path: str | pathlib.Path, rank: int) -> pathlib.Path:
     path = with_default_suffix(path, ".pkl")
-    number = rank() if number is None else number
-    infix = f".rank{number}" if number > 0 else ""
+    infix = f".rank{rank}" if rank > 0 else ""
     return path.with_name(f"{path.stem}{infix}{path.suffix}")

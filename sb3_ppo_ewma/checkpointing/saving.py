@@ -11,7 +11,7 @@ from stable_baselines3.common.save_util import open_path
 from stable_baselines3.common.type_aliases import GymEnv, TensorDict
 
 from sb3_ppo_ewma._arguments import CLIP_OFF, warn_caller
-from sb3_ppo_ewma._parallel.process_group import rank
+from sb3_ppo_ewma._parallel.process_group import DataParallelChoice, SharedInCopies, place
 from sb3_ppo_ewma.checkpointing.atomic import replace_atomically, with_default_suffix
 from sb3_ppo_ewma.checkpointing.conversion import CLIP_OFF_IN_FILE, convert_to_sb3, copy_to_save
 from sb3_ppo_ewma.checkpointing.generators import CollectorGenerators, GeneratorStates
@@ -64,6 +64,8 @@ class SavedStateMixin(OnPolicyAlgorithm):
     # Hyper-parameters as tuned, and what they are for the present number of environments; None: nothing is rescaled
     tuned_hyperparameters: dict[str, Any] | None = None
     fitted_hyperparameters: dict[str, Any] | None = None
+    # Which processes train this model together
+    data_parallel: DataParallelChoice = None
     # Names of the attributes that load() was given
     _given_to_load: tuple[str, ...] = ()
 
@@ -101,10 +103,17 @@ class SavedStateMixin(OnPolicyAlgorithm):
 
         :param seed: seed of rank 0; ``None`` does nothing
         """
-        super().set_random_seed(None if seed is None else seed + rank() * self.n_envs)
+        super().set_random_seed(None if seed is None else seed + place(self.data_parallel).rank * self.n_envs)
         if seed is not None and "generators" in vars(self):
             self.generators.drop_pending()
             self.collector_generators.drop()
+
+    def __getstate__(self) -> dict[str, Any]:
+        attributes = {name: value for name, value in vars(self).items() if name != "_data_parallel"}
+        return {**attributes, "data_parallel": SharedInCopies(self.data_parallel)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update({**state, "data_parallel": state["data_parallel"].data_parallel})
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), *self._own_states, *self._own_buffers]
@@ -227,7 +236,8 @@ class SavedStateMixin(OnPolicyAlgorithm):
         if self.replay_buffer is None:
             warn_caller(f"{_NOTHING_KEPT}: nothing was saved")
             return
-        write_rollouts(path, Step(self.num_timesteps, self._n_rollouts), self.replay_buffer)
+        step = Step(self.num_timesteps, self._n_rollouts)
+        write_rollouts(path, step, self.replay_buffer, place(self.data_parallel))
 
     def load_replay_buffer(self, path: RolloutPath, truncate_last_traj: bool = True) -> None:
         """
@@ -243,7 +253,8 @@ class SavedStateMixin(OnPolicyAlgorithm):
             return
         step = Step(self.num_timesteps, self._n_rollouts)
         try:
-            vars(self).update(read_rollouts(path, step, self.replay_buffer, self.rollout_buffer))
+            kept, own = self.replay_buffer, place(self.data_parallel)
+            vars(self).update(read_rollouts(path, step, kept, self.rollout_buffer, own))
         except OtherSizeError as error:
             if self.tuned_for_n_envs is None:
                 raise

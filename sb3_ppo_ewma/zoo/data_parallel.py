@@ -16,7 +16,7 @@ import torch.distributed as dist
 from rl_zoo3 import exp_manager
 from rl_zoo3.exp_manager import ExperimentManager
 
-from sb3_ppo_ewma._parallel.process_group import ProcessGroup, rank, world_size
+from sb3_ppo_ewma._parallel.process_group import ProcessGroup, place
 from sb3_ppo_ewma.batch_scaling import per_process, with_defaults
 from sb3_ppo_ewma.zoo.algorithms import ALGORITHMS
 from sb3_ppo_ewma.zoo.patches._replace import AnyFunction, replace_function
@@ -46,7 +46,7 @@ def process_group() -> Iterator[None]:
     dist.init_process_group()  # Gloo for tensors on a CPU, NCCL for CUDA
     try:
         with contextlib.ExitStack() as stack:
-            if rank() > 0:
+            if place().rank > 0:
                 sys.argv = [each for each in sys.argv if each != "--track"]
                 nowhere = stack.enter_context(open(os.devnull, "w"))
                 stack.enter_context(contextlib.redirect_stdout(nowhere))
@@ -57,7 +57,7 @@ def process_group() -> Iterator[None]:
 
 def _init(upstream: AnyFunction, manager: Any, *args: Any, **kwargs: Any) -> None:
     upstream(manager, *args, **kwargs)
-    group = ProcessGroup.default()
+    group = ProcessGroup.of()
     if group is None:
         return
     if manager.algo not in ALGORITHMS:
@@ -80,30 +80,32 @@ def _init(upstream: AnyFunction, manager: Any, *args: Any, **kwargs: Any) -> Non
 
 def _read_hyperparameters(upstream: AnyFunction, manager: Any) -> tuple[dict[str, Any], OrderedDict[str, Any]]:
     hyperparams, saved = upstream(manager)
-    if world_size() == 1:
+    if place().n_processes == 1:
         return hyperparams, saved
+    if hyperparams.get("data_parallel") is False:
+        raise ValueError("data_parallel=False cannot be combined with torchrun, whose processes train one model")
     known = with_defaults(ALGORITHMS[manager.algo], hyperparams)
     if known.get("tuned_for_n_envs") is not None:  # the model divides the others
-        parts = per_process({"n_envs": known["n_envs"], "batch_size": None}, world_size())
+        parts = per_process({"n_envs": known["n_envs"], "batch_size": None}, place().n_processes)
         return {**hyperparams, "n_envs": parts["n_envs"]}, saved
-    parts = per_process({name: known[name] for name in ("n_envs", "batch_size")} | hyperparams, world_size())
+    parts = per_process({name: known[name] for name in ("n_envs", "batch_size")} | hyperparams, place().n_processes)
     return parts, saved
 
 
 def _create_log_folder(upstream: AnyFunction, manager: Any) -> None:
-    if rank() == 0:
+    if place().rank == 0:
         upstream(manager)
-    if world_size() > 1:
+    if place().n_processes > 1:
         dist.barrier()  # the other processes write their episode statistics there
 
 
 def _save_config(upstream: AnyFunction, manager: Any, saved_hyperparams: dict[str, Any]) -> None:
-    if rank() == 0:
+    if place().rank == 0:
         upstream(manager, saved_hyperparams)
 
 
 def _save_trained_model(upstream: AnyFunction, manager: Any, model: Any) -> None:
-    if rank() == 0:
+    if place().rank == 0:
         upstream(manager, model)
     elif manager.save_replay_buffer and model.replay_buffer is not None:
         model.save_replay_buffer(os.path.join(manager.save_path, "replay_buffer.pkl"))
@@ -111,6 +113,6 @@ def _save_trained_model(upstream: AnyFunction, manager: Any, model: Any) -> None
 
 def _make_vec_env(upstream: AnyFunction, *args: Any, **kwargs: Any) -> Any:
     # Evaluation environments have no monitor_dir.
-    if rank() > 0 and kwargs.get("monitor_dir") is not None:
-        kwargs["start_index"] = rank() * kwargs["n_envs"]
+    if place().rank > 0 and kwargs.get("monitor_dir") is not None:
+        kwargs["start_index"] = place().rank * kwargs["n_envs"]
     return upstream(*args, **kwargs)
