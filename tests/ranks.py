@@ -495,6 +495,27 @@ def buffers(folder: Path, rank: int, world_size: int) -> dict[str, Any]:
     return found
 
 
+def collectors(folder: Path, rank: int, world_size: int) -> dict[str, Any]:
+    """Each process has another one that collects: parameters before every rollout, observations of the last one."""
+    del folder, world_size
+    found: dict[str, Any] = {}
+    for lag in (None, 0, 1):
+        env = make_vec_env("Pendulum-v1", 2, seed=rank)
+        env = env if lag == 1 else VecNormalize(env)
+        settings = {"n_steps": 32, "batch_size": 32, "n_epochs": 2, "seed": 0, "device": "cpu"}
+        model = PPOEWMA("MlpPolicy", env, max_policy_lag=lag, **settings)
+        watch = Watch()
+        model.learn(4 * 128, watch)
+        found[str(lag)] = [watch.hashes, model.rollout_buffer.observations.copy()]
+        env.close()
+    env = VecNormalize(make_vec_env("Pendulum-v1", 2))
+    try:
+        PPOEWMA("MlpPolicy", env, n_steps=32, max_policy_lag=1).learn(128)
+    except ValueError as error:
+        found["refused"] = str(error)
+    return found
+
+
 def buffers_of(model: Any) -> dict[str, np.ndarray]:
     """
     :param model: of any algorithm
@@ -560,7 +581,7 @@ def short(folder: Path, rank: int, world_size: int) -> dict[str, Any]:
     """One after the other, since it takes longer to start processes."""
     return {
         each.__name__: each(folder, rank, world_size)
-        for each in (stopping, differing, resuming, sequences, families, buffers, refusals)
+        for each in (stopping, differing, resuming, sequences, families, buffers, collectors, refusals)
     }
 
 

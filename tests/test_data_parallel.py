@@ -245,6 +245,18 @@ def test_buffers_are_the_same_after_every_iteration(short: dict[str, list[Any]])
     assert first["other integers"] == second["other integers"]
 
 
+def test_each_process_has_its_collector(short: dict[str, list[Any]]) -> None:
+    first, second = short["collectors"]
+    for lag in ("None", "0", "1"):
+        (hashes, observations), (other_hashes, other_observations) = first[lag], second[lag]
+        assert hashes == other_hashes
+        assert len(set(hashes)) == 4
+        assert not np.array_equal(observations, other_observations)
+    assert first["None"][0] == first["0"][0]
+    np.testing.assert_array_equal(second["None"][1], second["0"][1])
+    assert "max_policy_lag=1 cannot be combined with VecNormalize in data-parallel training" in first["refused"]
+
+
 @needs_compiler
 @pytest.mark.slow
 def test_compiled_ranks_train_as_others(tmp_path: Path) -> None:
