@@ -4,9 +4,10 @@ repository:
 
     python -m benchmarks.parallel.asynchronous
 
-PPO-EWMA trains with rollouts of its own process, with those of another process but none at the same time (a bound of 0
-on the lag), and with bounds of 1 and 2. All have one thread, are built once and take turns, a few iterations each,
-while the others sleep. The ratio of a round is that of steps per second to those of training in one process.
+PPO-EWMA trains with rollouts of its own process, with those of another process but none at the same time (a lag of 0),
+and with lags of 1 and 2, fixed or as bounds for the newest policy. All have one thread, are built once and take turns,
+a few iterations each, while the others sleep. The ratio of a round is that of steps per second to those of training in
+one process.
 """
 
 import argparse
@@ -26,7 +27,11 @@ HERE = Path(__file__).parent
 # Names of cases of benchmarks/speed, the first of which takes about as long to collect as to train; ratio aimed at
 TARGETS: dict[str, float | None] = {"halfcheetah": 1.6, "cartpole": None}
 ONE_PROCESS = "one process"
-KINDS: dict[str, int | None] = {ONE_PROCESS: None, **{f"max_policy_lag={lag}": lag for lag in (0, 1, 2)}}
+KINDS: dict[str, dict[str, Any]] = {
+    ONE_PROCESS: {},
+    **{f"max_policy_lag={lag}": {"max_policy_lag": lag} for lag in (0, 1, 2)},
+    **{f"max_policy_lag={lag}, newest": {"max_policy_lag": lag, "lag_mode": "newest"} for lag in (1, 2)},
+}
 
 
 class Training:
@@ -114,7 +119,7 @@ def measure(name: str, rounds: int, n_iterations: int, is_quick: bool) -> dict[s
     """
     case = quick(CASES[name]) if is_quick else CASES[name]
     settings = {**case_settings(case), **entry_settings(case, "ppo_ewma"), "n_iterations": n_iterations}
-    trainings = {kind: Training({**settings, "kwargs": {"max_policy_lag": lag}}) for kind, lag in KINDS.items()}
+    trainings = {kind: Training({**settings, "kwargs": kwargs}) for kind, kwargs in KINDS.items()}
     try:
         found = [{kind: each.measure() for kind, each in trainings.items()} for _ in range(rounds + 1)][1:]
     finally:
@@ -147,7 +152,7 @@ def tell(result: dict[str, Any]) -> None:
     for kind, speeds in result["steps_per_second"].items():
         ratios, lag = result["ratios"][kind], result["mean_lags"][kind]
         print(
-            f"  {kind:<18} {statistics.median(speeds):>7.0f} steps per second ({min(speeds)} to {max(speeds)}), "
+            f"  {kind:<24} {statistics.median(speeds):>7.0f} steps per second ({min(speeds)} to {max(speeds)}), "
             f"ratio {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}), mean lag {lag}"
         )
     print("" if result["target"] is None else f"  target at least {result['target']}", flush=True)
