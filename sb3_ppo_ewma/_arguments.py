@@ -310,6 +310,7 @@ def check_ewma_parameters(model: Any) -> None:
         if "fork" not in multiprocessing.get_all_start_methods():
             raise ValueError(f"async_rollouts={model.async_rollouts} needs fork(), which this system does not have")
     check_number("async_timeout", model.async_timeout, 0)
+    check_choice("collect", model.collect, ("together", "as_ready"))
     check_choice("engine", model.engine, get_args(EngineChoice))
     if not isinstance(model.torch_compile, bool):
         check_choice("torch_compile", model.torch_compile, get_args(CompileMode), "True or False")

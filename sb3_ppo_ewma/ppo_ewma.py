@@ -33,6 +33,7 @@ from sb3_ppo_ewma._arguments import (
 )
 from sb3_ppo_ewma._engine.iteration import Engine, Iteration, Objective, make_iteration
 from sb3_ppo_ewma._engine.selection import EngineSelector
+from sb3_ppo_ewma._parallel.as_ready import check_as_ready, chosen_collection
 from sb3_ppo_ewma._parallel.collector import Collector
 from sb3_ppo_ewma._parallel.data_parallel import DataParallel
 from sb3_ppo_ewma.advantages import MomentsEwma
@@ -88,6 +89,7 @@ class EwmaMixin(SavedStateMixin):
         on, its policy is at most this many updates behind; 0: the processes take turns; ``None``: collect in this
         process. ``staleness_mode`` applies to these rollouts
     :param async_timeout: training aborts if the environments make no step for this many seconds
+    :param collect: ``"as_ready"``: environments of a ``SubprocVecEnv`` do not wait for each other within a rollout
     :param ppo_args: positional arguments of the algorithm this is mixed into. ``clip_range`` may also be ``None`` or a
         negative constant: no clip
     :param ppo_kwargs: keyword arguments of the algorithm this is mixed into
@@ -153,6 +155,7 @@ class EwmaMixin(SavedStateMixin):
         torch_compile: bool | str = False,
         async_rollouts: int | None = None,
         async_timeout: float = 600.0,
+        collect: Literal["together", "as_ready"] = "together",
         **ppo_kwargs: Any,
     ) -> None:
         given, arguments = bind_arguments(type(self), self._sb3_class(), ppo_args, ppo_kwargs)
@@ -174,6 +177,7 @@ class EwmaMixin(SavedStateMixin):
         self.torch_compile = torch_compile
         self.async_rollouts = async_rollouts
         self.async_timeout = async_timeout
+        self.collect = collect
         self._check_own_parameters()
         check_sb3_arguments(arguments, advantage_decay)
 
@@ -276,8 +280,7 @@ class EwmaMixin(SavedStateMixin):
         :return: False when a callback ended the collection
         :raises ValueError: if the environment or the network returned NaN or Inf
         """
-        collector = self._collector
-        collect = super().collect_rollouts if collector is None else partial(collector.collect_rollouts, self)
+        collect = chosen_collection(self, super().collect_rollouts)
         with naming_non_finite(self), self._engines.collecting(self):
             continues = collect(*args, **kwargs)
         return continues if self._data_parallel is None else self._data_parallel.pool_rollouts(continues)
@@ -379,11 +382,11 @@ class EwmaMixin(SavedStateMixin):
         self._check_own_parameters()
         check_built_parameters(self)
         check_fits(self)
+        check_as_ready(self)
         self._data_parallel = DataParallel.start(self)
         self._collector = Collector.prepare(self)
-        setup_learn = super()._setup_learn
-        if self._data_parallel is not None:
-            setup_learn = partial(self._data_parallel.setup_learn, setup_learn)
+        own = super()._setup_learn
+        setup_learn = own if self._data_parallel is None else partial(self._data_parallel.setup_learn, own)
         result = setup_learn(*args, **kwargs)
         if self.stale_rollouts is not None:
             self.stale_rollouts.warn_if_missing(self._n_rollouts)

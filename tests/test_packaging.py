@@ -46,11 +46,22 @@ LAYERS: list[tuple[set[str], set[str]]] = [
             "checkpointing.own_states",
             "checkpointing.rollout_files",
             "_parallel.normalization",
+            "_parallel.as_ready",
         },
         {"stable_baselines3", "gymnasium"},
     ),
     ({"checkpointing.conversion"}, set()),
-    ({"networks", "rollouts", "callbacks.advice", "envs.envpool_vec_env", "envs.action_masks"}, set()),
+    (
+        {
+            "networks",
+            "rollouts",
+            "callbacks.advice",
+            "envs.envpool_vec_env",
+            "envs.grouped_vec_env",
+            "envs.action_masks",
+        },
+        set(),
+    ),
     ({"checkpointing.saving", "policies", "evaluation", "training_log", "envs.envpool_env"}, set()),
     (
         {"batch_scaling", "following", "_engine.recognition", "_parallel.shared_memory", "_parallel.data_parallel"},
@@ -86,6 +97,7 @@ OWN_PARAMETERS = {
     "torch_compile",
     "async_rollouts",
     "async_timeout",
+    "collect",
 }
 PHASE_PARAMETERS = {
     "n_policy_iterations",
