@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.parallel import asynchronous, throughput
+from benchmarks.parallel import as_ready, asynchronous, throughput
 from benchmarks.speed.cases import CASES, case_settings, entry_settings
 from tests.test_benchmarks import execute
 
@@ -28,6 +28,15 @@ def test_a_quick_run(program: str, tmp_path: Path) -> None:
     if program == "asynchronous":
         assert found["mean_lags"]["one process"] == found["mean_lags"]["async_rollouts=0"] == 0
         assert 0 <= found["mean_lags"]["async_rollouts=1"] <= 1
+
+
+@pytest.mark.slow
+def test_a_quick_run_as_ready(tmp_path: Path) -> None:
+    file = tmp_path / "results.json"
+    execute("benchmarks.parallel.as_ready", "--quick", "--cases", "instant", "--rounds", 1, "--output", file)
+    (found,) = json.loads(file.read_text())["results"]
+    assert set(found["steps_per_second"]) == {"together", "as_ready"}
+    assert all(len(speeds) == 1 and speeds[0] > 0 for speeds in found["steps_per_second"].values())
 
 
 @pytest.mark.parametrize(
