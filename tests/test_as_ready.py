@@ -429,20 +429,38 @@ def test_normalisation_is_that_of_all_environments() -> None:
     assert [int(length) for length in lengths] == [5] * (4 * (2 * N_STEPS // 5))
 
 
-def test_stopped_training_goes_on_where_the_environments_are() -> None:
+@pytest.mark.parametrize("n_rows", [1, 5, N_STEPS])
+def test_stopped_training_goes_on_where_the_environments_are(n_rows: int) -> None:
     model = PPOEWMA("MlpPolicy", counting(4, period=3), **SETTINGS, collect="as_ready")
-    stopping = Watch(lambda callback: callback.num_timesteps < 4 * 5)
+    stopping = Watch(lambda callback: callback.num_timesteps < 4 * n_rows)
     model.learn(N_STEPS * 4, stopping)
-    assert model.num_timesteps == 4 * 5
+    assert model.num_timesteps == 4 * n_rows
     steps = [n_steps for _, n_steps in model.env.env_method("slow_answer")]
-    assert all(5 <= n_steps <= N_STEPS for n_steps in steps)
+    assert all(n_rows <= n_steps <= N_STEPS for n_steps in steps)
     expected = [[number, n_steps // 5, n_steps % 5] for number, n_steps in enumerate(steps)]
     np.testing.assert_array_equal(model._last_obs, expected)
     goes_on = Watch()
     model.learn(N_STEPS * 4, goes_on, reset_num_timesteps=False)
     np.testing.assert_array_equal(goes_on.seen[0]["obs_tensor"], expected)
-    assert model.num_timesteps == 4 * 5 + 4 * N_STEPS
+    assert model.num_timesteps == 4 * n_rows + 4 * N_STEPS
     model.learn(N_STEPS * 4)
+    model.env.close()
+
+
+def test_lstm_states_go_on_where_the_environments_are() -> None:
+    model = RecurrentPPOEWMA("MlpLstmPolicy", counting(4, period=3), **SETTINGS, **LSTM, collect="as_ready")
+    zero = model._last_lstm_states
+    model.learn(N_STEPS * 4, Watch(lambda callback: callback.num_timesteps < 4 * 5))
+    for number, (_, n_steps) in enumerate(model.env.env_method("slow_answer")):
+        states: Any = tuple(each[:, :1] for each in zero.vf)
+        for step in range(n_steps):  # those the policy has acted on
+            observation = th.tensor([[float(number), step // 5, step % 5]])
+            with th.no_grad():
+                _, states = model.policy._process_sequence(
+                    observation, states, th.tensor([float(step % 5 == 0)]), model.policy.lstm_critic
+                )
+        for state, expected in zip(model._last_lstm_states.vf, states, strict=True):
+            np.testing.assert_allclose(state[:, number], expected[:, 0], atol=1e-5)
     model.env.close()
 
 
@@ -578,6 +596,14 @@ def test_what_cannot_collect_as_ready_is_refused(algorithm: Any, env: Any, messa
     model.env.close()
 
 
+def test_a_compiled_policy_is_refused() -> None:
+    model = PPOEWMA("MlpPolicy", counting(2), **SETTINGS, collect="as_ready")
+    model.policy = th.compile(model.policy)
+    with pytest.raises(ValueError, match=r"cannot act with a policy compiled by torch.compile\(policy\)"):
+        model.learn(N_STEPS * 2)
+    model.env.close()
+
+
 def test_other_values_are_refused() -> None:
     with pytest.raises(ValueError, match="collect must be one of 'together', 'as_ready', got 'ready'"):
         PPOEWMA("MlpPolicy", "CartPole-v1", collect="ready")  # type: ignore[arg-type]
@@ -660,3 +686,17 @@ def test_grouped_environments_are_those_of_subproc_vec_env() -> None:
 def test_groups_without_environments_are_refused(n_envs: int, n_processes: int) -> None:
     with pytest.raises(ValueError, match=r"env_fns|n_processes"):
         GroupedVecEnv([partial(Counting, number) for number in range(n_envs)], n_processes=n_processes)
+
+
+# ---------------------------------------------------------------------- the command line
+
+
+@pytest.mark.slow
+def test_the_zoo_collects_as_ready(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    zoo = pytest.importorskip("sb3_ppo_ewma.zoo")
+    command = ["train", "--algo", "ppo_ewma", "--env", "CartPole-v1", "-f", str(tmp_path), "-n", "128", "--seed", "1"]
+    command += ["--eval-freq", "64", "--eval-episodes", "1", "--device", "cpu"]
+    params = ["-params", "n_envs:2", "n_steps:16", "batch_size:16", "n_epochs:1", "collect:'as_ready'"]
+    zoo.main([*command, "--vec-env", "subproc", *params])
+    assert (tmp_path / "ppo_ewma" / "CartPole-v1_1" / "CartPole-v1.zip").is_file()
+    assert PPOEWMA.load(tmp_path / "ppo_ewma" / "CartPole-v1_1" / "CartPole-v1.zip").collect == "as_ready"

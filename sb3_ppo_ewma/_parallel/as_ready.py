@@ -509,8 +509,7 @@ class _Rows:
         self._row = 0  # that collect_rollouts() is at
         # Numbers of steps that each environment has begun and finished
         self._n_begun, self._n_finished = np.zeros(n_envs, np.int64), np.zeros(n_envs, np.int64)
-        starts = np.asarray(model._last_episode_starts)
-        first = _Stepped((model._last_obs, np.zeros(n_envs), starts, ()), [{}] * n_envs)
+        first = _Stepped((model._last_obs, np.zeros(n_envs), model._last_episode_starts, ()), [{}] * n_envs)
         # The batch and the place in it of each environment's last step and action
         self._stepped: list[tuple[_Stepped, int]] = [(first, index) for index in range(n_envs)]
         self._acted: list[tuple[_Acted, int]] = []
@@ -674,9 +673,9 @@ class _Rows:
     # ------------------------------------------------------------------ the end
 
     def _finish(self) -> None:
-        """Wait for steps that go on, if the rollout was not completed, and let the next one start from there."""
+        """Wait for steps that go on, if the rollout was ended early, and let the next one start from there."""
         model = self._model
-        if self._row == self._n_steps or self._subsets.is_closed:
+        if self._subsets.is_closed:
             return
         model._last_obs = None  # learn() resets the environments, unless all is known of them
         try:
