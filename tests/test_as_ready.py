@@ -228,7 +228,7 @@ def trained(case: str, n_envs: int, collect: str) -> dict[str, Any]:
         model.env.close()
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ["box", "sde", "recurrent", "both"])
 def test_one_environment_gives_the_numbers_of_sb3s_collection(case: str) -> None:
     assert differences(trained(case, 1, "as_ready"), trained(case, 1, "together")) == []
 

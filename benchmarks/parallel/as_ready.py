@@ -24,7 +24,7 @@ from benchmarks.metadata import metadata
 
 HERE = Path(__file__).parent
 TOGETHER, AS_READY = "together", "as_ready"
-SETTINGS: dict[str, Any] = {"n_envs": 16, "n_steps": 128, "batch_size": 256, "n_epochs": 4}
+SETTINGS: dict[str, Any] = {"n_envs": 16, "n_steps": 256, "batch_size": 256, "n_epochs": 4}
 
 
 class Case(NamedTuple):

@@ -244,7 +244,8 @@ class _Pipe:
         self.send(message)
 
     def finish_step(self) -> Any:
-        result = self._result.pop() if self._result else self._read()
+        """Result of a step that has arrived."""
+        result = self._result.pop() if self._result else self._take()
         self.is_stepping = False
         return result
 
@@ -260,6 +261,9 @@ class _Pipe:
     def _read(self) -> Any:
         while not self.connection.poll(_POLL_SECONDS):
             self.check()
+        return self._take()
+
+    def _take(self) -> Any:
         self.is_reading = True
         try:
             message = self.connection.recv()
@@ -570,8 +574,8 @@ class _Rows:
                 )
             self._has_states, self._has_masks = len(args) == 3, kwargs.get("action_masks") is not None
             self._begin(list(range(self._env.num_envs)), args, kwargs)
-        elif self._n_begun.min() == self._row:
-            self._begin_ready()
+        else:
+            self._begin_row()
         places = self._rows[self._row].acted
         outputs: tuple[Any, ...] = _gathered(places, "outputs")
         return (*outputs, _gathered(places, "states", axis=1)) if self._has_states else outputs
@@ -582,8 +586,7 @@ class _Rows:
         """
         if not self._acted:
             return self._env.env_method("action_masks")
-        if self._n_begun.min() == self._row:
-            self._begin_ready()
+        self._begin_row()
         return [batch.masks[place] for batch, place in self._rows[self._row].acted]
 
     def check_actions(self, actions: np.ndarray) -> None:
@@ -615,9 +618,14 @@ class _Rows:
 
     # ------------------------------------------------------------------ the environments' own steps
 
+    def _begin_row(self) -> None:
+        """Act in the environments that have not acted in the present row, and in those that are ready with them."""
+        if self._n_begun.min() == self._row:
+            self._receive(self._subsets.wait(is_blocking=False))
+            self._begin_ready()
+
     def _begin_ready(self) -> None:
-        """Act in all environments that are ready."""
-        self._receive(self._subsets.wait(is_blocking=False))
+        """Act in all environments whose steps have been received."""
         is_ready = (self._n_begun == self._n_finished) & (self._n_finished < self._n_steps)
         ready = np.flatnonzero(is_ready).tolist()
         if ready:
