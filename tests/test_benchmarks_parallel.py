@@ -56,3 +56,14 @@ def test_what_is_stored(file: str, targets: dict[str, float | None], kind: str |
         ratios = each["ratios"] if kind is None else each["ratios"][kind]
         if each["target"] is not None:
             assert statistics.median(ratios) >= each["target"]
+
+
+def test_what_is_stored_of_environments_of_unequal_speed() -> None:
+    stored = json.loads((RESULTS / "as_ready.json").read_text())
+    assert [each["case"] for each in stored["results"]] == list(as_ready.CASES)
+    for each in stored["results"]:
+        case = as_ready.CASES[each["case"]]
+        assert {name: each[name] for name in case._fields} == case._asdict()
+        assert each["settings"] == as_ready.SETTINGS
+        if case.target is not None:
+            assert statistics.median(each["ratios"]) >= case.target
