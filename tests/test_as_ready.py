@@ -503,12 +503,22 @@ def test_an_environment_that_fails_ends_training(how: str, message: str) -> None
     for process in env.processes:
         process.join(10)
         assert process.exitcode is not None
-    with pytest.raises(ValueError, match="have been closed"):
+    with pytest.raises(ValueError, match="these have ended: give new ones"):
         model.learn(N_STEPS * 3)
     env.close()
     model.set_env(counting(3))
     model.learn(N_STEPS * 3)
     model.env.close()
+
+
+def test_processes_that_ended_between_two_trainings_are_named() -> None:
+    model = PPOEWMA("MlpPolicy", counting(2), **SETTINGS, collect="as_ready")
+    model.learn(N_STEPS * 2)
+    model.env.processes[1].kill()
+    model.env.processes[1].join()
+    with pytest.raises(ValueError, match="these have ended: give new ones"):
+        model.learn(N_STEPS * 2)
+    model.env.processes[0].terminate()
 
 
 def test_an_interrupted_training_goes_on() -> None:

@@ -59,8 +59,10 @@ def check_as_ready(model: Any) -> None:
             f"{given} needs environments in processes of their own, SubprocVecEnv or GroupedVecEnv, got "
             f"{type(base).__name__}: make them with vec_env_cls=SubprocVecEnv, or use collect='together'"
         )
-    if base.closed:
-        raise ValueError(f"{given} needs open environments, these have been closed: give new ones to set_env()")
+    if base.closed or multiprocessing.connection.wait({process.sentinel for process in base.processes}, 0):
+        raise ValueError(
+            f"{given} needs environments whose processes run, these have ended: give new ones to set_env()"
+        )
     for wrapper in _wrappers(model.env):
         if _known_class(wrapper) is None:
             raise ValueError(
@@ -268,6 +270,7 @@ class _Pipe:
         try:
             message = self.connection.recv()
         except (EOFError, ConnectionResetError):
+            self.is_reading = False
             self._raise_ended()
         self.is_reading = False
         return message

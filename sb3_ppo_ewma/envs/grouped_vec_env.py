@@ -25,8 +25,8 @@ class GroupedVecEnv(SubprocVecEnv):
         env = make_vec_env("Ant-v5", 32, vec_env_cls=GroupedVecEnv, vec_env_kwargs={"n_processes": 8})
 
     :param env_fns: functions that make the environments
-    :param n_processes: number of processes, which get equally many environments, up to one; ``None``: that of the
-        cores, at most one for each environment
+    :param n_processes: number of processes, among which the environments are divided evenly; ``None``: one for each
+        core, but not more than environments
     :param start_method: how processes start, as for ``SubprocVecEnv``
     :raises TypeError: if ``n_processes`` is not an integer
     :raises ValueError: if there are no environments, or more processes than environments
