@@ -192,7 +192,7 @@ class Watch(BaseCallback):
         original = None if venv is None else [venv.get_original_obs(), venv.get_original_reward()]
         local = {name: self.locals[name] for name in self.NAMES if name in self.locals}
         assert self.locals["env"] is self.model.env
-        assert self.locals["callback"].__class__ is not object
+        assert isinstance(self.locals["callback"], BaseCallback)
         self.seen.append(plain({"num_timesteps": self.num_timesteps, "original": original, **local}))
         return self._act(self) is not False
 
