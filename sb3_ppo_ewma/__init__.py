@@ -12,6 +12,7 @@ from sb3_ppo_ewma.callbacks.advice import AdviceCallback
 from sb3_ppo_ewma.callbacks.noise_scale import NoiseScaleCallback
 from sb3_ppo_ewma.envs import envpool_env as _envpool_env
 from sb3_ppo_ewma.envs.envpool_vec_env import EnvPoolVecEnv, make_envpool_vec_env
+from sb3_ppo_ewma.envs.grouped_vec_env import GroupedVecEnv
 from sb3_ppo_ewma.envs.remote_vec_env import RemoteVecEnv
 from sb3_ppo_ewma.networks import ImpalaCNN, SmallGridCNN
 from sb3_ppo_ewma.policies import ImpalaPolicy, PPGCnnPolicy, PPGImpalaPolicy, PPGMultiInputPolicy, PPGPolicy
@@ -40,6 +41,7 @@ __all__ = [
     "AuxiliaryPhaseMixin",
     "EnvPoolVecEnv",
     "EwmaMixin",
+    "GroupedVecEnv",
     "ImpalaCNN",
     "ImpalaPolicy",
     "MaskablePPG",

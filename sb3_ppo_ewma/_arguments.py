@@ -248,6 +248,21 @@ def check_schedule(name: str, value: Any) -> None:
         check_number(name, value, 0)
 
 
+def scheduled(model: Any, name: str, schedule: Schedule) -> float:
+    """
+    :param model: an algorithm
+    :param name: name of the parameter, for the error message
+    :param schedule: its schedule
+    :return: its value now, at least 0
+    :raises ValueError: if it is NaN or Inf
+    """
+    progress = model._current_progress_remaining
+    value = schedule(progress)
+    if not math.isfinite(value):
+        raise ValueError(f"the schedule of {name} gives {value} at progress {progress:.3f}")
+    return max(value, 0.0)
+
+
 def warn_caller(message: str) -> None:
     """
     Issue a warning that points at the caller's code, outside this package and SB3.
@@ -312,6 +327,7 @@ def check_ewma_parameters(model: Any) -> None:
         check_integer("max_policy_lag", model.max_policy_lag, minimum=0)
     check_choice("lag_mode", model.lag_mode, get_args(LagMode))
     check_number("collector_timeout", model.collector_timeout, 0)
+    check_choice("collect", model.collect, ("together", "as_ready"))
     check_choice("engine", model.engine, get_args(EngineChoice))
     if not isinstance(model.torch_compile, bool):
         check_choice("torch_compile", model.torch_compile, get_args(CompileMode), "True or False")

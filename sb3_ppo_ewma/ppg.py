@@ -11,7 +11,14 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import MaybeCallback, Schedule
 from stable_baselines3.common.utils import FloatSchedule, update_learning_rate
 
-from sb3_ppo_ewma._arguments import check_integer, check_number, check_policy_class, check_schedule, warn_caller
+from sb3_ppo_ewma._arguments import (
+    check_integer,
+    check_number,
+    check_policy_class,
+    check_schedule,
+    scheduled,
+    warn_caller,
+)
 from sb3_ppo_ewma._engine.iteration import AuxiliaryCoefficients, make_iteration
 from sb3_ppo_ewma.auxiliary_phase import AuxiliaryPhase, PhaseProgress
 from sb3_ppo_ewma.following import make_optimizer
@@ -162,7 +169,7 @@ class AuxiliaryPhaseMixin(EwmaMixin):
         self.logger.record("aux/phase_progress", self._n_phase_rollouts / self.n_policy_iterations)
 
     def _train_auxiliary_phase(self, buffer: PhaseBuffer) -> None:
-        learning_rate = self._scheduled("aux_learning_rate", self.aux_lr_schedule)
+        learning_rate = scheduled(self, "aux_learning_rate", self.aux_lr_schedule)
         update_learning_rate(self.aux_optimizer, learning_rate)
         iteration = make_iteration(self, None)
         phase = AuxiliaryPhase(

@@ -1,6 +1,5 @@
 """PPO-EWMA: PPO whose proximal policy is a moving average, as a mixin for any PPO-like SB3 algorithm."""
 
-import math
 from collections.abc import Mapping
 from contextlib import nullcontext
 from functools import partial
@@ -15,7 +14,6 @@ from stable_baselines3.common.type_aliases import (
     GymEnv,
     MaybeCallback,
     RolloutBufferSamples,
-    Schedule,
 )
 from stable_baselines3.common.utils import update_learning_rate
 
@@ -31,9 +29,11 @@ from sb3_ppo_ewma._arguments import (
     checked_clip_range,
     logging_arguments,
     merged_signature,
+    scheduled,
 )
 from sb3_ppo_ewma._engine.iteration import Engine, Iteration, Objective, make_iteration
 from sb3_ppo_ewma._engine.selection import EngineSelector
+from sb3_ppo_ewma._parallel.as_ready import chosen_collection
 from sb3_ppo_ewma._parallel.collector import Collector, ending_collection
 from sb3_ppo_ewma._parallel.data_parallel import DataParallel, reporting_errors
 from sb3_ppo_ewma._parallel.process_group import DataParallelChoice
@@ -94,6 +94,7 @@ class EwmaMixin(SavedStateMixin):
     :param lag_mode: ``"fixed"``: the lag does not depend on timing, the same seed gives the same numbers; ``"newest"``:
         the newest policy that there is when a rollout begins
     :param collector_timeout: training aborts if the environments make no step for this many seconds
+    :param collect: ``"as_ready"``: environments of a ``SubprocVecEnv`` do not wait for each other within a rollout
     :param ppo_args: positional arguments of the algorithm this is mixed into. ``clip_range`` may also be ``None`` or a
         negative constant: no clip
     :param ppo_kwargs: keyword arguments of the algorithm this is mixed into
@@ -161,6 +162,7 @@ class EwmaMixin(SavedStateMixin):
         max_policy_lag: int | None = None,
         lag_mode: LagMode = "fixed",
         collector_timeout: float = 600.0,
+        collect: Literal["together", "as_ready"] = "together",
         **ppo_kwargs: Any,
     ) -> None:
         given, arguments = bind_arguments(type(self), self._sb3_class(), ppo_args, ppo_kwargs)
@@ -184,6 +186,7 @@ class EwmaMixin(SavedStateMixin):
         self.max_policy_lag = max_policy_lag
         self.lag_mode: LagMode = lag_mode
         self.collector_timeout = collector_timeout
+        self.collect = collect
         self._check_own_parameters()
         check_sb3_arguments(arguments, advantage_decay)
 
@@ -285,8 +288,7 @@ class EwmaMixin(SavedStateMixin):
         :return: False when a callback ended the collection
         :raises ValueError: if the environment or the network returned NaN or Inf
         """
-        collector = self._collector
-        collect = super().collect_rollouts if collector is None else partial(collector.collect_rollouts, self)
+        collect = chosen_collection(self, super().collect_rollouts)
         with naming_non_finite(self), self._engines.collecting(self):
             continues = collect(*args, **kwargs)
         return continues if self._data_parallel is None else self._data_parallel.pool_rollouts(continues)
@@ -361,15 +363,9 @@ class EwmaMixin(SavedStateMixin):
     def _end_iteration(self, rollout: Rollout) -> None:
         """Called with its rollout at the end of every training, for algorithms that do more."""
 
-    def _scheduled(self, name: str, schedule: Schedule) -> float:
-        value = schedule(self._current_progress_remaining)
-        if not math.isfinite(value):
-            raise ValueError(f"the schedule of {name} gives {value} at progress {self._current_progress_remaining:.3f}")
-        return max(value, 0.0)
-
     def _update_learning_rate(self, optimizers: list[th.optim.Optimizer] | th.optim.Optimizer) -> None:
-        self.logger.record("train/learning_rate", self._scheduled("learning_rate", self.lr_schedule))
-        learning_rate = self._scheduled("learning_rate", self.lr_schedule)  # twice, as SB3: a schedule may count
+        self.logger.record("train/learning_rate", scheduled(self, "learning_rate", self.lr_schedule))
+        learning_rate = scheduled(self, "learning_rate", self.lr_schedule)  # twice, as SB3: a schedule may count
         for optimizer in optimizers if isinstance(optimizers, list) else [optimizers]:
             update_learning_rate(optimizer, learning_rate)
 
@@ -388,9 +384,8 @@ class EwmaMixin(SavedStateMixin):
         check_fits(self)
         self._data_parallel = DataParallel.start(self)
         self._collector = Collector.prepare(self)
-        setup_learn = super()._setup_learn
-        if self._data_parallel is not None:
-            setup_learn = partial(self._data_parallel.setup_learn, setup_learn)
+        own = super()._setup_learn
+        setup_learn = own if self._data_parallel is None else partial(self._data_parallel.setup_learn, own)
         result = setup_learn(*args, **kwargs)
         if self.stale_rollouts is not None:
             self.stale_rollouts.warn_if_missing(self._n_rollouts)

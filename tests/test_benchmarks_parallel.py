@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.parallel import asynchronous, throughput
+from benchmarks.parallel import as_ready, asynchronous, throughput
 from benchmarks.speed.cases import CASES, case_settings, entry_settings
 from tests.engines import needs_compiler
 from tests.test_benchmarks import execute
@@ -42,6 +42,15 @@ def test_a_quick_run_of_compiled_processes(tmp_path: Path) -> None:
     assert found["settings"]["kwargs"] == {"torch_compile": True}
 
 
+@pytest.mark.slow
+def test_a_quick_run_as_ready(tmp_path: Path) -> None:
+    file = tmp_path / "results.json"
+    execute("benchmarks.parallel.as_ready", "--quick", "--cases", "instant", "--rounds", 1, "--output", file)
+    (found,) = json.loads(file.read_text())["results"]
+    assert set(found["steps_per_second"]) == {"together", "as_ready"}
+    assert all(len(speeds) == 1 and speeds[0] > 0 for speeds in found["steps_per_second"].values())
+
+
 @pytest.mark.parametrize(
     ("file", "targets", "kind"),
     [("throughput", throughput.TARGETS, None), ("asynchronous", asynchronous.TARGETS, "max_policy_lag=1")],
@@ -59,3 +68,14 @@ def test_what_is_stored(file: str, targets: dict[str, float | None], kind: str |
         ratios = each["ratios"] if kind is None else each["ratios"][kind]
         if each["target"] is not None:
             assert statistics.median(ratios) >= each["target"]
+
+
+def test_what_is_stored_of_environments_of_unequal_speed() -> None:
+    stored = json.loads((RESULTS / "as_ready.json").read_text())
+    assert [each["case"] for each in stored["results"]] == list(as_ready.CASES)
+    for each in stored["results"]:
+        case = as_ready.CASES[each["case"]]
+        assert {name: each[name] for name in case._fields} == case._asdict()
+        assert each["settings"] == as_ready.SETTINGS
+        if case.target is not None:
+            assert statistics.median(each["ratios"]) >= case.target

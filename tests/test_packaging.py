@@ -52,7 +52,17 @@ LAYERS: list[tuple[set[str], set[str]]] = [
         {"stable_baselines3", "gymnasium"},
     ),
     ({"checkpointing.conversion", "_parallel.portable"}, set()),
-    ({"networks", "rollouts", "callbacks.advice", "envs.envpool_vec_env", "envs.action_masks"}, set()),
+    (
+        {
+            "networks",
+            "rollouts",
+            "callbacks.advice",
+            "envs.envpool_vec_env",
+            "envs.action_masks",
+            "envs.grouped_vec_env",
+        },
+        set(),
+    ),
     ({"checkpointing.saving", "policies", "evaluation", "training_log", "envs.envpool_env"}, set()),
     (
         {"batch_scaling", "following", "_engine.recognition", "_parallel.policy_copies", "_parallel.data_parallel"},
@@ -60,7 +70,16 @@ LAYERS: list[tuple[set[str], set[str]]] = [
     ),
     ({"_engine.iteration"}, set()),
     ({"_engine.reference", "_engine.dense_networks", "auxiliary_phase", "_parallel.worker"}, set()),
-    ({"_engine.fused", "_parallel.worker_process", "_parallel.remote_methods", "_parallel.replay"}, set()),
+    (
+        {
+            "_engine.fused",
+            "_parallel.worker_process",
+            "_parallel.remote_methods",
+            "_parallel.replay",
+            "_parallel.as_ready",
+        },
+        set(),
+    ),
     ({"_parallel.collector", "envs.remote_vec_env"}, set()),
     ({"_engine.standard", "_engine.sequences"}, set()),
     ({"_engine.dense", "_engine.microbatches", "_engine.collection"}, set()),
@@ -91,6 +110,7 @@ OWN_PARAMETERS = {
     "max_policy_lag",
     "lag_mode",
     "collector_timeout",
+    "collect",
 }
 PHASE_PARAMETERS = {
     "n_policy_iterations",

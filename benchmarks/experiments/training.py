@@ -56,7 +56,7 @@ def train(algo: str, env_id: str, settings: dict[str, Any], seed: int, is_tested
     """
     :param algo: name of an algorithm of the zoo, or of a class of this package
     :param env_id: environment
-    :param settings: as an entry of the zoo's files
+    :param settings: as an entry of the zoo's files; ``vec_env_type``: as for the zoo's ``--vec-env``
     :param seed: of the run
     :param is_tested: whether the policy plays test episodes in the last fifth of training, with the actions it samples
     :return: what its training and its test episodes returned
@@ -112,10 +112,11 @@ def train(algo: str, env_id: str, settings: dict[str, Any], seed: int, is_tested
     set_random_seed(seed)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         config = Path(folder, "settings.yml")
-        config.write_text(yaml.safe_dump({env_id: settings}))
+        own = {name: value for name, value in settings.items() if name != "vec_env_type"}
+        config.write_text(yaml.safe_dump({env_id: own}))
         manager = ExperimentManager(
             argparse.Namespace(), algo, env_id, folder, eval_freq=-1, seed=seed, verbose=0, device="cpu",
-            config=str(config), log_interval=-1,
+            config=str(config), log_interval=-1, vec_env_type=settings.get("vec_env_type", "dummy"),
         )  # fmt: skip
         model, _ = manager.setup_experiment()
         if is_tested:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol
 import torch as th
 from gymnasium import spaces
 
-from sb3_ppo_ewma._arguments import is_clip_off
+from sb3_ppo_ewma._arguments import is_clip_off, scheduled
 from sb3_ppo_ewma._engine.recognition import patched_classes, replaced_method
 from sb3_ppo_ewma.advantages import AdvantageNormalizer
 from sb3_ppo_ewma.distributions import to_policy_actions
@@ -317,8 +317,8 @@ def _coefficients(model: Any, is_scheduled: bool) -> Coefficients:
     # Schedules may end slightly below 0 when the last rollout overshoots; only constants switch the clip off.
     has_clip, has_value_clip = not is_clip_off(model.clip_range), model.clip_range_vf is not None
     return Coefficients(
-        model._scheduled("clip_range", model.clip_range) if is_scheduled and has_clip else None,
-        model._scheduled("clip_range_vf", model.clip_range_vf) if is_scheduled and has_value_clip else None,
+        scheduled(model, "clip_range", model.clip_range) if is_scheduled and has_clip else None,
+        scheduled(model, "clip_range_vf", model.clip_range_vf) if is_scheduled and has_value_clip else None,
         model.ent_coef,
         model.vf_coef,
         model.kl_coef,

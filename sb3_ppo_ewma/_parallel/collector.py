@@ -19,6 +19,7 @@ import torch as th
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
 
+from sb3_ppo_ewma._parallel.as_ready import check_as_ready
 from sb3_ppo_ewma._parallel.normalization import Statistics, set_statistics, statistics_of
 from sb3_ppo_ewma._parallel.policy_copies import policy_copy
 from sb3_ppo_ewma._parallel.portable import dump_for_collection
@@ -103,6 +104,7 @@ class Collector:
         :param model: the algorithm, whose ``_collector`` is the collector so far
         :return: the collector to use from now on; ``None`` to collect in this process
         """
+        check_as_ready(model)
         collector: Collector | None = model._collector
         if collector is not None and not (collector._serves(model) and collector._fits(model.rollout_buffer)):
             collector.close()

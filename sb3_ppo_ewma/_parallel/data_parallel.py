@@ -47,8 +47,8 @@ class DataParallel:
     def __init__(self, model: Any, group: ProcessGroup) -> None:
         if model.max_policy_lag and model.get_vec_normalize_env() is not None:
             raise ValueError(
-                f"max_policy_lag={model.max_policy_lag} cannot be combined with VecNormalize in data-parallel training, "
-                "which pools its statistics after every rollout, when the next ones have begun: use max_policy_lag=0 or None"
+                f"max_policy_lag={model.max_policy_lag} cannot be combined with data-parallel VecNormalize, "
+                "whose statistics are pooled after every rollout, when the next ones have begun. Use max_policy_lag=0"
             )
         self.group = group
         self._model = model
