@@ -1,14 +1,19 @@
 """The process of a worker, seen from the process that starts it: its start, its answers, its end."""
 
+import contextlib
+import logging
 import multiprocessing
 import multiprocessing.util
 import queue
 import signal
+import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
+
+import numpy as np
 
 from sb3_ppo_ewma._arguments import warn_caller
 from sb3_ppo_ewma._parallel.channel import Channel
@@ -19,6 +24,8 @@ _SECONDS_TO_FORK = 20
 _TRIES_TO_FORK = 3
 _SECONDS_FOR_STACK = 3
 _SECONDS_WITHOUT_WORD = 5
+_SECONDS_WITHOUT_STEP = 10
+_SECONDS_FOR_LOCKS = 5
 _KINDS = {"rollout": "rollout", "abandoned": "rollout", "result": "result", "raised": "result", "stack": "stack"}
 
 
@@ -46,12 +53,7 @@ class WorkerProcess:
                 return
             except TimeoutError:
                 self.kill()
-        threads = ", ".join(thread.name for thread in threading.enumerate() if thread is not threading.main_thread())
-        raise RuntimeError(
-            "The process that collects rollouts does not begin. Where a process is forked while another thread holds "
-            f"a lock, the lock stays closed in it; the threads are: {threads}. Start it before them, or give the "
-            "environments as functions to RemoteVecEnv(env_fns, start_method='forkserver')."
-        )
+        raise RuntimeError(f"The process that collects rollouts does not begin.{self._about_threads()}")
 
     def _start(self, context: Any, run: Callable[..., None], args: tuple[Any, ...], is_forked: bool) -> None:
         if multiprocessing.current_process().daemon:
@@ -61,10 +63,15 @@ class WorkerProcess:
                 "max_policy_lag=None"
             )
         own, theirs = context.Pipe()
-        process = context.Process(target=run, args=(theirs, own if is_forked else None, *args), name="collector")
-        process.start()
+        with _common_locks() if is_forked else contextlib.ExitStack() as held:
+            arguments = (held, run, theirs, own, *args) if is_forked else (theirs, None, *args)
+            process = context.Process(target=_run_forked if is_forked else run, args=arguments, name="collector")
+            process.start()
         theirs.close()
+        # Threads beside this one, if the process is a copy of this one
+        self._threads = _other_threads() if is_forked else []
         self._process, self._channel = process, Channel(own)
+        self._has_warned = False
         # Results that nobody waits for any more
         self._n_unwanted = 0
         self._answers: dict[str, deque[Any]] = {kind: deque() for kind in _KINDS.values()}
@@ -134,6 +141,9 @@ class WorkerProcess:
                 n_steps, began = self.progress(), time.monotonic()
             elif timeout is None and waited > self.timeout:
                 self._raise_hanging()
+            elif waited > _SECONDS_WITHOUT_STEP and not self._has_warned and kind != "stack":
+                self._has_warned = True
+                warn_caller(f"The environments have made no step for {waited:.0f} seconds{self._where()}")
         answer: tuple[str, Any] = self._answers[kind].popleft()
         return answer
 
@@ -171,15 +181,29 @@ class WorkerProcess:
         raise RuntimeError(f"The process that collects rollouts has ended ({how})")
 
     def _raise_hanging(self) -> NoReturn:
-        self._channel.say(STACK)
-        try:
-            where = f". It is here:\n{self._answer('stack', _SECONDS_FOR_STACK)[1]}"
-        except TimeoutError:
-            where = ""
+        where = self._where()
         self.kill()
         raise RuntimeError(
             f"The process that collects rollouts has made no step for {self.timeout:.0f} seconds "
             f"(collector_timeout){where}"
+        )
+
+    def _where(self) -> str:
+        """
+        :return: for messages, where the process is
+        """
+        self._channel.say(STACK)
+        with contextlib.suppress(TimeoutError):
+            return f".{self._about_threads()} It is here:\n{self._answer('stack', _SECONDS_FOR_STACK)[1]}"
+        return f".{self._about_threads()}"
+
+    def _about_threads(self) -> str:
+        if not self._threads:
+            return ""
+        return (
+            " It is a copy of this process, in which a lock stays closed that another thread held at that moment "
+            f"({', '.join(self._threads)}). If that may be the reason: start it before the threads, or give the "
+            "environments as functions to RemoteVecEnv(env_fns)."
         )
 
     def kill(self) -> None:
@@ -190,6 +214,39 @@ class WorkerProcess:
     def end(self) -> None:
         """End the process when the environments have made their step and are closed."""
         self._finalizer()
+
+
+def _other_threads() -> list[str]:
+    own = {threading.current_thread(), threading.main_thread()}
+    return [each.name for each in threading.enumerate() if each not in own and not each.name.startswith("channel-")]
+
+
+@contextlib.contextmanager
+def _common_locks() -> Iterator[contextlib.ExitStack]:
+    """
+    Within this context, this thread holds locks that another one may hold often: of the global random numbers, of
+    logging and of progress bars. A process that is forked here can open its copies of them, which belong to its thread.
+    """
+    numpys: Any = getattr(np.random.mtrand._rand, "_bit_generator", None)
+    locks = [getattr(numpys, "lock", None)]
+    locks += [getattr(handler(), "lock", None) for handler in getattr(logging, "_handlerList", ())]
+    if "tqdm" in sys.modules:
+        locks.append(getattr(sys.modules["tqdm"].tqdm.get_lock(), "th_lock", None))
+    with contextlib.ExitStack() as held:
+        for lock in locks:
+            if lock is not None and lock.acquire(timeout=_SECONDS_FOR_LOCKS):
+                held.callback(_release, lock)
+        yield held
+
+
+def _release(lock: Any) -> None:
+    with contextlib.suppress(RuntimeError):  # logging has opened its own in the forked process already
+        lock.release()
+
+
+def _run_forked(held: contextlib.ExitStack, run: Callable[..., None], *args: Any) -> None:
+    held.close()
+    run(*args)
 
 
 def _end(process: Any, channel: Channel, timeout: float) -> None:
