@@ -327,6 +327,8 @@ def check_ewma_parameters(model: Any) -> None:
         check_integer("max_policy_lag", model.max_policy_lag, minimum=0)
     check_choice("lag_mode", model.lag_mode, get_args(LagMode))
     check_number("collector_timeout", model.collector_timeout, 0)
+    if model.collector_timeout == 0:
+        raise ValueError("collector_timeout must be > 0, got 0")
     check_choice("collect", model.collect, ("together", "as_ready"))
     check_choice("engine", model.engine, get_args(EngineChoice))
     if not isinstance(model.torch_compile, bool):

@@ -33,7 +33,7 @@ from sb3_ppo_ewma._arguments import (
 )
 from sb3_ppo_ewma._engine.iteration import Engine, Iteration, Objective, make_iteration
 from sb3_ppo_ewma._engine.selection import EngineSelector
-from sb3_ppo_ewma._parallel.as_ready import chosen_collection
+from sb3_ppo_ewma._parallel.as_ready import collect_as_ready
 from sb3_ppo_ewma._parallel.collector import Collector, ending_collection
 from sb3_ppo_ewma._parallel.data_parallel import DataParallel, reporting_errors
 from sb3_ppo_ewma._parallel.process_group import DataParallelChoice
@@ -114,20 +114,15 @@ class EwmaMixin(SavedStateMixin):
     normalize_advantage: bool
     target_kl: float | None
 
-    # Processes beside this one, set when learn() begins
     _collector: Collector | None = None
     _data_parallel: DataParallel | None = None
-
     _own_states: ClassVar[tuple[str, ...]] = ("policy_ewma", "advantage_moments", "value_optimizer")
     _own_buffers: ClassVar[tuple[str, ...]] = ("stale_rollouts",)
     # Optimisers beside the policy's own, of the same parameters, with the schedules of their learning rates
     _further_optimizers: ClassVar[Mapping[str, str]] = {"value_optimizer": "lr_schedule"}
 
-    # A further term of the loss where the policy is trained: subclasses define a method of this name, from
-    # (evaluation: Evaluation, minibatch: Minibatch) to a tensor of shape () with gradient.
+    # A further term of the policy's loss: a method from (Evaluation, Minibatch) to a tensor of shape () with gradient
     extra_loss: Any = None
-
-    # What families differ in: how they evaluate their policies
     policy_evaluation: ClassVar[PolicyEvaluation] = PolicyEvaluation()
     # Rollout buffers whose minibatches are gathered on the device, with the minibatches' class
     samples_classes: ClassVar[Mapping[type[RolloutBuffer], type[Any]]] = {
@@ -135,7 +130,6 @@ class EwmaMixin(SavedStateMixin):
         DictRolloutBuffer: DictRolloutBufferSamples,
     }
 
-    # Defaults that differ from SB3's
     _sb3_defaults: ClassVar[Mapping[str, Any]] = {}
     _default_advantage_decay: ClassVar[float | None] = None
 
@@ -288,10 +282,16 @@ class EwmaMixin(SavedStateMixin):
         :return: False when a callback ended the collection
         :raises ValueError: if the environment or the network returned NaN or Inf
         """
-        collect = chosen_collection(self, super().collect_rollouts)
-        with naming_non_finite(self), self._engines.collecting(self):
-            continues = collect(*args, **kwargs)
+        collector = self._collector
+        collect = self._collect_here if collector is None else partial(collector.collect_rollouts, self)
+        continues = collect(*args, **kwargs)
         return continues if self._data_parallel is None else self._data_parallel.pool_rollouts(continues)
+
+    def _collect_here(self, *args: Any, **kwargs: Any) -> bool:
+        # In the process that has the environments
+        own = super().collect_rollouts
+        with naming_non_finite(self), self._engines.collecting(self):
+            return collect_as_ready(self, own, *args, **kwargs) if self.collect == "as_ready" else own(*args, **kwargs)
 
     def _next_rollout(self) -> Rollout | None:
         """

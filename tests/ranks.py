@@ -507,6 +507,8 @@ def collectors(folder: Path, rank: int, world_size: int) -> dict[str, Any]:
         watch = Watch()
         model.learn(4 * 128, watch)
         found[str(lag)] = [watch.hashes, model.rollout_buffer.observations.copy()]
+        model.learn(128, reset_num_timesteps=False)
+        found[f"goes on, {lag}"] = [model.rollout_buffer.episode_starts.copy(), watch.hashes]
         env.close()
     env = VecNormalize(make_vec_env("Pendulum-v1", 2))
     try:

@@ -645,12 +645,24 @@ def test_changed_actions_are_refused() -> None:
 
 
 def test_another_process_collects_as_ready() -> None:
-    lag = "max_policy_lag"
-    model = PPOEWMA("MlpPolicy", VecNormalize(counting(3)), **SETTINGS, collect="as_ready", **{lag: 1})
+    model = PPOEWMA("MlpPolicy", VecNormalize(counting(3)), **SETTINGS, collect="as_ready", max_policy_lag=1)
     callback = Watch()
     model.learn(3 * N_STEPS * 3, callback)
     episode_steps = [[seen["original"][1].shape, seen["rewards"].shape] for seen in callback.seen]
     assert np.array_equal(episode_steps, [[(3,), (3,)]] * (3 * N_STEPS))
+    model.env.close()
+
+
+@pytest.mark.parametrize("name", ["new_obs", "dones"])
+def test_what_later_steps_depend_on_cannot_be_changed(name: str) -> None:
+    class Changes(BaseCallback):
+        def _on_step(self) -> bool:
+            self.locals[name][:] = 1
+            return True
+
+    model = PPOEWMA("MlpPolicy", counting(2), **SETTINGS, collect="as_ready")
+    with pytest.raises(ValueError, match="read-only"):
+        model.learn(N_STEPS * 2, Changes())
     model.env.close()
 
 

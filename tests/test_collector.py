@@ -1,6 +1,7 @@
 """The process that collects: calls that reach it, errors that come back, its end, and environments made in it."""
 
 import gc
+import itertools
 import multiprocessing
 import os
 import signal
@@ -20,7 +21,7 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecFrameStack, VecNormalize
 
 from sb3_ppo_ewma import PPOEWMA, RecurrentPPOEWMA, RemoteVecEnv
-from tests.test_asynchronous import N_ENVS, N_STEPS, SETTINGS, differences, state_of
+from tests.test_asynchronous import N_ENVS, N_STEPS, SETTINGS, Counter, differences, state_of
 
 pytestmark = [
     pytest.mark.long,
@@ -194,11 +195,17 @@ def test_a_stopped_training_goes_on_with_the_same_numbers(tmp_path: Path) -> Non
         def _on_step(self) -> bool:
             return self.n_calls < N_STEPS + 3
 
+    class StopsLater(Stops):
+        def _on_step(self) -> bool:
+            time.sleep(0.005)
+            return super()._on_step()
+
     found = []
-    for seconds in (0.0, 0.01):
-        env = DummyVecEnv([lambda seconds=seconds: Steps(tmp_path, seconds=seconds)])  # type: ignore[misc]
+    for seconds, callback in ((0.0, StopsLater()), (0.005, Stops())):
+        functions = [lambda seconds=seconds: Steps(tmp_path, seconds=seconds)]  # type: ignore[misc]
+        env = VecNormalize(DummyVecEnv(functions))
         model = PPOEWMA("MlpPolicy", env, max_policy_lag=2, **SETTINGS)
-        model.learn(10_000, Stops())
+        model.learn(10_000, callback)
         time.sleep(0.1)
         model.learn(3 * N_STEPS, reset_num_timesteps=False)
         found.append(state_of(model))
@@ -206,13 +213,60 @@ def test_a_stopped_training_goes_on_with_the_same_numbers(tmp_path: Path) -> Non
     assert differences(*found) == []
 
 
+def test_after_an_interruption_the_policy_sees_where_the_environments_are() -> None:
+    env = DummyVecEnv([Counter])
+    model = PPOEWMA("MlpPolicy", env, max_policy_lag=0, **SETTINGS)
+    model.learn(N_STEPS)
+    env.set_attr("seconds", 0.05)
+    previous = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    signal.setitimer(signal.ITIMER_REAL, 0.5)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            model.learn(N_STEPS, reset_num_timesteps=False)
+    finally:
+        signal.signal(signal.SIGALRM, previous)
+    env.set_attr("seconds", 0.0)
+    model.learn(N_STEPS, reset_num_timesteps=False)
+    seen = model.rollout_buffer.observations.flatten()
+    np.testing.assert_array_equal(seen, np.arange(seen[0], seen[0] + N_STEPS))
+    env.close()
+
+
 def test_closing_waits_for_a_slow_step_and_closes(tmp_path: Path) -> None:
-    env = DummyVecEnv([lambda: Steps(tmp_path, seconds=1.0)])
+    class Stops(BaseCallback):
+        def _on_step(self) -> bool:
+            return self.n_calls < 2
+
+    env = DummyVecEnv([lambda: Steps(tmp_path, seconds=0.7)])
     model = PPOEWMA("MlpPolicy", env, max_policy_lag=1, **{**SETTINGS, "n_steps": 2, "batch_size": 2})
-    model.learn(2)
+    model.learn(100, Stops())  # the worker is in a step of the next rollout
     worker = next(tmp_path.glob("steps-*")).name.split("-")[1]
     env.close()
     assert (tmp_path / f"closed-{worker}").exists()
+
+
+class TwoArguments(Exception):  # noqa: N818
+    def __init__(self, first: int, second: int) -> None:
+        super().__init__(first)
+
+
+def test_a_result_that_cannot_be_opened_does_no_harm() -> None:
+    class Odd(gym.Wrapper):  # type: ignore[type-arg]
+        def odd(self) -> Any:
+            return TwoArguments(1, 2)
+
+        def fails(self) -> Any:
+            raise TwoArguments(1, 2)
+
+    env = DummyVecEnv([lambda: Odd(gym.make("CartPole-v1"))])
+    model = PPOEWMA("MlpPolicy", env, max_policy_lag=1, collector_timeout=20.0, **SETTINGS)
+    model.learn(64)
+    with pytest.raises(TypeError):
+        env.env_method("odd")
+    with pytest.raises(RuntimeError, match="TwoArguments: 1"):
+        env.env_method("fails")
+    assert env.get_attr("gravity") == [9.8]
+    env.close()
 
 
 def raises(error: BaseException) -> Callable[[], None]:
@@ -334,9 +388,14 @@ def wrapped(env: VecEnv) -> VecEnv:
     return VecNormalize(VecFrameStack(env, 2))
 
 
-@pytest.mark.parametrize("start_method", ["forkserver", "spawn", "fork"])
-@pytest.mark.parametrize("lag", [0, 1])
-@pytest.mark.parametrize("algorithm", [PPOEWMA, RecurrentPPOEWMA])
+@pytest.mark.parametrize(
+    ("start_method", "lag", "algorithm"),
+    [
+        ("forkserver", 1, PPOEWMA),
+        ("spawn", 0, RecurrentPPOEWMA),
+        *itertools.product(["fork"], [0, 1], [PPOEWMA, RecurrentPPOEWMA]),
+    ],
+)
 def test_the_numbers_do_not_depend_on_where_environments_are_made(start_method: str, lag: int, algorithm: Any) -> None:
     found = []
     for cls, kwargs in ((DummyVecEnv, {}), (RemoteVecEnv, {"start_method": start_method})):

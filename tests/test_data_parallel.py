@@ -252,6 +252,7 @@ def test_each_process_has_its_collector(short: dict[str, list[Any]]) -> None:
         assert hashes == other_hashes
         assert len(set(hashes)) == 4
         assert not np.array_equal(observations, other_observations)
+        assert not first[f"goes on, {lag}"][0].any()  # nothing begins again
     assert first["None"][0] == first["0"][0]
     np.testing.assert_array_equal(second["None"][1], second["0"][1])
     assert "max_policy_lag=1 cannot be combined with data-parallel VecNormalize" in first["refused"]

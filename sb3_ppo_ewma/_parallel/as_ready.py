@@ -11,7 +11,6 @@ import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import Any, NamedTuple, NoReturn, cast
 
 import numpy as np
@@ -43,6 +42,18 @@ _WRAPPERS: dict[type[VecEnvWrapper], tuple[str, ...]] = {
     VecNormalize: ("returns",),
     VecTransposeImage: (),
 }
+
+
+def read_only(arrays: Any) -> Any:
+    """
+    :param arrays: an array, or a dictionary of arrays
+    :return: views of them that cannot be changed
+    """
+    if isinstance(arrays, dict):
+        return {name: read_only(each) for name, each in arrays.items()}
+    view = np.asarray(arrays).view()
+    view.flags.writeable = False
+    return view
 
 
 def check_as_ready(model: Any) -> None:
@@ -77,24 +88,13 @@ def check_as_ready(model: Any) -> None:
     for cls in type(model).__mro__:
         own = vars(cls).get("collect_rollouts")
         names = None if own is None else getattr(getattr(inspect.unwrap(own), "__code__", None), "co_names", None)
-        if names is not None and chosen_collection.__name__ in names:
+        if names is not None and "_collect_here" in names:
             return  # EwmaMixin's, and those after it collect as it lets them
         if names is not None and "collect_rollouts" not in names:
             raise ValueError(
                 f"{given} has no effect on {cls.__name__}.collect_rollouts(), which does not call "
                 "super().collect_rollouts(): let it do so, or use collect='together'"
             )
-
-
-def chosen_collection(model: Any, own: Callable[..., bool]) -> Callable[..., bool]:
-    """
-    :param model: the algorithm
-    :param own: its ``collect_rollouts``
-    :return: what collects in its place: another process, :func:`collect_as_ready`, or that method itself
-    """
-    if model._collector is not None:
-        return partial(model._collector.collect_rollouts, model)
-    return partial(collect_as_ready, model, own) if model.collect == "as_ready" else own
 
 
 def collect_as_ready(
@@ -174,7 +174,9 @@ class _RowCallback:
         self._callback, self._env, self._rows = callback, env, rows
 
     def update_locals(self, variables: dict[str, Any]) -> None:
-        self._callback.update_locals({**variables, "env": self._env, "callback": self._callback})
+        # What later steps depend on, and others may have made already
+        fixed: dict[str, Any] = {name: read_only(variables[name]) for name in ("new_obs", "dones") if name in variables}
+        self._callback.update_locals({**variables, **fixed, "env": self._env, "callback": self._callback})
 
     def on_rollout_start(self) -> None:
         with self._rows.paused():

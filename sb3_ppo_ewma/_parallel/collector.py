@@ -27,7 +27,8 @@ from sb3_ppo_ewma._parallel.remote_methods import RemoteMethods
 from sb3_ppo_ewma._parallel.replay import replay_steps
 from sb3_ppo_ewma._parallel.shared_memory import SharedMemory
 from sb3_ppo_ewma._parallel.worker import (
-    Call,
+    ATTACHED,
+    Changes,
     CollectedRollout,
     PolicyUpdate,
     RolloutRequest,
@@ -66,6 +67,7 @@ class Collector:
         tensors = policy_copy(model.policy).tensors
         self._rest: bytes | None = None
         self._memory = SharedMemory(model.rollout_buffer, tensors, self._lag + 1)
+        self._model = weakref.ref(model)
         self._attributes = _Attributes(model)
         self._statistics = _statistics(model)
         try:
@@ -92,7 +94,7 @@ class Collector:
         process: WorkerProcess = remote
         process.timeout = model.collector_timeout
         process.send("attach", (dump_for_collection(model), self._memory, self._generators is not None))
-        process.result()
+        process.result(ATTACHED)
         return process
 
     @classmethod
@@ -134,6 +136,9 @@ class Collector:
 
     def _begin(self, model: Any) -> None:
         has_abandoned = self._drain()
+        if has_abandoned:
+            # Where the environments are is a matter of time; from here on it is not.
+            model._last_obs = self._statistics = None
         if self._lag == 0:
             return
         kept = model.collector_generators
@@ -144,9 +149,7 @@ class Collector:
             self._process.send("generators", kept.states)
             self._generators_of_worker = kept.states
         if has_abandoned:
-            # Where they are is a matter of time; from here on it is not.
             model.env.seed(seed_from(cast(StateDict, kept.states), "environments"))
-            model._last_obs = None
 
     def _drain(self) -> bool:
         """
@@ -212,7 +215,9 @@ class Collector:
         model.policy.set_training_mode(False)
         callback.on_rollout_start()
         self._publish(model.policy)
-        n_missing = math.ceil((model._total_timesteps - model.num_timesteps) / (n_rollout_steps * env.num_envs))
+        n_processes = 1 if model._data_parallel is None else model._data_parallel.group.size
+        n_samples = n_rollout_steps * env.num_envs * n_processes
+        n_missing = math.ceil((model._total_timesteps - model.num_timesteps) / n_samples)
         self._request_rollouts(n_missing, model, n_rollout_steps, args, kwargs)
         idle_since = time.perf_counter()
         rollout = self._receive_rollout(model)
@@ -244,21 +249,10 @@ class Collector:
         version = None if self._mode == "newest" else self._version
         while self._n_requested < n_allowed:
             is_idle = self._n_requested == self._n_received
-            attributes = self._attributes.changes(model)
-            if is_idle:
-                attributes.setdefault("model", {})["num_timesteps"] = model.num_timesteps
-            statistics = _statistics(model)
+            self._send_changes(model, is_idle)
             request = RolloutRequest(
-                self._n_requested,
-                version,
-                n_steps,
-                args,
-                kwargs,
-                attributes,
-                collection_state(model) if is_idle else {},
-                None if _are_equal(statistics, self._statistics) else statistics,
+                self._n_requested, version, n_steps, args, kwargs, collection_state(model) if is_idle else {}
             )
-            self._statistics = statistics
             self._send_generators()
             self._process.send("collect", request)
             self._n_requested += 1
@@ -266,10 +260,7 @@ class Collector:
     def _receive_rollout(self, model: Any) -> CollectedRollout:
         rollout: CollectedRollout = self._process.rollout()
         self._n_received += 1
-        venv = model.get_vec_normalize_env()
-        if venv is not None and rollout.statistics is not None:
-            set_statistics(venv, rollout.statistics)
-            self._statistics = rollout.statistics
+        self._take_statistics(model, rollout.statistics)
         if self._generators is None:
             model.collector_generators.states = self._generators_of_worker = rollout.generators
         else:
@@ -289,13 +280,33 @@ class Collector:
         :return: its result
         :raises Exception: what the method raises
         """
-        self._send_generators()
+        model, is_idle = self._model(), self._n_requested == self._n_received
         with self._ending_with_process():
-            self._process.send("call", Call(depth, name, args, kwargs))
-            result = self._process.result()
+            if model is not None:
+                self._send_changes(model, is_idle)
+            self._send_generators()
+            result = self._process.call(depth, name, *args, **kwargs)
+        if model is not None and is_idle:  # else the environments are ahead of the model
+            self._take_statistics(model, result.statistics)
         if result.generators is not None:
             self._take_generators(result.generators)
         return result.value
+
+    def _send_changes(self, model: Any, is_idle: bool) -> None:
+        attributes = self._attributes.changes(model)
+        if is_idle:
+            attributes.setdefault("model", {})["num_timesteps"] = model.num_timesteps
+        statistics = _statistics(model)
+        is_known = _are_equal(statistics, self._statistics)
+        self._statistics = statistics
+        if attributes or not is_known:
+            self._process.send("changes", Changes(attributes, None if is_known else statistics))
+
+    def _take_statistics(self, model: Any, statistics: Statistics | None) -> None:
+        venv = model.get_vec_normalize_env()
+        if venv is not None and statistics is not None:
+            set_statistics(venv, statistics)
+            self._statistics = statistics
 
     def _send_generators(self) -> None:
         if self._generators is not None:
@@ -323,7 +334,8 @@ class Collector:
             self._process.end()
         elif self._process.is_alive:
             self.abandon_rollouts()
-            self._drain()
+            with contextlib.suppress(Exception):  # of rollouts that nobody needs
+                self._drain()
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from stable_baselines3.common.distributions import Distribution
 from sb3_ppo_ewma.policies import uncompiled
 
 _ALIGNMENT = 64
+_OF_MINIBATCH = ("distribution", "_latent_sde")
 # Kinds of persistent references in the pickle
 _TENSOR, _OPTIMIZER = "tensor", "optimizer"
 
@@ -98,9 +99,9 @@ class _TensorsApart:
             # The function itself, not what its name finds in the class
             return types.MethodType, (value.__func__, value.__self__)
         if isinstance(value, Distribution):
-            # The last distribution depends on the last minibatch; the next forward pass makes another.
-            state = {name: each for name, each in vars(value).items() if name != "distribution"}
-            return _blank, (type(value),), {**state, "distribution": None}
+            # These depend on the last minibatch; the next forward pass makes others.
+            state = {name: None if name in _OF_MINIBATCH else each for name, each in vars(value).items()}
+            return _blank, (type(value),), state
         inherited: Any = getattr(super(), "reducer_override", None)
         return NotImplemented if inherited is None else inherited(value)
 

@@ -1,6 +1,7 @@
 """The process that collects rollouts, seen from the inside, and the messages that it exchanges."""
 
 import contextlib
+import multiprocessing
 import os
 import pickle
 import queue
@@ -17,9 +18,9 @@ import numpy as np
 import torch as th
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
-from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv, VecEnvWrapper, VecNormalize
+from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv, VecEnvWrapper, VecNormalize, unwrap_vec_normalize
 
-from sb3_ppo_ewma._parallel.channel import Channel
+from sb3_ppo_ewma._parallel.channel import Channel, dumps
 from sb3_ppo_ewma._parallel.normalization import Statistics, set_statistics, statistics_of
 from sb3_ppo_ewma._parallel.policy_copies import build_policy
 from sb3_ppo_ewma._parallel.portable import load_for_collection
@@ -32,6 +33,8 @@ POLL_SECONDS = 0.5
 _COLLECTION_STATE = ("_last_obs", "_last_episode_starts", "_last_lstm_states", "_last_original_obs")
 # Local variables of the loop in collect_rollouts that the rollout buffer does not have, or not as they were
 _RECORDED = ("actions", "clipped_actions", "action_masks", "rewards", "dones")
+# Numbers of the first answers; those of calls are above
+STARTED, ATTACHED = -2, -1
 # Words to a worker: end; say where you are; abandon rollouts below a number
 CLOSE, STACK, ABANDON = "close", "stack", "abandon "
 
@@ -40,12 +43,14 @@ class Call(NamedTuple):
     """
     A call of a method of the environments.
 
+    :param number: of the call, which its answer repeats
     :param depth: 0 for the outermost wrapper, 1 for what it wraps, and so on
     :param name: name of the method
     :param args: its positional arguments
     :param kwargs: its keyword arguments
     """
 
+    number: int
     depth: int
     name: str
     args: tuple[Any, ...]
@@ -57,11 +62,25 @@ class Result(NamedTuple):
     What a method of the environments returned.
 
     :param value: the value
+    :param statistics: running statistics of a ``VecNormalize`` afterwards; ``None`` without one
     :param generators: states of the random number generators; ``None`` where they are this process's own
     """
 
     value: Any
+    statistics: Statistics | None
     generators: StateDict | None
+
+
+class Changes(NamedTuple):
+    """
+    What the process that trains has changed.
+
+    :param attributes: of the algorithm, of its rollout buffer and of its environments, by depth
+    :param statistics: running statistics of a ``VecNormalize``; ``None``: as they are
+    """
+
+    attributes: dict[str, dict[str, Any]]
+    statistics: Statistics | None
 
 
 class PolicyUpdate(NamedTuple):
@@ -87,9 +106,7 @@ class RolloutRequest(NamedTuple):
     :param n_steps: steps of each environment
     :param args: further positional arguments of ``collect_rollouts``
     :param kwargs: further keyword arguments of ``collect_rollouts``
-    :param attributes: changed attributes of the algorithm, of its rollout buffer and of its environments, by depth
     :param state: from :func:`collection_state`; empty: collection goes on where it is
-    :param statistics: running statistics of a ``VecNormalize``; ``None``: they are as after the rollout before
     """
 
     number: int
@@ -97,9 +114,7 @@ class RolloutRequest(NamedTuple):
     n_steps: int
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    attributes: dict[str, dict[str, Any]]
     state: dict[str, Any]
-    statistics: Statistics | None
 
 
 class CollectedRollout(NamedTuple):
@@ -170,7 +185,7 @@ def _on_device(value: Any, device: th.device) -> Any:
 
 class Worker:
     """
-    Holds environments, and collects rollouts with the algorithm's own ``collect_rollouts``. Built in the process that
+    Holds environments, and collects rollouts with the algorithm's own loop. Built in the process that
     trains; :meth:`run` is called in the process that it starts.
 
     :param connection: the worker's end of a pipe
@@ -218,7 +233,8 @@ class Worker:
         try:
             if not isinstance(self._env, VecEnv):
                 self._env = self._env()
-            self._channel.send(("result", (self._env.num_envs, self._env.observation_space, self._env.action_space)))
+            description = self._env.num_envs, self._env.observation_space, self._env.action_space
+            self._channel.send(("result", (STARTED, True, dumps(description))))
             self._serve()
         except BaseException as error:
             self._send_error("failed", error)
@@ -239,12 +255,12 @@ class Worker:
         return self.is_closing.is_set()
 
     def _watch_parent(self) -> None:
-        parent = os.getppid()
+        starter, trainer = os.getppid(), multiprocessing.parent_process()
         # Other processes may hold the other end of the pipe, so that its end is not heard.
-        while not self.is_closing.wait(POLL_SECONDS) and os.getppid() == parent:
-            pass
-        self.is_closing.set()
-        time.sleep(self._timeout)  # ends with the process
+        while not self.is_closing.wait(POLL_SECONDS):
+            if os.getppid() != starter or (trainer is not None and not trainer.is_alive()):
+                self.is_closing.set()
+        time.sleep(min(self._timeout, threading.TIMEOUT_MAX))  # ends with the process
         os._exit(1)
 
     def _serve(self) -> None:
@@ -257,9 +273,11 @@ class Worker:
             if kind == "attach":
                 data, memory, shares_generators = content
                 self.attach(load_for_collection(data, self._env.unwrapped), memory, shares_generators)
-                self._channel.send(("result", None))
+                self._channel.send(("result", (ATTACHED, True, dumps(None))))
             elif kind == "call":
                 self._answer_call(content)
+            elif kind == "changes":
+                self._apply(content)
             elif kind == "generators":
                 self._generators.load_state_dict(content)
                 self._generators.apply_pending()
@@ -290,14 +308,17 @@ class Worker:
 
     def _answer_call(self, call: Call) -> None:
         try:
-            result = getattr(layers(self._env)[call.depth], call.name)(*call.args, **call.kwargs)
-            generators = self._generators.state_dict() if self._shares_generators else None
+            value = getattr(layers(self._env)[call.depth], call.name)(*call.args, **call.kwargs)
+            venv = unwrap_vec_normalize(self._env)
+            statistics = None if venv is None else statistics_of(venv)
+            result = Result(value, statistics, self._generators.state_dict() if self._shares_generators else None)
             try:
-                self._channel.send(("result", Result(result, generators)))
+                data = dumps(result)
             except TypeError as error:
                 raise TypeError(f"the result of {call.name}() cannot be sent from its process: {error}") from None
+            self._channel.send(("result", (call.number, True, data)))
         except BaseException as error:
-            self._send_error("raised", error)
+            self._channel.send(("result", (call.number, False, dumps((_picklable(error), traceback.format_exc())))))
 
     def _send_error(self, kind: str, error: BaseException) -> None:
         self._channel.send((kind, (_picklable(error), traceback.format_exc())))
@@ -306,7 +327,7 @@ class Worker:
 
     def _collect(self, request: RolloutRequest, idle_seconds: float) -> CollectedRollout | None:
         model, buffer, venv = self._model, self._model.rollout_buffer, self._model.get_vec_normalize_env()
-        self._prepare(request, venv)
+        set_collection_state(model, request.state)
         version = max(self._policies) if request.version is None else request.version
         update = self._policies[version]
         tensors = self._memory.policy(version) if update.tensors is None else update.tensors
@@ -315,7 +336,7 @@ class Worker:
         recorder = _StepRecorder(self, self._memory, request.number, venv)
         recorder.init_callback(model)
         with recorder.recording_end(buffer):
-            model.collect_rollouts(model.env, recorder, buffer, request.n_steps, *request.args, **request.kwargs)
+            model._collect_here(model.env, recorder, buffer, request.n_steps, *request.args, **request.kwargs)
         if recorder.is_abandoned:
             return None
         _check_unchanged(model.policy, buffers)
@@ -333,15 +354,14 @@ class Worker:
             self._generators.state_dict(),
         )
 
-    def _prepare(self, request: RolloutRequest, venv: VecNormalize | None) -> None:
-        model = self._model
+    def _apply(self, changes: Changes) -> None:
+        model, venv = self._model, self._model.get_vec_normalize_env()
         owners = {"model": model, "buffer": model.rollout_buffer}
         owners |= {str(depth): layer for depth, layer in enumerate(layers(model.env))}
-        for owner, changed in request.attributes.items():
+        for owner, changed in changes.attributes.items():
             vars(owners[owner]).update(changed)
-        set_collection_state(model, request.state)
-        if venv is not None and request.statistics is not None:
-            set_statistics(venv, request.statistics)
+        if venv is not None and changes.statistics is not None:
+            set_statistics(venv, changes.statistics)
 
     def _close_environments(self) -> None:
         if not isinstance(self._env, VecEnv):

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import multiprocessing
 import multiprocessing.util
+import pickle
 import queue
 import signal
 import sys
@@ -17,7 +18,7 @@ import numpy as np
 
 from sb3_ppo_ewma._arguments import warn_caller
 from sb3_ppo_ewma._parallel.channel import Channel
-from sb3_ppo_ewma._parallel.worker import ABANDON, CLOSE, POLL_SECONDS, STACK
+from sb3_ppo_ewma._parallel.worker import ABANDON, CLOSE, POLL_SECONDS, STACK, STARTED, Call
 
 # A forked process is there at once, unless it waits for a lock that a thread held; then another try helps.
 _SECONDS_TO_FORK = 20
@@ -26,7 +27,7 @@ _SECONDS_FOR_STACK = 3
 _SECONDS_WITHOUT_WORD = 5
 _SECONDS_WITHOUT_STEP = 10
 _SECONDS_FOR_LOCKS = 5
-_KINDS = {"rollout": "rollout", "abandoned": "rollout", "result": "result", "raised": "result", "stack": "stack"}
+_KINDS = {"rollout": "rollout", "abandoned": "rollout", "result": "result", "stack": "stack"}
 
 
 class WorkerProcess:
@@ -41,7 +42,7 @@ class WorkerProcess:
     """
 
     def __init__(self, start_method: str, run: Callable[..., None], args: tuple[Any, ...], timeout: float) -> None:
-        self.timeout = timeout
+        self.timeout = min(timeout, threading.TIMEOUT_MAX)
         # How many steps the environments have made
         self.progress: Callable[[], int] = int
         is_forked = start_method == "fork"
@@ -49,7 +50,7 @@ class WorkerProcess:
             self._start(multiprocessing.get_context(start_method), run, args, is_forked)
             try:
                 # Number of environments, observation space and action space
-                self.description = self.result(_SECONDS_TO_FORK if is_forked else timeout)
+                self.description = self.result(STARTED, _SECONDS_TO_FORK if is_forked else timeout)
                 return
             except TimeoutError:
                 self.kill()
@@ -72,8 +73,7 @@ class WorkerProcess:
         self._threads = _other_threads() if is_forked else []
         self._process, self._channel = process, Channel(own)
         self._has_warned = False
-        # Results that nobody waits for any more
-        self._n_unwanted = 0
+        self._n_calls = 0
         self._answers: dict[str, deque[Any]] = {kind: deque() for kind in _KINDS.values()}
         self._finalizer = multiprocessing.util.Finalize(
             self, _end, args=(process, self._channel, self.timeout), exitpriority=100
@@ -99,21 +99,35 @@ class WorkerProcess:
         """
         self._channel.say(f"{ABANDON}{number}")
 
-    def result(self, timeout: float | None = None) -> Any:
+    def call(self, depth: int, name: str, *args: Any, **kwargs: Any) -> Any:
         """
+        :param depth: 0 for the outermost wrapper, 1 for what it wraps, and so on
+        :param name: name of a method of the environments
+        :param args: its positional arguments
+        :param kwargs: its keyword arguments
+        :return: its :class:`~sb3_ppo_ewma._parallel.worker.Result`
+        :raises Exception: what the method raises
+        """
+        self._n_calls += 1
+        self.send("call", Call(self._n_calls, depth, name, args, kwargs))
+        return self.result(self._n_calls)
+
+    def result(self, number: int, timeout: float | None = None) -> Any:
+        """
+        :param number: of the answer
         :param timeout: seconds; ``None``: as long as the environments go on stepping
-        :return: the result of a message that asks for one
+        :return: the answer
         :raises TimeoutError: if it takes longer
         :raises Exception: what the process raised instead
         """
         if not self.is_alive:
             raise RuntimeError("The process of these environments has ended")
-        try:
-            kind, content = self._answer("result", timeout)
-        except BaseException:  # as of Ctrl+C
-            self._n_unwanted += 1
-            raise
-        if kind == "raised":
+        while True:
+            found, is_value, data = self._answer("result", timeout)[1]
+            if found == number:  # not that of a call before, which Ctrl+C has interrupted
+                break
+        content = pickle.loads(data)
+        if not is_value:
             error, text = content
             raise error from _WorkerTraceback(text)
         return content
@@ -165,9 +179,6 @@ class WorkerProcess:
             error, text = content
             self.end()
             raise error from _WorkerTraceback(text)
-        if _KINDS[kind] == "result" and self._n_unwanted > 0:
-            self._n_unwanted -= 1
-            return
         self._answers[_KINDS[kind]].append((kind, content))
 
     # ------------------------------------------------------------------ the end

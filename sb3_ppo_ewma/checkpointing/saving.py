@@ -109,7 +109,7 @@ class SavedStateMixin(OnPolicyAlgorithm):
             self.collector_generators.drop()
 
     def __getstate__(self) -> dict[str, Any]:
-        attributes = {name: value for name, value in vars(self).items() if name != "_data_parallel"}
+        attributes = {name: each for name, each in vars(self).items() if name not in ("_data_parallel", "_collector")}
         return {**attributes, "data_parallel": SharedInCopies(self.data_parallel)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

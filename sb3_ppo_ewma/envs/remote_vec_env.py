@@ -16,9 +16,12 @@ from stable_baselines3.common.vec_env.base_vec_env import (
     VecEnvStepReturn,
 )
 
-from sb3_ppo_ewma._arguments import check_choice, check_number
-from sb3_ppo_ewma._parallel.worker import Call, Worker
+from sb3_ppo_ewma._arguments import check_choice
+from sb3_ppo_ewma._parallel.worker import Worker
 from sb3_ppo_ewma._parallel.worker_process import WorkerProcess
+
+# Seconds without an answer; an algorithm that collects in the process has its own
+_TIMEOUT = 600.0
 
 
 class RemoteVecEnv(VecEnv):
@@ -37,7 +40,6 @@ class RemoteVecEnv(VecEnv):
     :param start_method: ``"forkserver"``, ``"spawn"`` or ``"fork"``; ``None``: the first of them that the system has
     :param vec_env_cls: class of vectorised environments to make in the process
     :param vec_env_kwargs: further arguments of that class
-    :param timeout: the process is killed when it gives no answer for so many seconds
     :raises ValueError: for a start method that the system lacks
     :raises Exception: what a function raised in the process
     """
@@ -50,21 +52,18 @@ class RemoteVecEnv(VecEnv):
         start_method: str | None = None,
         vec_env_cls: Callable[..., VecEnv] = DummyVecEnv,
         vec_env_kwargs: dict[str, Any] | None = None,
-        timeout: float = 600.0,
     ) -> None:
         methods = [name for name in ("forkserver", "spawn", "fork") if name in multiprocessing.get_all_start_methods()]
         if start_method is not None:
             check_choice("start_method", start_method, tuple(methods), "None")
-        check_number("timeout", timeout, 0)
         make = CloudpickleWrapper(partial(vec_env_cls, list(env_fns), **(vec_env_kwargs or {})))
         # An algorithm with max_policy_lag collects in it.
-        self.worker_process = WorkerProcess(start_method or methods[0], _run, (make, timeout), timeout)
+        self.worker_process = WorkerProcess(start_method or methods[0], _run, (make, _TIMEOUT), _TIMEOUT)
         super().__init__(*self.worker_process.description)
 
     def _call(self, name: str, *args: Any, **kwargs: Any) -> Any:
         # The innermost environments there, whatever an algorithm wraps around them
-        self.worker_process.send("call", Call(-1, name, args, kwargs))
-        return self.worker_process.result().value
+        return self.worker_process.call(-1, name, *args, **kwargs).value
 
     def reset(self) -> VecEnvObs:
         """
