@@ -535,7 +535,7 @@ def test_policies_of_late_rollouts(mode: str, is_prox_recent: bool, is_behav_rec
     log = TrainingsByLag()
     model.learn(12 * N_ENVS * N_STEPS, log)
     model.env.close()
-    assert len(log.late) == 11
+    assert len(log.late) == 10
     # The first and only step of an iteration: the policy is the recent one. A step may also change hardly anything, but
     # not all of them.
     assert all(abs(training["train/approx_kl_prox"]) < 1e-6 for training in log.late) == is_prox_recent

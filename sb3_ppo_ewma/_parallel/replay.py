@@ -56,6 +56,8 @@ def _local_variables(model: Any, buffer: Any, rollout: CollectedRollout) -> Iter
     """
     n_steps, state = buffer.buffer_size, rollout.state
     observations = _as_returned(buffer.observations, model.observation_space)
+    if isinstance(observations, dict):
+        observations = type(state["_last_obs"])(observations)
     obs_tensors = obs_as_tensor(observations, th.device("cpu"))
     values, log_probs = th.as_tensor(buffer.values[..., None]), th.as_tensor(buffer.log_probs)
     is_recurrent = hasattr(buffer, LSTM_STATES[0])
@@ -167,7 +169,7 @@ def _row(observations: Any, step: int) -> Any:
     :return: those of the step; of arrays read-only, because the policy has acted on them as they are
     """
     if isinstance(observations, dict):
-        return {name: _row(each, step) for name, each in observations.items()}
+        return type(observations)((name, _row(each, step)) for name, each in observations.items())
     row = observations[step]
     if isinstance(row, np.ndarray):
         row.flags.writeable = False

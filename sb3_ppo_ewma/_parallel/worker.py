@@ -85,7 +85,7 @@ class Changes(NamedTuple):
 
 class PolicyUpdate(NamedTuple):
     """
-    Tells of a policy.
+    Announces a new policy to the worker.
 
     :param version: its number
     :param rest: from :func:`~sb3_ppo_ewma._parallel.policy_copies.policy_copy`; ``None``: as before
