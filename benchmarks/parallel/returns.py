@@ -18,12 +18,14 @@ N_SEEDS = 3
 MEASURES = {"final": "final_return", "mean": "mean_return"}
 SYNCHRONOUS, ASYNCHRONOUS = "synchronous", "asynchronous"
 WITHOUT, PROXIMAL = "asynchronous, no EWMA", "asynchronous, no EWMA, proximal"
+# As results/returns.json has it, from a version in which timing always decided
+LAG: dict[str, Any] = {"max_policy_lag": 1, "lag_mode": "newest"}
 # Whose proximal policy is that of the beginning of the iteration; proximal: as if it had also collected
 VARIANTS: dict[str, dict[str, Any]] = {
     SYNCHRONOUS: {},
-    ASYNCHRONOUS: {"max_policy_lag": 1},
-    WITHOUT: {"max_policy_lag": 1, "prox_decay": None},
-    PROXIMAL: {"max_policy_lag": 1, "prox_decay": None, "staleness_mode": "proximal"},
+    ASYNCHRONOUS: {**LAG},
+    WITHOUT: {**LAG, "prox_decay": None},
+    PROXIMAL: {**LAG, "prox_decay": None, "staleness_mode": "proximal"},
 }
 
 
