@@ -31,6 +31,15 @@ def test_a_quick_run(program: str, tmp_path: Path) -> None:
         assert 0 <= found["mean_lags"]["max_policy_lag=1"] <= 1
 
 
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts in /proc")
+def test_faults_leave_nothing_behind(tmp_path: Path) -> None:
+    file = tmp_path / "faults.json"
+    result = execute("benchmarks.parallel.faults", "--kinds", "subproc", "--starts", "fork", "--trials", 1,
+                     "--output", file)  # fmt: skip
+    assert "9 trials, 0 with problems" in result.stdout
+    assert len(json.loads(file.read_text())["trials"]) == 9
+
+
 @needs_compiler
 @pytest.mark.slow
 def test_a_quick_run_of_compiled_processes(tmp_path: Path) -> None:

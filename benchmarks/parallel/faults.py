@@ -266,6 +266,7 @@ def train_as_victim(kind: str, start: str) -> None:
 def serve(kind: str, start: str, faults: list[str], n_trials: int, seed: int) -> None:
     """Make all trials of one kind of environments, in a session of its own; a line of JSON for each."""
     rng = random.Random(f"{seed} {kind} {start}")
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell in the background ignores
     provoke("remote call fails", kind, start, rng)[0].env.close()  # what stays open from the first time on
     gc.collect()
     for fault, _ in itertools.product(faults, range(n_trials)):

@@ -47,7 +47,8 @@ class WorkerProcess:
         self.progress: Callable[[], int] = int
         is_forked = start_method == "fork"
         for _ in range(_TRIES_TO_FORK if is_forked else 1):
-            self._start(multiprocessing.get_context(start_method), run, args, is_forked)
+            with _interruption_waits():  # or a process could be left that nobody knows
+                self._start(multiprocessing.get_context(start_method), run, args, is_forked)
             try:
                 # Number of environments, observation space and action space
                 self.description = self.result(STARTED, _SECONDS_TO_FORK if is_forked else timeout)
@@ -248,6 +249,23 @@ def _common_locks() -> Iterator[contextlib.ExitStack]:
             if lock is not None and lock.acquire(timeout=_SECONDS_FOR_LOCKS):
                 held.callback(_release, lock)
         yield held
+
+
+@contextlib.contextmanager
+def _interruption_waits() -> Iterator[None]:
+    """Within this context, Ctrl+C has no effect until its end."""
+    previous = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(previous):
+        yield
+        return
+    received: list[tuple[int, Any]] = []
+    signal.signal(signal.SIGINT, lambda number, frame: received.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    if received:
+        previous(*received[0])
 
 
 def _release(lock: Any) -> None:
