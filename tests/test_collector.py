@@ -302,6 +302,25 @@ def test_what_a_failing_subprocess_leaves_is_said(what: Any, tmp_path: Path) -> 
     model.env.close()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_environments_whose_process_was_killed_can_be_closed(kind: str, tmp_path: Path) -> None:
+    class Kills(BaseCallback):
+        def _on_step(self) -> bool:
+            return True
+
+        def _on_rollout_end(self) -> None:
+            for process in multiprocessing.active_children():
+                if process.name == "collector":
+                    process.kill()
+
+    env = KINDS[kind](lambda: Steps(tmp_path))
+    model = PPOEWMA("MlpPolicy", env, max_policy_lag=1, **SETTINGS)
+    with pytest.raises(RuntimeError, match=r"has ended \(signal SIGKILL\)"):
+        model.learn(10_000, Kills())
+    env.close()
+    env.close()
+
+
 def test_where_a_process_hangs_is_said(tmp_path: Path) -> None:
     def sleeps() -> None:
         time.sleep(1000)

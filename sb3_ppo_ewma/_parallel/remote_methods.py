@@ -65,6 +65,7 @@ def _closing(layer: "weakref.ref[Any]", close: Callable[[], None]) -> Callable[[
         close()
         own = layer()
         if own is not None:
+            vars(own).pop("close", None)
             own.close()  # the method of its class again
 
     return method
