@@ -84,10 +84,7 @@ def make_env(kind: str, start: str, what: Callable[[], None] | None, at: int) ->
     def pool(functions: list[Any]) -> Any:
         return EnvPoolVecEnv("CartPole-v1", len(functions))
 
-    def processes(functions: list[Any]) -> Any:
-        return SubprocVecEnv(functions, start_method="fork")
-
-    make = {"dummy": DummyVecEnv, "subproc": processes, "envpool": pool}[kind]
+    make = {"dummy": DummyVecEnv, "subproc": SubprocVecEnv, "envpool": pool}[kind]
     functions = [lambda: Faulty(gym.make("CartPole-v1"))] * N_ENVS
     env = make(functions) if start == "fork" else RemoteVecEnv(functions, start, make)
     return FaultyPool(env) if kind == "envpool" else env
