@@ -376,6 +376,15 @@ def test_without_lag_callbacks_have_the_effect_that_they_have_in_one_process(
     assert differences(*found) == []
 
 
+def test_expanded_and_empty_buffers_reach_the_worker() -> None:
+    env = make_vec_env("CartPole-v1", N_ENVS, seed=0)
+    model = PPOEWMA("MlpPolicy", env, max_policy_lag=0, prox_decay=None, **SETTINGS)
+    model.policy.register_buffer("expanded", th.ones(1, dtype=th.bfloat16).expand(5))
+    model.policy.register_buffer("empty", th.zeros(0, 3))
+    model.learn(N_ENVS * N_STEPS)
+    env.close()
+
+
 @pytest.mark.parametrize("callback", [Curious, Cuts])
 def test_with_lag_callbacks_change_rewards_and_ends(callback: Any) -> None:
     found = []

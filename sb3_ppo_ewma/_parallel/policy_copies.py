@@ -4,6 +4,7 @@ rest, which hardly ever changes.
 """
 
 import io
+import math
 import pickle
 import types
 from collections.abc import Sequence
@@ -89,7 +90,7 @@ class _TensorsApart:
 
     def _reference(self, tensor: th.Tensor) -> tuple[Any, ...]:
         plain = tensor.detach().cpu()
-        self.arrays.append((plain.view(th.int16) if plain.dtype == th.bfloat16 else plain).numpy())
+        self.arrays.append(_array(plain))
         is_parameter = isinstance(tensor, th.nn.Parameter)
         place = plain.data_ptr() % _ALIGNMENT, plain.stride()
         return _TENSOR, len(self.arrays) - 1, plain.dtype, place, is_parameter, tensor.requires_grad
@@ -125,14 +126,21 @@ class _Unpickler(pickle.Unpickler):
             return None
         _, index, dtype, place, is_parameter, requires_grad = reference
         if index not in self._tensors:
-            source = th.from_numpy(self._arrays[index]).view(dtype)
-            tensor = _empty_at(source.shape, dtype, *place)
-            tensor.copy_(source)
+            tensor = _empty_at(self._arrays[index].shape, dtype, *place)
+            _array(tensor)[...] = self._arrays[index]  # torch refuses to copy into an expanded tensor
             self._tensors[index] = th.nn.Parameter(tensor, requires_grad) if is_parameter else tensor
         return self._tensors[index]
 
 
-def _empty_at(shape: th.Size, dtype: th.dtype, address: int, stride: tuple[int, ...]) -> th.Tensor:
+def _array(tensor: th.Tensor) -> np.ndarray:
+    """
+    :param tensor: on the CPU
+    :return: an array with its memory
+    """
+    return (tensor.view(th.int16) if tensor.dtype == th.bfloat16 else tensor).numpy()
+
+
+def _empty_at(shape: tuple[int, ...], dtype: th.dtype, address: int, stride: tuple[int, ...]) -> th.Tensor:
     """
     :param shape: shape
     :param dtype: type
@@ -141,7 +149,7 @@ def _empty_at(shape: th.Size, dtype: th.dtype, address: int, stride: tuple[int, 
     :param stride: steps in memory along each axis
     :return: a tensor
     """
-    n_elements = 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True)) if shape.numel() else 0
+    n_elements = 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True)) if math.prod(shape) else 0
     memory = th.empty(n_elements * dtype.itemsize + _ALIGNMENT, dtype=th.uint8)
     first = (address - memory.data_ptr()) % _ALIGNMENT
     flat = memory[first : first + n_elements * dtype.itemsize].view(dtype)
