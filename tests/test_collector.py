@@ -21,6 +21,7 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecFrameStack, VecNormalize
 
 from sb3_ppo_ewma import PPOEWMA, RecurrentPPOEWMA, RemoteVecEnv
+from sb3_ppo_ewma._parallel.channel import Channel
 from tests.test_asynchronous import N_ENVS, N_STEPS, SETTINGS, Counter, differences, state_of
 
 pytestmark = [
@@ -142,6 +143,21 @@ def test_results_that_cannot_be_pickled_are_named() -> None:
         env.set_attr("lock", threading.Lock())
     model.learn(64)
     env.close()
+
+
+def test_words_are_answered_from_the_beginning() -> None:
+    def answer(channel: Channel, word: str) -> bool:
+        channel.send(("answer", word))
+        return False
+
+    own, theirs = multiprocessing.Pipe()
+    asks = Channel(own)
+    asks.say("where")
+    answers = Channel(theirs, answer)
+    assert asks.receive(10) == ("answer", "where")
+    answers.flush(10)
+    theirs.close()
+    asks.close(10)
 
 
 def test_calls_of_inner_wrappers_reach_the_process() -> None:

@@ -5,6 +5,7 @@ import pickle
 import queue
 import threading
 from collections.abc import Callable
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -22,15 +23,17 @@ class Channel:
     message is never left half read, so an interrupted process can go on with the next.
 
     :param connection: this process's end of a duplex pipe
-    :param hear: called with every word of the other process, at once and in another thread; with an empty word when the
-        other end is gone. Returns whether nothing more is to be received
+    :param hear: called with this channel and every word of the other process, at once and in another thread; with an
+        empty word when the other end is gone. Returns whether nothing more is to be received
     """
 
-    def __init__(self, connection: "Connection[Any, Any]", hear: Callable[[str], bool] | None = None) -> None:
+    def __init__(
+        self, connection: "Connection[Any, Any]", hear: "Callable[[Channel, str], bool] | None" = None
+    ) -> None:
         self._connection = connection
         self._received: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._to_send: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-        arguments = (connection, self._received, hear)
+        arguments = (connection, self._received, None if hear is None else partial(hear, self))
         self._threads = [
             threading.Thread(target=_receive_all, args=arguments, name="channel-receives", daemon=True),
             threading.Thread(target=_send_all, args=(connection, self._to_send), name="channel-sends", daemon=True),

@@ -244,12 +244,12 @@ class Worker:
             self._send_error("failed", error)
         self._channel.flush(self._timeout)
 
-    def _hear(self, word: str) -> bool:
+    def _hear(self, channel: Channel, word: str) -> bool:
         if word.startswith(ABANDON):
             self.n_abandoned = int(word[len(ABANDON) :])
         elif word == STACK:
             frame = sys._current_frames()[self._main_thread]
-            self._channel.send(("stack", "".join(traceback.format_stack(frame))))
+            channel.send(("stack", "".join(traceback.format_stack(frame))))
         else:  # CLOSE, or the other process has ended
             self.is_closing.set()
         return self.is_closing.is_set()
