@@ -145,6 +145,46 @@ def test_results_that_cannot_be_pickled_are_named() -> None:
     env.close()
 
 
+class UnreadableError(Exception):
+    """Can be pickled, but not unpickled."""
+
+    def __init__(self, first: int, second: int) -> None:
+        super().__init__(first + second)
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        return self
+
+
+class Unreadables(gym.Wrapper):  # type: ignore[type-arg]
+    n_steps = 0
+
+    def unreadable(self) -> UnreadableError:
+        return UnreadableError(1, 2)
+
+    def step(self, action: Any) -> Any:
+        *others, info = super().step(action)
+        self.n_steps += 1
+        return *others, {**info, "error": UnreadableError(1, 2) if self.n_steps == N_STEPS + 3 else None}
+
+
+@pytest.mark.parametrize("lag", [0, 2])
+@pytest.mark.parametrize("kind", ["dummy", "remote"])
+def test_collection_goes_on_after_what_cannot_be_unpickled(kind: str, lag: int) -> None:
+    env = KINDS[kind](lambda: Unreadables(gym.make("CartPole-v1")))
+    model = PPOEWMA("MlpPolicy", env, max_policy_lag=lag, collector_timeout=20.0, **SETTINGS)
+    with pytest.raises(TypeError, match="second"):
+        model.learn(1024)
+    model.learn(2 * N_ENVS * N_STEPS, reset_num_timesteps=False)
+    assert model.num_timesteps == 3 * N_ENVS * N_STEPS
+    n_steps = env.get_attr("n_steps")
+    with pytest.raises(TypeError, match="second"):
+        env.env_method("unreadable")
+    with pytest.raises(TypeError, match="second"):
+        env.set_attr("x", UnreadableError(1, 2))
+    assert env.get_attr("n_steps") == n_steps  # of the same process
+    env.close()
+
+
 def test_words_are_answered_from_the_beginning() -> None:
     def answer(channel: Channel, word: str) -> bool:
         channel.send(("answer", word))

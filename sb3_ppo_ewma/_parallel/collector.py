@@ -7,6 +7,7 @@ import contextlib
 import copy
 import math
 import multiprocessing
+import pickle
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -63,6 +64,8 @@ class Collector:
         self._is_closed = False
         self._version = -1
         self._n_requested = self._n_received = 0
+        # Whether a rollout came that could not be unpickled
+        self._has_lost = False
         model.rollout_buffer.reset()
         tensors = policy_copy(model.policy).tensors
         self._rest: bytes | None = None
@@ -135,7 +138,8 @@ class Collector:
         return self._memory.fits(empty)
 
     def _begin(self, model: Any) -> None:
-        has_abandoned = self._drain()
+        has_abandoned = self._drain() or self._has_lost
+        self._has_lost = False
         if has_abandoned:
             # Where the environments are is a matter of time; from here on it is not.
             model._last_obs = self._statistics = None
@@ -258,8 +262,11 @@ class Collector:
             self._n_requested += 1
 
     def _receive_rollout(self, model: Any) -> CollectedRollout:
-        rollout: CollectedRollout = self._process.rollout()
+        data = self._process.rollout()
         self._n_received += 1
+        self._has_lost = True
+        rollout: CollectedRollout = pickle.loads(cast(bytes, data))
+        self._has_lost = False
         self._take_statistics(model, rollout.statistics)
         if self._generators is None:
             model.collector_generators.states = self._generators_of_worker = rollout.generators

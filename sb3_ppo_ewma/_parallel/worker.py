@@ -46,15 +46,13 @@ class Call(NamedTuple):
     :param number: of the call, which its answer repeats
     :param depth: 0 for the outermost wrapper, 1 for what it wraps, and so on
     :param name: name of the method
-    :param args: its positional arguments
-    :param kwargs: its keyword arguments
+    :param arguments: pickle of its positional and its keyword arguments
     """
 
     number: int
     depth: int
     name: str
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    arguments: bytes
 
 
 class Result(NamedTuple):
@@ -282,11 +280,11 @@ class Worker:
                 self._generators.load_state_dict(content)
                 self._generators.apply_pending()
             elif content.number < self.n_abandoned:
-                self._channel.send(("abandoned", None))
+                self._channel.send(("rollout", None))
             else:
                 rollout = self._collect(content, time.perf_counter() - idle_since)
                 idle_since = time.perf_counter()
-                self._channel.send(("abandoned", None) if rollout is None else ("rollout", rollout))
+                self._channel.send(("rollout", None if rollout is None else dumps(rollout)))
 
     def _take_messages(self) -> None:
         timeout = 0.0 if self._messages else POLL_SECONDS
@@ -308,7 +306,8 @@ class Worker:
 
     def _answer_call(self, call: Call) -> None:
         try:
-            value = getattr(layers(self._env)[call.depth], call.name)(*call.args, **call.kwargs)
+            args, kwargs = pickle.loads(call.arguments)
+            value = getattr(layers(self._env)[call.depth], call.name)(*args, **kwargs)
             venv = unwrap_vec_normalize(self._env)
             statistics = None if venv is None else statistics_of(venv)
             result = Result(value, statistics, self._generators.state_dict() if self._shares_generators else None)

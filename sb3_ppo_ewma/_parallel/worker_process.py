@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from sb3_ppo_ewma._arguments import warn_caller
-from sb3_ppo_ewma._parallel.channel import Channel
+from sb3_ppo_ewma._parallel.channel import Channel, dumps
 from sb3_ppo_ewma._parallel.worker import ABANDON, CLOSE, POLL_SECONDS, STACK, STARTED, Call
 
 # A forked process is there at once, unless it waits for a lock that a thread held; then another try helps.
@@ -27,7 +27,7 @@ _SECONDS_FOR_STACK = 3
 _SECONDS_WITHOUT_WORD = 5
 _SECONDS_WITHOUT_STEP = 10
 _SECONDS_FOR_LOCKS = 5
-_KINDS = {"rollout": "rollout", "abandoned": "rollout", "result": "result", "stack": "stack"}
+_KINDS = ("rollout", "result", "stack")
 
 
 class WorkerProcess:
@@ -75,7 +75,7 @@ class WorkerProcess:
         self._process, self._channel = process, Channel(own)
         self._has_warned = False
         self._n_calls = 0
-        self._answers: dict[str, deque[Any]] = {kind: deque() for kind in _KINDS.values()}
+        self._answers: dict[str, deque[Any]] = {kind: deque() for kind in _KINDS}
         self._finalizer = multiprocessing.util.Finalize(
             self, _end, args=(process, self._channel, self.timeout), exitpriority=100
         )
@@ -110,7 +110,7 @@ class WorkerProcess:
         :raises Exception: what the method raises
         """
         self._n_calls += 1
-        self.send("call", Call(self._n_calls, depth, name, args, kwargs))
+        self.send("call", Call(self._n_calls, depth, name, dumps((args, kwargs))))
         return self.result(self._n_calls)
 
     def result(self, number: int, timeout: float | None = None) -> Any:
@@ -124,7 +124,7 @@ class WorkerProcess:
         if not self.is_alive:
             raise RuntimeError("The process of these environments has ended")
         while True:
-            found, is_value, data = self._answer("result", timeout)[1]
+            found, is_value, data = self._answer("result", timeout)
             if found == number:  # not that of a call before, which Ctrl+C has interrupted
                 break
         content = pickle.loads(data)
@@ -133,14 +133,15 @@ class WorkerProcess:
             raise error from _WorkerTraceback(text)
         return content
 
-    def rollout(self) -> Any:
+    def rollout(self) -> bytes | None:
         """
-        :return: the next rollout; ``None`` if it was abandoned
+        :return: pickle of the next rollout; ``None`` if it was abandoned
         :raises Exception: what the process raised instead, which has ended it
         """
-        return self._answer("rollout", None)[1]
+        answer: bytes | None = self._answer("rollout", None)
+        return answer
 
-    def _answer(self, kind: str, timeout: float | None) -> tuple[str, Any]:
+    def _answer(self, kind: str, timeout: float | None) -> Any:
         n_steps, began = -1, time.monotonic()
         while not self._answers[kind]:
             message = self._next_message(POLL_SECONDS)
@@ -159,8 +160,7 @@ class WorkerProcess:
             elif waited > _SECONDS_WITHOUT_STEP and not self._has_warned and kind != "stack":
                 self._has_warned = True
                 warn_caller(f"The environments have made no step for {waited:.0f} seconds{self._where()}")
-        answer: tuple[str, Any] = self._answers[kind].popleft()
-        return answer
+        return self._answers[kind].popleft()
 
     def _next_message(self, timeout: float) -> Any:
         """
@@ -180,7 +180,7 @@ class WorkerProcess:
             error, text = content
             self.end()
             raise error from _WorkerTraceback(text)
-        self._answers[_KINDS[kind]].append((kind, content))
+        self._answers[kind].append(content)
 
     # ------------------------------------------------------------------ the end
 
@@ -206,7 +206,7 @@ class WorkerProcess:
         """
         self._channel.say(STACK)
         with contextlib.suppress(TimeoutError):
-            return f".{self._about_threads()} It is here:\n{self._answer('stack', _SECONDS_FOR_STACK)[1]}"
+            return f".{self._about_threads()} It is here:\n{self._answer('stack', _SECONDS_FOR_STACK)}"
         return f".{self._about_threads()}"
 
     def _about_threads(self) -> str:
