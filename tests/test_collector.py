@@ -510,6 +510,20 @@ def test_one_process_serves_several_models() -> None:
         env.reset()
 
 
+def test_what_a_model_that_has_gone_asked_for_is_not_for_the_next() -> None:
+    class Stops(BaseCallback):
+        def _on_step(self) -> bool:
+            return self.n_calls < N_STEPS + 3
+
+    env = make_vec_env("CartPole-v1", N_ENVS, seed=0, vec_env_cls=RemoteVecEnv)  # type: ignore[arg-type]
+    PPOEWMA("MlpPolicy", env, max_policy_lag=2, **SETTINGS).learn(1024, Stops())
+    gc.collect()
+    model = PPOEWMA("MlpPolicy", env, max_policy_lag=2, **{**SETTINGS, "n_steps": 16, "batch_size": 16})
+    model.learn(4 * N_ENVS * 16)
+    assert model.num_timesteps == 4 * N_ENVS * 16
+    env.close()
+
+
 def test_errors_of_functions_come_from_the_process() -> None:
     def make() -> Any:
         raise KeyError("not made")

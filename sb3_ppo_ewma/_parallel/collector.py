@@ -98,6 +98,7 @@ class Collector:
         process.timeout = model.collector_timeout
         process.send("attach", (dump_for_collection(model), self._memory, self._generators is not None))
         process.result(ATTACHED)
+        process.forget_rollouts()  # of a model that has gone
         return process
 
     @classmethod

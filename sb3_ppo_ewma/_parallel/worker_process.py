@@ -133,6 +133,10 @@ class WorkerProcess:
             raise error from _WorkerTraceback(text)
         return content
 
+    def forget_rollouts(self) -> None:
+        """Drop rollouts that have come and nobody has taken."""
+        self._answers["rollout"].clear()
+
     def rollout(self) -> bytes | None:
         """
         :return: pickle of the next rollout; ``None`` if it was abandoned
