@@ -660,6 +660,17 @@ def test_without_lag_collection_goes_on_where_it_is_after_a_callback_that_stops(
     model.env.close()
 
 
+def test_a_loop_of_ones_own_may_go_on_beyond_the_number_of_steps() -> None:
+    env = make_vec_env("CartPole-v1", N_ENVS)
+    model = PPOEWMA("MlpPolicy", env, max_policy_lag=1, collector_timeout=10.0, **SETTINGS)
+    _, callback = model._setup_learn(0)
+    for _ in range(3):
+        model.collect_rollouts(env, callback, model.rollout_buffer, N_STEPS)
+        model.train()
+    assert model.num_timesteps == 3 * N_ENVS * N_STEPS
+    env.close()
+
+
 def test_closed_environments_serve_again() -> None:
     model = make("cartpole", max_policy_lag=1)
     model.learn(128)

@@ -223,7 +223,8 @@ class Collector:
         n_processes = 1 if model._data_parallel is None else model._data_parallel.group.size
         n_samples = n_rollout_steps * env.num_envs * n_processes
         n_missing = math.ceil((model._total_timesteps - model.num_timesteps) / n_samples)
-        self._request_rollouts(n_missing, model, n_rollout_steps, args, kwargs)
+        # A loop of the user's own may go on beyond the number of steps.
+        self._request_rollouts(max(n_missing, 1), model, n_rollout_steps, args, kwargs)
         idle_since = time.perf_counter()
         rollout = self._receive_rollout(model)
         model.logger.record("time/learner_idle_s", time.perf_counter() - idle_since)
