@@ -671,6 +671,20 @@ def test_a_loop_of_ones_own_may_go_on_beyond_the_number_of_steps() -> None:
     env.close()
 
 
+def test_copies_of_a_model_begin_with_environments_of_their_own() -> None:
+    env = DummyVecEnv([Counter])
+    model = PPOEWMA("MlpPolicy", env, max_policy_lag=1, **SETTINGS)
+    model.learn(2 * N_STEPS)
+    copied = copy.deepcopy(model)
+    copied.learn(N_STEPS, reset_num_timesteps=False)
+    np.testing.assert_array_equal(copied.rollout_buffer.observations.flatten(), np.arange(N_STEPS))
+    model.learn(N_STEPS, reset_num_timesteps=False)
+    np.testing.assert_array_equal(model.rollout_buffer.observations.flatten(), np.arange(2 * N_STEPS, 3 * N_STEPS))
+    for each in (model, copied):
+        assert each.env is not None
+        each.env.close()
+
+
 def test_closed_environments_serve_again() -> None:
     model = make("cartpole", max_policy_lag=1)
     model.learn(128)

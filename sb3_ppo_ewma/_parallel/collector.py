@@ -171,6 +171,12 @@ class Collector:
         if self._n_received < self._n_requested and self._process.is_alive:
             self._process.abandon(self._n_requested)
 
+    def in_copies(self) -> "EndedCollector":
+        """
+        :return: what copies of the model have in place of this
+        """
+        return EndedCollector()
+
     # ------------------------------------------------------------------ rollouts
 
     def collect_rollouts(
@@ -345,6 +351,31 @@ class Collector:
             self.abandon_rollouts()
             with contextlib.suppress(Exception):  # of rollouts that nobody needs
                 self._drain()
+
+
+class EndedCollector:
+    """In copies of a model: their environments did not make the worker's steps, so the next ``learn`` resets them."""
+
+    def in_copies(self) -> "EndedCollector":
+        """
+        :return: what a copy of the copy has
+        """
+        return self
+
+    def collect_rollouts(self, *args: Any, **kwargs: Any) -> bool:
+        """
+        :raises RuntimeError: always
+        """
+        raise RuntimeError("a copy of a model with max_policy_lag collects no rollouts before its learn() has begun")
+
+    def close(self) -> None:
+        """There is nothing to close."""
+
+    def abandon_rollouts(self) -> None:
+        """There are none."""
+
+    def _serves(self, model: Any) -> bool:
+        return False
 
 
 @contextlib.contextmanager

@@ -109,7 +109,9 @@ class SavedStateMixin(OnPolicyAlgorithm):
             self.collector_generators.drop()
 
     def __getstate__(self) -> dict[str, Any]:
-        attributes = {name: each for name, each in vars(self).items() if name not in ("_data_parallel", "_collector")}
+        attributes = {name: value for name, value in vars(self).items() if name != "_data_parallel"}
+        if attributes.get("_collector") is not None:
+            attributes["_collector"] = attributes["_collector"].in_copies()
         return {**attributes, "data_parallel": SharedInCopies(self.data_parallel)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
