@@ -24,7 +24,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import SimpleMultiObsEnv
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.utils import set_random_seed
-from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecNormalize
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecEnvWrapper, VecNormalize
 
 from sb3_ppo_ewma import (
     PPGEWMA,
@@ -320,6 +320,40 @@ class NewSettings(BaseCallback):
         return True
 
 
+class NumpysNumbers(BaseCallback):
+    """Changes settings to numbers that are not Python's."""
+
+    def _on_rollout_start(self) -> None:
+        self.model.gamma = self.model.rollout_buffer.gamma = np.float64(0.5)  # type: ignore[attr-defined]
+
+    def _on_step(self) -> bool:
+        return True
+
+
+class NewStatistics(BaseCallback):
+    """Changes running statistics in place."""
+
+    def _on_rollout_end(self) -> None:
+        self.model.get_env().obs_rms.mean[:] = 0.5  # type: ignore[union-attr]
+
+    def _on_step(self) -> bool:
+        return True
+
+
+class Evaluates(BaseCallback):
+    """Evaluates in the training environments, with and without normalising."""
+
+    def _on_rollout_end(self) -> None:
+        env: Any = self.model.get_env()
+        env.norm_reward = not env.norm_reward
+        self.logger.record("train/return", evaluate_policy(self.model, env, n_eval_episodes=2)[0])
+        self.logger.record("train/original", env.get_original_reward().sum())
+        self.logger.record("train/count", env.obs_rms.count)
+
+    def _on_step(self) -> bool:
+        return True
+
+
 class Curious(BaseCallback):
     """Adds to rewards, in place, as intrinsic rewards are."""
 
@@ -361,7 +395,10 @@ class Rewrites(BaseCallback):
         self.model.rollout_buffer.advantages *= 2  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("callback", [NewWeights, NewHead, NewSettings, Curious, Cuts, OtherActions, Rewrites])
+@pytest.mark.parametrize(
+    "callback",
+    [NewWeights, NewHead, NewSettings, NumpysNumbers, NewStatistics, Evaluates, Curious, Cuts, OtherActions, Rewrites],
+)
 @pytest.mark.parametrize("settings", [{}, {"recompute_advantages": True}], ids=["", "recomputed"])
 def test_without_lag_callbacks_have_the_effect_that_they_have_in_one_process(
     callback: Any, settings: dict[str, Any]
@@ -373,6 +410,48 @@ def test_without_lag_callbacks_have_the_effect_that_they_have_in_one_process(
         model.learn(4 * N_ENVS * N_STEPS, callback())
         found.append(state_of(model))
         model.env.close()
+    assert differences(*found) == []
+
+
+class Rises(VecEnvWrapper):
+    """Rewards that rise with a number, which it and others change."""
+
+    def __init__(self, venv: VecEnv) -> None:
+        super().__init__(venv)
+        self.level = 0.0
+
+    def reset(self) -> Any:
+        return self.venv.reset()
+
+    def step_wait(self) -> Any:
+        observations, rewards, dones, infos = self.venv.step_wait()
+        self.level += 0.01 * dones.sum()
+        return observations, rewards * (1 + self.level), dones, infos
+
+    def rise(self, level: float) -> None:
+        self.level += level
+
+
+def test_attributes_that_both_processes_change_are_those_of_one_process() -> None:
+    class Raises(BaseCallback):
+        def _on_step(self) -> bool:
+            return True
+
+        def _on_rollout_end(self) -> None:
+            env: Any = self.training_env
+            levels.append(env.level)
+            env.rise(0.1)
+            levels.append(env.level)
+            env.level += 1.0
+
+    found = []
+    for lag in (None, 0):
+        levels: list[float] = []
+        env = Rises(make_vec_env("CartPole-v1", N_ENVS, seed=0))
+        model = PPOEWMA("MlpPolicy", env, max_policy_lag=lag, **SETTINGS)
+        model.learn(4 * N_ENVS * N_STEPS, Raises())
+        found.append({"levels": levels, **state_of(model)})
+        env.close()
     assert differences(*found) == []
 
 

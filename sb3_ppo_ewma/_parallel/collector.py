@@ -10,43 +10,37 @@ import multiprocessing
 import pickle
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any, cast
 
-import numpy as np
 import torch as th
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
 
 from sb3_ppo_ewma._parallel.as_ready import check_as_ready
-from sb3_ppo_ewma._parallel.normalization import Statistics, set_statistics, statistics_of
 from sb3_ppo_ewma._parallel.policy_copies import policy_copy
 from sb3_ppo_ewma._parallel.portable import dump_for_collection
 from sb3_ppo_ewma._parallel.remote_methods import RemoteMethods
 from sb3_ppo_ewma._parallel.replay import replay_steps
 from sb3_ppo_ewma._parallel.shared_memory import SharedMemory
+from sb3_ppo_ewma._parallel.shared_state import Changes, SharedState
 from sb3_ppo_ewma._parallel.worker import (
     ATTACHED,
-    Changes,
     CollectedRollout,
     PolicyUpdate,
     RolloutRequest,
     Worker,
     collection_state,
-    layers,
     set_collection_state,
 )
 from sb3_ppo_ewma._parallel.worker_process import WorkerProcess
 from sb3_ppo_ewma.checkpointing.generators import GeneratorStates, StateDict, derived_states, seed_from
 
-# Attributes of these types reach the worker when they are changed, but for some that each process has for itself
-_SIMPLE = (bool, int, float, str, type(None))
-_NEW = object()
 # Who collects in environments, by the innermost of them
 _collectors: "weakref.WeakKeyDictionary[VecEnv, weakref.ref[Collector]]" = weakref.WeakKeyDictionary()
-_OWN_ATTRIBUTES = {"num_timesteps", "pos", "full", "generator_ready", "waiting", "closed"}
 
 
 class Collector:
@@ -71,8 +65,9 @@ class Collector:
         self._rest: bytes | None = None
         self._memory = SharedMemory(model.rollout_buffer, tensors, self._lag + 1)
         self._model = weakref.ref(model)
-        self._attributes = _Attributes(model)
-        self._statistics = _statistics(model)
+        self._shared = SharedState(model, with_innermost=True)
+        # What calls have changed, with the number of rollouts before: the environments may be ahead of the model
+        self._ahead: deque[tuple[int, Changes]] = deque()
         try:
             self._process = self._start(model)
         finally:
@@ -143,7 +138,10 @@ class Collector:
         self._has_lost = False
         if has_abandoned:
             # Where the environments are is a matter of time; from here on it is not.
-            model._last_obs = self._statistics = None
+            model._last_obs = None
+            self._ahead = deque((number, each._replace(statistics=None)) for number, each in self._ahead)
+            self._take_changes(model)
+            self._shared.forget_statistics()
         if self._lag == 0:
             return
         kept = model.collector_generators
@@ -261,10 +259,9 @@ class Collector:
         version = None if self._mode == "newest" else self._version
         while self._n_requested < n_allowed:
             is_idle = self._n_requested == self._n_received
-            self._send_changes(model, is_idle)
-            request = RolloutRequest(
-                self._n_requested, version, n_steps, args, kwargs, collection_state(model) if is_idle else {}
-            )
+            self._send_changes(model)
+            state = {**collection_state(model), "num_timesteps": model.num_timesteps} if is_idle else {}
+            request = RolloutRequest(self._n_requested, version, n_steps, args, kwargs, state)
             self._send_generators()
             self._process.send("collect", request)
             self._n_requested += 1
@@ -275,7 +272,8 @@ class Collector:
         self._has_lost = True
         rollout: CollectedRollout = pickle.loads(cast(bytes, data))
         self._has_lost = False
-        self._take_statistics(model, rollout.statistics)
+        self._shared.take(model, rollout.changes)
+        self._take_changes(model)
         if self._generators is None:
             model.collector_generators.states = self._generators_of_worker = rollout.generators
         else:
@@ -295,33 +293,29 @@ class Collector:
         :return: its result
         :raises Exception: what the method raises
         """
-        model, is_idle = self._model(), self._n_requested == self._n_received
+        model = self._model()
         with self._ending_with_process():
             if model is not None:
-                self._send_changes(model, is_idle)
+                self._send_changes(model)
             self._send_generators()
             result = self._process.call(depth, name, *args, **kwargs)
-        if model is not None and is_idle:  # else the environments are ahead of the model
-            self._take_statistics(model, result.statistics)
+        if model is not None:
+            self._ahead.append((self._n_requested, result.changes))
+            self._take_changes(model)
+            if result.original_rewards is not None:
+                model.get_vec_normalize_env().old_reward = result.original_rewards
         if result.generators is not None:
             self._take_generators(result.generators)
         return result.value
 
-    def _send_changes(self, model: Any, is_idle: bool) -> None:
-        attributes = self._attributes.changes(model)
-        if is_idle:
-            attributes.setdefault("model", {})["num_timesteps"] = model.num_timesteps
-        statistics = _statistics(model)
-        is_known = _are_equal(statistics, self._statistics)
-        self._statistics = statistics
-        if attributes or not is_known:
-            self._process.send("changes", Changes(attributes, None if is_known else statistics))
+    def _send_changes(self, model: Any) -> None:
+        changes = self._shared.changes(model)
+        if changes.attributes or changes.statistics is not None:
+            self._process.send("changes", changes)
 
-    def _take_statistics(self, model: Any, statistics: Statistics | None) -> None:
-        venv = model.get_vec_normalize_env()
-        if venv is not None and statistics is not None:
-            set_statistics(venv, statistics)
-            self._statistics = statistics
+    def _take_changes(self, model: Any) -> None:
+        while self._ahead and self._ahead[0][0] <= self._n_received:
+            self._shared.take(model, self._ahead.popleft()[1])
 
     def _send_generators(self) -> None:
         if self._generators is not None:
@@ -447,52 +441,3 @@ def _mark_lost(env: VecEnv) -> None:
 
 def _nothing() -> None:
     pass
-
-
-class _Attributes:
-    """
-    Attributes that both processes have, and the process that trains may change.
-
-    :param model: the algorithm
-    """
-
-    def __init__(self, model: Any) -> None:
-        self._known = self._now(model)
-
-    def changes(self, model: Any) -> dict[str, dict[str, Any]]:
-        """
-        :param model: the algorithm
-        :return: by owner, the attributes that have changed since the last call
-        """
-        before, self._known = self._known, self._now(model)
-        changed = {
-            owner: {
-                name: value for name, value in now.items() if name not in before[owner] or before[owner][name] != value
-            }
-            for owner, now in self._known.items()
-        }
-        return {owner: each for owner, each in changed.items() if each}
-
-    @staticmethod
-    def _now(model: Any) -> dict[str, dict[str, Any]]:
-        owners = {"model": model, "buffer": model.rollout_buffer}
-        owners |= {str(depth): layer for depth, layer in enumerate(layers(model.env))}
-        return {
-            owner: {
-                name: value
-                for name, value in vars(each).items()
-                if type(value) in _SIMPLE and name not in _OWN_ATTRIBUTES
-            }
-            for owner, each in owners.items()
-        }
-
-
-def _statistics(model: Any) -> Statistics | None:
-    venv = model.get_vec_normalize_env()
-    return None if venv is None else statistics_of(venv)
-
-
-def _are_equal(a: Statistics | None, b: Statistics | None) -> bool:
-    if a is None or b is None:
-        return a is b
-    return all(np.array_equal(cast(Any, x), cast(Any, y)) for name in a for x, y in zip(a[name], b[name], strict=True))

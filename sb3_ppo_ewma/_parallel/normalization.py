@@ -16,7 +16,7 @@ def statistics_of(venv: VecNormalize) -> Statistics:
     :param venv: environments with normalised observations or rewards
     :return: running statistics of the returns and, if ``norm_obs``, of the observations
     """
-    return {name: (each.mean, each.var, each.count) for name, each in _running(venv).items()}
+    return {name: (each.mean.copy(), each.var.copy(), each.count) for name, each in _running(venv).items()}
 
 
 def set_statistics(venv: VecNormalize, statistics: Statistics) -> None:
@@ -25,7 +25,8 @@ def set_statistics(venv: VecNormalize, statistics: Statistics) -> None:
     :param statistics: running statistics for it, from environments with the same spaces
     """
     for name, each in _running(venv).items():
-        each.mean, each.var, each.count = statistics[name]
+        mean, variance, each.count = statistics[name]
+        each.mean, each.var = mean.copy(), variance.copy()
 
 
 def _running(venv: VecNormalize) -> dict[str, RunningMeanStd]:

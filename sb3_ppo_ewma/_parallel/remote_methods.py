@@ -6,7 +6,7 @@ from typing import Any
 
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_ppo_ewma._parallel.worker import layers
+from sb3_ppo_ewma._parallel.shared_state import layers
 
 # Methods that only read what this process has, too
 _LOCAL = {"close", "getattr_depth_check", "getattr_recursive", "set_venv", "save", "load", "get_original_reward",

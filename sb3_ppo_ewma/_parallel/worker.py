@@ -12,25 +12,23 @@ import time
 import traceback
 from collections import deque
 from multiprocessing.connection import Connection
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch as th
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
-from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv, VecEnvWrapper, VecNormalize, unwrap_vec_normalize
+from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv, VecNormalize, unwrap_vec_normalize
 
 from sb3_ppo_ewma._parallel.channel import Channel, dumps
-from sb3_ppo_ewma._parallel.normalization import Statistics, set_statistics, statistics_of
 from sb3_ppo_ewma._parallel.policy_copies import build_policy
 from sb3_ppo_ewma._parallel.portable import load_for_collection
 from sb3_ppo_ewma._parallel.shared_memory import SharedMemory
+from sb3_ppo_ewma._parallel.shared_state import COLLECTION_STATE, Changes, SharedState, layers
 from sb3_ppo_ewma.checkpointing.generators import GeneratorStates, StateDict
 
 # Both processes look this often whether the other one is still there
 POLL_SECONDS = 0.5
-# Attributes that collection carries from one rollout to the next
-_COLLECTION_STATE = ("_last_obs", "_last_episode_starts", "_last_lstm_states", "_last_original_obs")
 # Local variables of the loop in collect_rollouts that the rollout buffer does not have, or not as they were
 _RECORDED = ("actions", "clipped_actions", "action_masks", "rewards", "dones")
 # Numbers of the first answers; those of calls are above
@@ -60,25 +58,15 @@ class Result(NamedTuple):
     What a method of the environments returned.
 
     :param value: the value
-    :param statistics: running statistics of a ``VecNormalize`` afterwards; ``None`` without one
+    :param changes: what the method has changed; ``None`` without an algorithm
+    :param original_rewards: (n_envs,) before a ``VecNormalize`` normalised them; ``None`` if it made no step
     :param generators: states of the random number generators; ``None`` where they are this process's own
     """
 
     value: Any
-    statistics: Statistics | None
+    changes: Changes | None
+    original_rewards: np.ndarray | None
     generators: StateDict | None
-
-
-class Changes(NamedTuple):
-    """
-    What the process that trains has changed.
-
-    :param attributes: of the algorithm, of its rollout buffer and of its environments, by depth
-    :param statistics: running statistics of a ``VecNormalize``; ``None``: as they are
-    """
-
-    attributes: dict[str, dict[str, Any]]
-    statistics: Statistics | None
 
 
 class PolicyUpdate(NamedTuple):
@@ -127,7 +115,7 @@ class CollectedRollout(NamedTuple):
     :param infos: of each step, a dictionary for each environment
     :param ending: arguments with which the buffer computed its advantages, by name
     :param state: from :func:`collection_state`, after the last step
-    :param statistics: running statistics of a ``VecNormalize``; ``None`` without one
+    :param changes: what collecting has changed
     :param generators: states of the random number generators after the last step
     """
 
@@ -139,19 +127,8 @@ class CollectedRollout(NamedTuple):
     infos: list[Any]
     ending: dict[str, Any]
     state: dict[str, Any]
-    statistics: Statistics | None
+    changes: Changes
     generators: StateDict
-
-
-def layers(env: VecEnv) -> list[Any]:
-    """
-    :param env: environments
-    :return: the environments themselves, what they wrap, and so on to the innermost
-    """
-    found: list[Any] = [env]
-    while isinstance(found[-1], VecEnvWrapper):
-        found.append(found[-1].venv)
-    return found
 
 
 def collection_state(model: Any) -> dict[str, Any]:
@@ -159,7 +136,7 @@ def collection_state(model: Any) -> dict[str, Any]:
     :param model: the algorithm
     :return: the attributes that collection carries from one rollout to the next, with tensors on the CPU
     """
-    state = {name: vars(model)[name] for name in _COLLECTION_STATE if name in vars(model)}
+    state = {name: vars(model)[name] for name in COLLECTION_STATE if name in vars(model)}
     return {name: _on_device(value, th.device("cpu")) for name, value in state.items()}
 
 
@@ -196,6 +173,7 @@ class Worker:
         self._messages: deque[tuple[str, Any]] = deque()
         self._generators = GeneratorStates(th.device("cpu"))
         self._shares_generators = False
+        self._shared: SharedState | None = None
         self._policies: dict[int, PolicyUpdate] = {}
         self.is_closing = threading.Event()
         # Rollouts with numbers below this one need not be collected, or collected to their end
@@ -214,6 +192,7 @@ class Worker:
         model.ep_info_buffer, model.ep_success_buffer = deque(maxlen=1), deque(maxlen=1)
         model.device = model.rollout_buffer.device = th.device("cpu")
         model.set_logger(Logger(folder=None, output_formats=[]))
+        self._shared = SharedState(model, with_innermost=False)
 
     def run(self, parent_connection: "Connection[Any, Any] | None" = None) -> None:
         """
@@ -274,8 +253,8 @@ class Worker:
                 self._channel.send(("result", (ATTACHED, True, dumps(None))))
             elif kind == "call":
                 self._answer_call(content)
-            elif kind == "changes":
-                self._apply(content)
+            elif kind == "changes" and self._shared is not None:
+                self._shared.take(self._model, content)
             elif kind == "generators":
                 self._generators.load_state_dict(content)
                 self._generators.apply_pending()
@@ -307,12 +286,14 @@ class Worker:
     def _answer_call(self, call: Call) -> None:
         try:
             args, kwargs = pickle.loads(call.arguments)
-            value = getattr(layers(self._env)[call.depth], call.name)(*args, **kwargs)
             venv = unwrap_vec_normalize(self._env)
-            statistics = None if venv is None else statistics_of(venv)
-            result = Result(value, statistics, self._generators.state_dict() if self._shares_generators else None)
+            before = None if venv is None else venv.old_reward
+            value = getattr(layers(self._env)[call.depth], call.name)(*args, **kwargs)
+            rewards = None if venv is None or venv.old_reward is before else venv.old_reward
+            changes = None if self._shared is None else self._shared.changes(self._model)
+            generators = self._generators.state_dict() if self._shares_generators else None
             try:
-                data = dumps(result)
+                data = dumps(Result(value, changes, rewards, generators))
             except TypeError as error:
                 raise TypeError(f"the result of {call.name}() cannot be sent from its process: {error}") from None
             self._channel.send(("result", (call.number, True, data)))
@@ -326,6 +307,7 @@ class Worker:
 
     def _collect(self, request: RolloutRequest, idle_seconds: float) -> CollectedRollout | None:
         model, buffer, venv = self._model, self._model.rollout_buffer, self._model.get_vec_normalize_env()
+        shared = cast(SharedState, self._shared)
         set_collection_state(model, request.state)
         version = max(self._policies) if request.version is None else request.version
         update = self._policies[version]
@@ -349,18 +331,9 @@ class Worker:
             recorder.infos,
             recorder.ending,
             collection_state(model),
-            None if venv is None else statistics_of(venv),
+            shared.changes(model),
             self._generators.state_dict(),
         )
-
-    def _apply(self, changes: Changes) -> None:
-        model, venv = self._model, self._model.get_vec_normalize_env()
-        owners = {"model": model, "buffer": model.rollout_buffer}
-        owners |= {str(depth): layer for depth, layer in enumerate(layers(model.env))}
-        for owner, changed in changes.attributes.items():
-            vars(owners[owner]).update(changed)
-        if venv is not None and changes.statistics is not None:
-            set_statistics(venv, changes.statistics)
 
     def _close_environments(self) -> None:
         if not isinstance(self._env, VecEnv):
