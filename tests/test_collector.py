@@ -246,6 +246,34 @@ def test_collection_ends_within_a_step(kind: str, how: str, tmp_path: Path) -> N
     assert len(list(tmp_path.glob("closed-*"))) >= 1
 
 
+@pytest.mark.parametrize("kind", ["dummy", "remote"])
+def test_handlers_of_signals_are_those_of_the_process_that_trains(kind: str) -> None:
+    class Handled(BaseCallback):
+        def _on_step(self) -> bool:
+            if self.n_calls == N_STEPS:
+                pid = self.training_env.env_method("get_wrapper_attr", "pid")[0]
+                os.kill(pid, signal.SIGUSR1)
+            return True
+
+    class Pid(gym.Wrapper):  # type: ignore[type-arg]
+        @property
+        def pid(self) -> int:
+            return os.getpid()
+
+    def stop(*_: Any) -> None:
+        raise KeyError("stopped")
+
+    previous = signal.signal(signal.SIGUSR1, stop)
+    try:
+        env = KINDS[kind](lambda: Pid(gym.make("CartPole-v1")))
+        model = PPOEWMA("MlpPolicy", env, max_policy_lag=1, **SETTINGS)
+        model.learn(4 * N_ENVS * N_STEPS, Handled())
+        env.close()
+    finally:
+        signal.signal(signal.SIGUSR1, previous)
+    assert model.num_timesteps == 4 * N_ENVS * N_STEPS
+
+
 def test_a_stopped_training_goes_on_with_the_same_numbers(tmp_path: Path) -> None:
     class Stops(BaseCallback):
         def _on_step(self) -> bool:

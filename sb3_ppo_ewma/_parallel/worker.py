@@ -11,6 +11,7 @@ import threading
 import time
 import traceback
 from collections import deque
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple, cast
 
@@ -33,6 +34,8 @@ POLL_SECONDS = 0.5
 _RECORDED = ("actions", "clipped_actions", "action_masks", "rewards", "dones")
 # Numbers of the first answers; those of calls are above
 STARTED, ATTACHED = -2, -1
+# Signals that a group of processes gets as a whole, and a program may handle, as by saving its model
+_SIGNALS = ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
 # Words to a worker: end; say where you are; abandon rollouts below a number
 CLOSE, STACK, ABANDON = "close", "stack", "abandon "
 
@@ -201,6 +204,7 @@ class Worker:
         :param parent_connection: the other end of the pipe, which a fork has copied
         """
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl+C ends the parent, which ends this process
+        _leave_signals_to_parent()
         if parent_connection is not None:
             parent_connection.close()
         th.set_num_threads(1)  # the parent's threads are not forked
@@ -409,6 +413,25 @@ def _check_unchanged(policy: th.nn.Module, buffers: dict[str, th.Tensor]) -> Non
                 f"the policy changes its buffer {name!r} while it collects, which collection in another process "
                 "(max_policy_lag) cannot bring back: use max_policy_lag=None"
             )
+
+
+def _leave_signals_to_parent() -> None:
+    """Let signals do nothing here whose handlers a fork has copied: they are for the parent, which ends this one."""
+    numbers = [getattr(signal, name) for name in _SIGNALS if hasattr(signal, name)]
+    handled = [number for number in numbers if callable(signal.getsignal(number))]
+    for number in handled:
+        signal.signal(number, _do_nothing)
+    if handled:
+        os.register_at_fork(after_in_child=partial(_end_by, handled))  # processes of the environments
+
+
+def _do_nothing(*_: Any) -> None:
+    pass
+
+
+def _end_by(signals: list[int]) -> None:
+    for number in signals:
+        signal.signal(number, signal.SIG_DFL)
 
 
 def _picklable(error: BaseException) -> BaseException:
