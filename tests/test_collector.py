@@ -274,6 +274,27 @@ def test_handlers_of_signals_are_those_of_the_process_that_trains(kind: str) -> 
     assert model.num_timesteps == 4 * N_ENVS * N_STEPS
 
 
+@pytest.mark.parametrize("kind", ["dummy", "remote"])
+def test_errors_of_closing_are_raised(kind: str) -> None:
+    class Fails(gym.Wrapper):  # type: ignore[type-arg]
+        n_steps = 0
+
+        def step(self, action: Any) -> Any:
+            self.n_steps += 1
+            return super().step(action)
+
+        def close(self) -> None:
+            super().close()
+            if self.n_steps > 0:  # only where it was used
+                raise KeyError("not closed")
+
+    env = VecNormalize(KINDS[kind](lambda: Fails(gym.make("CartPole-v1"))))
+    model = PPOEWMA("MlpPolicy", env, max_policy_lag=1, **SETTINGS).learn(N_ENVS * N_STEPS)
+    with pytest.raises(KeyError, match="not closed"):
+        env.close()
+    del model
+
+
 def test_a_stopped_training_goes_on_with_the_same_numbers(tmp_path: Path) -> None:
     class Stops(BaseCallback):
         def _on_step(self) -> bool:

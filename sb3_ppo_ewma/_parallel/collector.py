@@ -414,6 +414,7 @@ def _close(reference: "weakref.ref[Collector]") -> None:
     collector = reference()
     if collector is not None:
         collector.close()
+        collector._process.raise_last()
 
 
 def _mark_lost(env: VecEnv) -> None:

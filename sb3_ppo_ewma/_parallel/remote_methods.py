@@ -62,11 +62,13 @@ def _remote(call: Callable[..., Any], depth: int, name: str) -> Callable[..., An
 
 def _closing(layer: "weakref.ref[Any]", close: Callable[[], None]) -> Callable[[], None]:
     def method() -> None:
-        close()
-        own = layer()
-        if own is not None:
-            vars(own).pop("close", None)
-            own.close()  # the method of its class again
+        try:
+            close()
+        finally:
+            own = layer()
+            if own is not None:
+                vars(own).pop("close", None)
+                own.close()  # the method of its class again
 
     return method
 

@@ -73,7 +73,7 @@ class WorkerProcess:
         # Threads beside this one, if the process is a copy of this one
         self._threads = _other_threads() if is_forked else []
         self._process, self._channel = process, Channel(own)
-        self._has_warned = False
+        self._has_warned = self._has_failed = False
         self._n_calls = 0
         self._answers: dict[str, deque[Any]] = {kind: deque() for kind in _KINDS}
         self._finalizer = multiprocessing.util.Finalize(
@@ -176,11 +176,13 @@ class WorkerProcess:
         except queue.Empty:
             return None
         except EOFError:
-            self._process.join(_SECONDS_FOR_STACK)
+            if self.is_alive:
+                self._process.join(_SECONDS_FOR_STACK)
             return None
 
     def _take(self, kind: str, content: Any) -> None:
         if kind == "failed":
+            self._has_failed = True
             error, text = content
             self.end()
             raise error from _WorkerTraceback(text)
@@ -230,6 +232,15 @@ class WorkerProcess:
     def end(self) -> None:
         """End the process when the environments have made their step and are closed."""
         self._finalizer()
+
+    def raise_last(self) -> None:
+        """
+        To be called after the end.
+
+        :raises Exception: what closing the environments has raised, if nothing was raised before
+        """
+        while not self._has_failed and (message := self._next_message(0)) is not None:
+            self._take(*message)
 
 
 def _other_threads() -> list[str]:

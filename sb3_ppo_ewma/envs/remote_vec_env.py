@@ -89,8 +89,13 @@ class RemoteVecEnv(VecEnv):
         return result
 
     def close(self) -> None:
-        """Close the environments and end the process."""
+        """
+        Close the environments and end the process.
+
+        :raises Exception: what closing them has raised
+        """
         self.worker_process.end()
+        self.worker_process.raise_last()
 
     def seed(self, seed: int | None = None) -> Sequence[int | None]:
         """
