@@ -358,6 +358,8 @@ class EndedCollector:
 
     def collect_rollouts(self, *args: Any, **kwargs: Any) -> bool:
         """
+        :param args: as of the algorithm's method
+        :param kwargs: as of the algorithm's method
         :raises RuntimeError: always
         """
         raise RuntimeError("a copy of a model with max_policy_lag collects no rollouts before its learn() has begun")
