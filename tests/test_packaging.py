@@ -51,7 +51,7 @@ LAYERS: list[tuple[set[str], set[str]]] = [
         },
         {"stable_baselines3", "gymnasium"},
     ),
-    ({"checkpointing.conversion", "_parallel.portable"}, set()),
+    ({"checkpointing.conversion", "_parallel.portable", "_parallel.shared_state"}, set()),
     (
         {
             "networks",
