@@ -105,9 +105,10 @@ def own_state_dicts(model: Any, names: Iterable[str]) -> dict[str, StateDict]:
 
     :param model: algorithm
     :param names: names of its attributes with own states, some of which may be ``None``
-    :return: state dictionaries by name
+    :return: state dictionaries by name, without empty ones
     """
-    return {name: state.state_dict() for name, state in present_attributes(model, names).items()}
+    states = {name: state.state_dict() for name, state in present_attributes(model, names).items()}
+    return {name: state for name, state in states.items() if state}
 
 
 # ---------------------------------------------------------------------- files
