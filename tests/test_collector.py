@@ -5,6 +5,8 @@ import itertools
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,7 +24,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv,
 
 from sb3_ppo_ewma import PPOEWMA, RecurrentPPOEWMA, RemoteVecEnv
 from sb3_ppo_ewma._parallel.channel import Channel
-from tests.test_asynchronous import N_ENVS, N_STEPS, SETTINGS, Counter, differences, state_of
+from tests.test_asynchronous import N_ENVS, N_STEPS, ROOT, SETTINGS, Counter, differences, state_of
 
 pytestmark = [
     pytest.mark.long,
@@ -571,6 +573,32 @@ def test_what_a_model_that_has_gone_asked_for_is_not_for_the_next() -> None:
     model.learn(4 * N_ENVS * 16)
     assert model.num_timesteps == 4 * N_ENVS * 16
     env.close()
+
+
+NOTEBOOK = """
+import gymnasium as gym
+from stable_baselines3.common.torch_layers import FlattenExtractor
+from sb3_ppo_ewma import PPOEWMA, RemoteVecEnv
+
+class Wrapper(gym.Wrapper):
+    pass
+
+class Extractor(FlattenExtractor):
+    pass
+
+env = RemoteVecEnv([lambda: Wrapper(gym.make("CartPole-v1"))])
+kwargs = {"features_extractor_class": Extractor}
+model = PPOEWMA("MlpPolicy", env, n_steps=64, batch_size=64, max_policy_lag=1, device="cpu", policy_kwargs=kwargs)
+model.learn(128)
+print(env.env_is_wrapped(Wrapper))
+env.close()
+"""
+
+
+def test_classes_of_a_notebook_reach_the_process() -> None:
+    # As a notebook's, the main module of a command is in no file.
+    command = [sys.executable, "-c", NOTEBOOK]
+    assert subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout == "[True]\n"
 
 
 def test_errors_of_functions_come_from_the_process() -> None:

@@ -41,12 +41,13 @@ class Channel:
         for thread in self._threads:
             thread.start()
 
-    def send(self, message: Any) -> None:
+    def send(self, message: Any, by_value: bool = False) -> None:
         """
         :param message: anything that can be pickled; if the other end is gone, it is dropped
+        :param by_value: as for :func:`dumps`
         :raises TypeError: if the message cannot be pickled
         """
-        self._to_send.put(dumps(message))
+        self._to_send.put(dumps(message, by_value))
 
     def say(self, word: str) -> None:
         """
@@ -88,19 +89,20 @@ class Channel:
         self._connection.close()
 
 
-def dumps(value: Any) -> bytes:
+def dumps(value: Any, by_value: bool = False) -> bytes:
     """
     :param value: anything
+    :param by_value: whether functions and classes of the main module go by value, as the other process lacks it
     :return: its pickle: functions and classes by name where possible, else by value
     :raises TypeError: if it cannot be pickled
     """
+    if not by_value:
+        with contextlib.suppress(Exception):
+            return pickle.dumps(value)
     try:
-        return pickle.dumps(value)
-    except Exception:
-        try:
-            return bytes(cloudpickle.dumps(value))
-        except Exception as error:
-            raise TypeError(f"{type(error).__name__}: {error}") from error
+        return bytes(cloudpickle.dumps(value))
+    except Exception as error:
+        raise TypeError(f"{type(error).__name__}: {error}") from error
 
 
 def _receive_all(

@@ -246,7 +246,7 @@ class Collector:
 
     def _publish(self, policy: th.nn.Module) -> None:
         self._version += 1
-        own = policy_copy(policy)
+        own = policy_copy(policy, self._process.by_value)
         is_shared = self._memory.write_policy(self._version, own.tensors)
         rest = None if own.rest == self._rest else own.rest
         self._rest = own.rest

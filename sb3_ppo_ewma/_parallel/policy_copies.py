@@ -3,6 +3,7 @@ Copies of a policy for another process: its tensors as arrays, which can lie in 
 rest, which hardly ever changes.
 """
 
+import contextlib
 import io
 import math
 import pickle
@@ -35,22 +36,23 @@ class PolicyCopy(NamedTuple):
     tensors: list[np.ndarray]
 
 
-def policy_copy(policy: th.nn.Module) -> PolicyCopy:
+def policy_copy(policy: th.nn.Module, by_value: bool = False) -> PolicyCopy:
     """
     :param policy: policy on any device; the copy is for a CPU
+    :param by_value: whether functions and classes of the main module go by value, as the other process lacks it
     :return: what :func:`build_policy` makes it of
     :raises TypeError: if it cannot be pickled
     """
+    if not by_value:
+        with contextlib.suppress(Exception):  # for functions and classes that have no name
+            return _pickled(policy, _Pickler)
     try:
-        return _pickled(policy, _Pickler)
-    except Exception:  # functions and classes that have no name
-        try:
-            return _pickled(policy, _CloudPickler)
-        except Exception as error:
-            raise TypeError(
-                "collection in another process needs a policy that can be pickled, this one cannot: "
-                f"{type(error).__name__}: {error}"
-            ) from error
+        return _pickled(policy, _CloudPickler)
+    except Exception as error:
+        raise TypeError(
+            "collection in another process needs a policy that can be pickled, this one cannot: "
+            f"{type(error).__name__}: {error}"
+        ) from error
 
 
 def build_policy(rest: bytes, tensors: Sequence[np.ndarray]) -> Any:

@@ -46,6 +46,8 @@ class WorkerProcess:
         # How many steps the environments have made
         self.progress: Callable[[], int] = int
         is_forked = start_method == "fork"
+        # Whether the process lacks this one's main module, as that of a notebook, which is in no file
+        self.by_value = not is_forked and not hasattr(sys.modules["__main__"], "__file__")
         for _ in range(_TRIES_TO_FORK if is_forked else 1):
             with _interruption_waits():  # or a process could be left that nobody knows
                 self._start(multiprocessing.get_context(start_method), run, args, is_forked)
@@ -92,7 +94,7 @@ class WorkerProcess:
         :param kind: of the message
         :param content: anything that can be pickled
         """
-        self._channel.send((kind, content))
+        self._channel.send((kind, content), self.by_value)
 
     def abandon(self, number: int) -> None:
         """
@@ -110,7 +112,7 @@ class WorkerProcess:
         :raises Exception: what the method raises
         """
         self._n_calls += 1
-        self.send("call", Call(self._n_calls, depth, name, dumps((args, kwargs))))
+        self.send("call", Call(self._n_calls, depth, name, dumps((args, kwargs), self.by_value)))
         return self.result(self._n_calls)
 
     def result(self, number: int, timeout: float | None = None) -> Any:
