@@ -803,12 +803,12 @@ class Failing(gym.Wrapper):  # type: ignore[type-arg]
     [
         ("raise", KeyError, "the reason why"),
         ("die", RuntimeError, "has ended \\(signal SIGKILL\\)"),
-        ("hang", RuntimeError, "no step for 1 seconds \\(collector_timeout\\)"),
+        ("hang", RuntimeError, "no step for 3 seconds \\(collector_timeout\\)"),
     ],
 )
 def test_a_worker_that_fails(what: str, error: type[Exception], message: str, tmp_path: Path) -> None:
     env = DummyVecEnv([lambda: Failing(gym.make("CartPole-v1"), what)])
-    model = PPOEWMA("MlpPolicy", env, max_policy_lag=1, collector_timeout=1.0, **SETTINGS)
+    model = PPOEWMA("MlpPolicy", env, max_policy_lag=1, collector_timeout=3.0 if what == "hang" else 60.0, **SETTINGS)
     with pytest.raises(error, match=message) as raised:
         model.learn(1024)
     if what == "raise":  # where it came from

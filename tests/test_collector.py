@@ -433,8 +433,8 @@ def test_where_a_process_hangs_is_said(tmp_path: Path) -> None:
         time.sleep(1000)
 
     env = DummyVecEnv([lambda: Steps(tmp_path, sleeps)])
-    model = PPOEWMA("MlpPolicy", env, max_policy_lag=1, collector_timeout=1.0, **SETTINGS)
-    with pytest.raises(RuntimeError, match=r"no step for 1 seconds \(collector_timeout\)[^$]*in sleeps"):
+    model = PPOEWMA("MlpPolicy", env, max_policy_lag=1, collector_timeout=3.0, **SETTINGS)
+    with pytest.raises(RuntimeError, match=r"no step for 3 seconds \(collector_timeout\)[^$]*in sleeps"):
         model.learn(1024)
 
 
