@@ -177,9 +177,21 @@ def others_in_session() -> list[str]:
         except (OSError, IndexError):
             continue
         is_other = int(fields[3]) == os.getsid(0) and fields[0] != "Z" and folder.name != str(os.getpid())
-        if is_other and "resource_tracker" not in command and "forkserver" not in command:
+        is_server = "resource_tracker" in command or ("forkserver" in command and not _is_served(fields[1]))
+        if is_other and not is_server:
             found.append(command)
     return found
+
+
+def _is_served(parent: str) -> bool:
+    """
+    :param parent: id of a process's parent
+    :return: whether the parent is a server that starts processes
+    """
+    try:
+        return b"forkserver" in (Path("/proc") / parent / "cmdline").read_bytes()
+    except OSError:
+        return False
 
 
 def left_over(n_files: int) -> list[str]:

@@ -36,8 +36,8 @@ _RECORDED = ("actions", "clipped_actions", "action_masks", "rewards", "dones")
 STARTED, ATTACHED = -2, -1
 # Signals that a group of processes gets as a whole, and a program may handle, as by saving its model
 _SIGNALS = ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
-# Words to a worker: end; say where you are; abandon rollouts below a number
-CLOSE, STACK, ABANDON = "close", "stack", "abandon "
+# Words to a worker: end; end at once; say where you are; abandon rollouts below a number
+CLOSE, KILL, STACK, ABANDON = "close", "kill", "stack", "abandon "
 
 
 class Call(NamedTuple):
@@ -228,6 +228,11 @@ class Worker:
     def _hear(self, channel: Channel, word: str) -> bool:
         if word.startswith(ABANDON):
             self.n_abandoned = int(word[len(ABANDON) :])
+        elif word == KILL:
+            for process in getattr(getattr(self._env, "unwrapped", None), "processes", ()):
+                with contextlib.suppress(Exception):  # not a child of this process
+                    process.kill()
+            os._exit(1)
         elif word == STACK:
             frame = sys._current_frames()[self._main_thread]
             channel.send(("stack", "".join(traceback.format_stack(frame))))

@@ -18,7 +18,7 @@ import numpy as np
 
 from sb3_ppo_ewma._arguments import warn_caller
 from sb3_ppo_ewma._parallel.channel import Channel, dumps
-from sb3_ppo_ewma._parallel.worker import ABANDON, CLOSE, POLL_SECONDS, STACK, STARTED, Call
+from sb3_ppo_ewma._parallel.worker import ABANDON, CLOSE, KILL, POLL_SECONDS, STACK, STARTED, Call
 
 # A forked process is there at once, unless it waits for a lock that a thread held; then another try helps.
 _SECONDS_TO_FORK = 20
@@ -227,7 +227,9 @@ class WorkerProcess:
         )
 
     def kill(self) -> None:
-        """End the process at once."""
+        """End the process at once, and those in which it has its environments."""
+        self._channel.say(KILL)
+        self._process.join(_SECONDS_FOR_STACK)
         self._process.kill()
         self._finalizer()
 
