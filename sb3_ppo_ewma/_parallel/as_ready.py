@@ -376,21 +376,7 @@ class _Subsets:
 
     def end(self) -> None:
         """End the processes, which nobody can talk to any more."""
-        if self._base.closed:
-            return
-        self._base.closed = True
-        processes = set(self._base.processes)
-        for connection in self._connections:
-            connection.close()
-        for process in processes:
-            process.terminate()
-        sentinels = {process.sentinel: process for process in processes}
-        deadline = time.monotonic() + _SECONDS_TO_END
-        while sentinels and (left := deadline - time.monotonic()) > 0:
-            for sentinel in multiprocessing.connection.wait(list(sentinels), left):
-                del sentinels[sentinel]
-        for process in sentinels.values():
-            process.kill()
+        end_processes(self._base, self._connections)
 
     @contextlib.contextmanager
     def _only(self, indices: Sequence[int]) -> Iterator[None]:
@@ -405,6 +391,30 @@ class _Subsets:
             for owner, name, value in whole:
                 _put(value, indices, getattr(owner, name))
                 setattr(owner, name, value)
+
+
+def end_processes(env: SubprocVecEnv, connections: Sequence[Any]) -> None:
+    """
+    End the processes of environments, whatever they are doing.
+
+    :param env: the environments, which are then closed
+    :param connections: their pipes
+    """
+    if env.closed:
+        return
+    env.closed = True
+    processes: set[Any] = set(env.processes)
+    for connection in connections:
+        connection.close()
+    for process in processes:
+        process.terminate()
+    sentinels = {process.sentinel: process for process in processes}
+    deadline = time.monotonic() + _SECONDS_TO_END
+    while sentinels and (left := deadline - time.monotonic()) > 0:
+        for sentinel in multiprocessing.connection.wait(list(sentinels), left):
+            del sentinels[sentinel]
+    for process in sentinels.values():
+        process.kill()
 
 
 def _wrappers(env: Any) -> Iterator[VecEnvWrapper]:

@@ -20,7 +20,7 @@ import torch as th
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
 
-from sb3_ppo_ewma._parallel.as_ready import check_as_ready
+from sb3_ppo_ewma._parallel.as_ready import check_as_ready, end_processes
 from sb3_ppo_ewma._parallel.policy_copies import policy_copy
 from sb3_ppo_ewma._parallel.portable import dump_for_collection
 from sb3_ppo_ewma._parallel.remote_methods import RemoteMethods
@@ -177,32 +177,19 @@ class Collector:
 
     # ------------------------------------------------------------------ rollouts
 
-    def collect_rollouts(
-        self,
-        model: Any,
-        env: VecEnv,
-        callback: BaseCallback,
-        rollout_buffer: Any,
-        n_rollout_steps: int,
-        *args: Any,
-        **kwargs: Any,
-    ) -> bool:
+    def collect_rollouts(self, model: Any, *args: Any, **kwargs: Any) -> bool:
         """
         Take the next rollout from the worker and let it go on with the present policy. Callbacks are called in this
         process, when the rollout is complete.
 
         :param model: the algorithm
-        :param env: the training environments
-        :param callback: called for every step
-        :param rollout_buffer: buffer to fill
-        :param n_rollout_steps: number of steps of each environment
-        :param args: further positional arguments of the algorithm's ``collect_rollouts``
-        :param kwargs: further keyword arguments of the algorithm's ``collect_rollouts``
+        :param args: positional arguments of the algorithm's ``collect_rollouts``
+        :param kwargs: keyword arguments of the algorithm's ``collect_rollouts``
         :return: False when a callback ended the collection
         :raises RuntimeError: if the worker has ended or made no step for ``collector_timeout`` seconds
         """
         with self._ending_with_process():
-            return self._collect(model, env, callback, rollout_buffer, n_rollout_steps, args, kwargs)
+            return self._collect(model, *args, **kwargs)
 
     def _collect(
         self,
@@ -211,8 +198,8 @@ class Collector:
         callback: BaseCallback,
         rollout_buffer: Any,
         n_rollout_steps: int,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        *args: Any,
+        **kwargs: Any,
     ) -> bool:
         rollout_buffer.reset()
         is_same = env is self._env and rollout_buffer is model.rollout_buffer and self._memory.fits(rollout_buffer)
@@ -426,12 +413,7 @@ def _mark_lost(env: VecEnv) -> None:
     if isinstance(env, DummyVecEnv) or getattr(env, "is_lost_by_fork", False):
         return  # this process has its own, as they were before
     if isinstance(env, SubprocVecEnv):
-        for process in env.processes:
-            process.kill()  # they may wait for somebody to read their answers
-            process.join()
-        for remote in env.remotes:
-            remote.close()
-        env.closed = True
+        end_processes(env, env.remotes)  # they may wait for somebody to read their answers
 
     def refuse(depth: int, name: str, *args: Any, **kwargs: Any) -> None:
         raise RuntimeError(

@@ -23,7 +23,7 @@ from sb3_ppo_ewma._parallel.worker import ABANDON, CLOSE, KILL, POLL_SECONDS, ST
 # A forked process is there at once, unless it waits for a lock that a thread held; then another try helps.
 _SECONDS_TO_FORK = 20
 _TRIES_TO_FORK = 3
-_SECONDS_FOR_STACK = 3
+_SECONDS_TO_REACT = 3
 _SECONDS_WITHOUT_WORD = 5
 _SECONDS_WITHOUT_STEP = 10
 _SECONDS_FOR_LOCKS = 5
@@ -179,7 +179,7 @@ class WorkerProcess:
             return None
         except EOFError:
             if self.is_alive:
-                self._process.join(_SECONDS_FOR_STACK)
+                self._process.join(_SECONDS_TO_REACT)
             return None
 
     def _take(self, kind: str, content: Any) -> None:
@@ -214,7 +214,7 @@ class WorkerProcess:
         """
         self._channel.say(STACK)
         with contextlib.suppress(TimeoutError):
-            return f".{self._about_threads()} It is here:\n{self._answer('stack', _SECONDS_FOR_STACK)}"
+            return f".{self._about_threads()} It is here:\n{self._answer('stack', _SECONDS_TO_REACT)}"
         return f".{self._about_threads()}"
 
     def _about_threads(self) -> str:
@@ -229,7 +229,7 @@ class WorkerProcess:
     def kill(self) -> None:
         """End the process at once, and those in which it has its environments."""
         self._channel.say(KILL)
-        self._process.join(_SECONDS_FOR_STACK)
+        self._process.join(_SECONDS_TO_REACT)
         self._process.kill()
         self._finalizer()
 
@@ -311,7 +311,7 @@ def _end(process: Any, channel: Channel, timeout: float) -> None:
     if process.exitcode is None:
         process.kill()
         process.join()
-    channel.close(_SECONDS_FOR_STACK)
+    channel.close(_SECONDS_TO_REACT)
     process.close()
 
 
