@@ -482,6 +482,37 @@ def test_dones_of_an_lstm_cannot_be_changed() -> None:
     model.env.close()
 
 
+class Truncates(BaseCallback):
+    """Says that every episode was truncated, or that it ended elsewhere."""
+
+    def __init__(self, key: str, value: Any) -> None:
+        super().__init__()
+        self.key, self.value = key, value
+
+    def _on_step(self) -> bool:
+        for info in self.locals["infos"]:
+            if "terminal_observation" in info:
+                info[self.key] = self.value
+        return True
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize(
+    ("case", "key", "value"),
+    [
+        ("cartpole", "TimeLimit.truncated", True),
+        ("integers", "TimeLimit.truncated", False),
+        ("integers", "terminal_observation", np.ones(1, np.float32)),
+        ("integers", "terminal_observation", None),
+    ],
+)
+def test_what_is_added_to_rewards_cannot_be_changed(case: str, key: str, value: Any, lag: int) -> None:
+    model = make(case, max_policy_lag=lag)
+    with pytest.raises(ValueError, match=r"changed 'TimeLimit\.truncated' or 'terminal_observation'"):
+        model.learn(4 * N_ENVS * N_STEPS, Truncates(key, value))
+    model.env.close()
+
+
 def test_observations_cannot_be_changed() -> None:
     class Changes(BaseCallback):
         def _on_step(self) -> bool:

@@ -1,5 +1,6 @@
 """Callbacks of a rollout that another process has collected."""
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -104,6 +105,7 @@ class _Changes:
         self._buffer, self._rollout = buffer, rollout
         self._recorded = {name: rollout.recorded[name].copy() for name in ("rewards", "dones")}
         self._arrays = {name: getattr(buffer, name).copy() for name in ("rewards", "values", "episode_starts")}
+        self._bootstrapped = copy.deepcopy(self._terminal_observations())
 
     def apply(self) -> None:
         """
@@ -115,6 +117,7 @@ class _Changes:
         actions = recorded["actions"].reshape(buffer.actions.shape)
         if not np.array_equal(actions, buffer.actions, equal_nan=actions.dtype.kind == "f"):
             buffer.actions[...] = actions
+        self._check_terminal_observations()
         if self._has_changed(recorded, self._recorded, "dones"):
             self._apply_dones()
         if self._has_changed(recorded, self._recorded, "rewards"):
@@ -126,6 +129,27 @@ class _Changes:
     @staticmethod
     def _has_changed(now: Any, before: dict[str, np.ndarray], name: str) -> bool:
         return not np.array_equal(now[name], before[name], equal_nan=now[name].dtype.kind == "f")
+
+    def _terminal_observations(self) -> dict[tuple[int, int], Any]:
+        """
+        :return: by step and environment, the observations whose values SB3 adds to rewards
+        """
+        found = {}
+        for step, index in np.argwhere(self._rollout.recorded["dones"]):
+            info = self._rollout.infos[step][index]
+            if info.get("terminal_observation") is not None and info.get("TimeLimit.truncated", False):
+                found[int(step), int(index)] = info["terminal_observation"]
+        return found
+
+    def _check_terminal_observations(self) -> None:
+        dones, before, now = self._rollout.recorded["dones"], self._bootstrapped, self._terminal_observations()
+        before = {place: each for place, each in before.items() if dones[place]}
+        if before.keys() != now.keys() or not all(_are_equal(each, now[place]) for place, each in before.items()):
+            raise ValueError(
+                "a callback has changed 'TimeLimit.truncated' or 'terminal_observation' in locals['infos']: the value "
+                "of that observation goes into the reward, and only the process that collects (max_policy_lag) has "
+                "the policy for it; use max_policy_lag=None"
+            )
 
     def _apply_dones(self) -> None:
         buffer, rollout = self._buffer, self._rollout
@@ -149,6 +173,12 @@ class _Changes:
                 "do it again; use max_policy_lag=None"
             )
         self._buffer.compute_returns_and_advantage(**ending)
+
+
+def _are_equal(a: Any, b: Any) -> bool:
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_are_equal(a[name], b[name]) for name in a)
+    return bool(np.array_equal(a, b))
 
 
 def _as_returned(observations: Any, space: spaces.Space[Any]) -> Any:
