@@ -134,9 +134,13 @@ def provoke(fault: str, kind: str, start: str, rng: random.Random) -> tuple[Any,
             return not (fault == "callback stops" and self.n_calls == at)
 
     def kill() -> None:
-        for process in multiprocessing.active_children():
-            if process.name == "collector":
-                os.kill(process.pid or 0, signal.SIGKILL)
+        collectors: list[Any] = []
+        while not collectors and not has_ended.wait(0.01):
+            collectors = [each for each in multiprocessing.active_children() if each.name == "collector"]
+        for each in collectors:
+            os.kill(each.pid, signal.SIGKILL)
+
+    has_ended = threading.Event()
 
     outside = {"SIGINT": lambda: os.kill(os.getpid(), signal.SIGINT), "collector killed": kill}
     timer = threading.Timer(delay, outside.get(fault, int))
@@ -150,6 +154,7 @@ def provoke(fault: str, kind: str, start: str, rng: random.Random) -> tuple[Any,
         return model, type(error).__name__
     finally:
         timer.cancel()
+        has_ended.set()
         timer.join()
 
 
