@@ -39,7 +39,7 @@ from sb3_ppo_ewma._parallel.data_parallel import DataParallel, reporting_errors
 from sb3_ppo_ewma._parallel.process_group import DataParallelChoice
 from sb3_ppo_ewma.advantages import MomentsEwma
 from sb3_ppo_ewma.checkpointing.generators import preserved_generators
-from sb3_ppo_ewma.checkpointing.saving import SavedStateMixin
+from sb3_ppo_ewma.checkpointing.run_checkpoint import ResumableMixin
 from sb3_ppo_ewma.evaluation import PolicyEvaluation
 from sb3_ppo_ewma.ewma import ParameterEwma, decay_from_center_of_mass, default_center_of_mass
 from sb3_ppo_ewma.following import follow_policy, make_optimizer
@@ -52,7 +52,7 @@ from sb3_ppo_ewma.tuned_settings import change_env, check_fits, fit_to_envs, qui
 SelfEwma = TypeVar("SelfEwma", bound="EwmaMixin")
 
 
-class EwmaMixin(SavedStateMixin):
+class EwmaMixin(ResumableMixin):
     """
     Decouples the proximal from the behaviour policy in a PPO-like SB3 algorithm. Place it first:
     ``class PPOEWMA(EwmaMixin, PPO)``. Collection, ``learn`` and ``predict`` stay the algorithm's.
@@ -282,6 +282,7 @@ class EwmaMixin(SavedStateMixin):
         :return: False when a callback ended the collection
         :raises ValueError: if the environment or the network returned NaN or Inf
         """
+        self.save_checkpoint_if_due()
         collector = self._collector
         collect = self._collect_here if collector is None else partial(collector.collect_rollouts, self)
         continues = collect(*args, **kwargs)

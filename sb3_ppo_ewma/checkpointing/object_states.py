@@ -1,0 +1,442 @@
+"""
+The state of an environment, or of another Python object, as plain data: all that its attributes hold, followed through
+containers and objects. It is put into another object of the same kind, which was built in the usual way, so that
+nothing in a file names what to run. What is not understood is refused, by the path to it.
+"""
+
+import enum
+import io
+import logging
+import random
+import re
+import sys
+import threading
+import types
+import weakref
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch as th
+from gymnasium.envs.registration import EnvSpec
+from stable_baselines3.common.vec_env.base_vec_env import VecEnvWrapper
+
+from sb3_ppo_ewma.checkpointing.plain_data import dumps
+
+# What a program has and a state does not change: compared by name
+_CONSTANTS = (
+    type,
+    types.ModuleType,
+    types.FunctionType,
+    types.BuiltinFunctionType,
+    types.MethodType,
+    np.ufunc,
+    np.dtype,
+    logging.Logger,
+    io.IOBase,
+    EnvSpec,
+    weakref.ref,
+    type(threading.Lock()),
+    type(threading.RLock()),
+)
+_CONSTANT_NAMES = {"_csv:writer", "csv:DictWriter"}
+# What belongs to this process alone
+_OF_PROCESS = ("multiprocessing.", "subprocess:", "socket:", "threading:", "concurrent.", "asyncio.", "_thread:")
+_MAPPINGS = {dict: "dict", OrderedDict: "OrderedDict"}
+_SEQUENCES: dict[type, str] = {list: "list", set: "set", frozenset: "frozenset", deque: "deque"}
+_BIT_GENERATORS = {"PCG64", "PCG64DXSM", "MT19937", "Philox", "SFC64"}
+# Packages whose classes are not made from a name in a file
+_BUILT_ONLY = {"gymnasium", "stable_baselines3", "sb3_contrib", "sb3_ppo_ewma", "numpy", "torch"}
+_MISSING: Any = object()
+
+
+class UnknownStateError(ValueError):
+    """An object holds something that cannot be saved or restored."""
+
+
+class _WithDict:
+    pass
+
+
+# === Reading ===
+
+
+def state_of(root: Any, name: str = "env", without: Any = None) -> Any:
+    """
+    :param root: an environment or another Python object
+    :param name: how messages call it
+    :param without: an object in it that is left as it is
+    :return: its state, for :func:`~sb3_ppo_ewma.checkpointing.plain_data.dumps`
+    :raises UnknownStateError: naming the first attribute that cannot be read as plain data
+    """
+    return _Reader(without).read(root, name)
+
+
+class _Reader:
+    """
+    Each object is read once; where it comes up again, its number stands.
+
+    :param without: an object that is left as it is
+    """
+
+    def __init__(self, without: Any) -> None:
+        self._without = without
+        self._seen: list[Any] = []
+        self._numbers: dict[int, int] = {}
+
+    def read(self, value: Any, path: str) -> Any:
+        if value is None or type(value) in (bool, int, float, str, bytes) or isinstance(value, np.generic):
+            return value
+        if isinstance(value, enum.Enum):
+            return {"kind": "enum", "class": _name(type(value)), "value": self.read(value.value, path)}
+        name = _name(type(value))
+        if isinstance(value, _CONSTANTS) or name in _CONSTANT_NAMES or (value is self._without):
+            return {"kind": "constant", "name": _constant_name(value)}
+        if id(value) in self._numbers:
+            return {"kind": "same", "number": self._numbers[id(value)]}
+        self._numbers[id(value)] = len(self._seen)
+        self._seen.append(value)  # which keeps its id from being used again
+        return self._content(value, path)
+
+    def _content(self, value: Any, path: str) -> Any:
+        cls = type(value)
+        if cls is np.ndarray and not value.dtype.hasobject:
+            return {"kind": "array", "value": value.copy()}
+        if cls is th.Tensor:
+            return {"kind": "tensor", "value": value.detach().cpu().numpy().copy()}
+        if cls in _SEQUENCES:
+            items = [self.read(each, f"{path}[{index}]") for index, each in enumerate(value)]
+            return {"kind": _SEQUENCES[cls], "items": items, "maxlen": value.maxlen if cls is deque else None}
+        if isinstance(value, tuple):
+            items = [self.read(each, f"{path}[{index}]") for index, each in enumerate(value)]
+            return {"kind": "tuple", "class": _name(cls), "items": items}
+        if cls in _MAPPINGS:
+            pairs = [[self.read(key, path), self.read(each, f"{path}[{key!r}]")] for key, each in value.items()]
+            return {"kind": _MAPPINGS[cls], "items": pairs}
+        if cls in (np.random.Generator, np.random.RandomState, random.Random):
+            return {"kind": "generator", "class": _name(cls), "state": _generator_state(value)}
+        if _name(cls) in _FOREIGN:
+            return {"kind": "foreign", "class": _name(cls), "state": _FOREIGN[_name(cls)][0](value)}
+        if has_own_state(value):
+            own = self.read(value.get_state(), f"{path}.get_state()")
+            return {"kind": "own", "class": _name(cls), "state": own}
+        if not _is_plain_object(cls) or _name(cls).startswith(_OF_PROCESS):
+            raise UnknownStateError(f"{path} is a {_name(cls).replace(':', '.')}")
+        attributes = [[name, self.read(each, f"{path}.{name}")] for name, each in _attributes(value).items()]
+        return {"kind": "object", "class": _name(cls), "attributes": attributes}
+
+
+# === Writing ===
+
+
+def restore_state(root: Any, state: Any, name: str = "env", without: Any = None) -> None:
+    """
+    Put a state into an object. If that cannot be done, the object stays as it is.
+
+    :param root: an object of the same kind, after its first ``reset()``, if it is an environment
+    :param state: from :func:`state_of`
+    :param name: how messages call it
+    :param without: an object in it that is left as it is
+    :raises UnknownStateError: if the object differs from the one that the state was read from
+    """
+    writer = _Writer(_own_packages(root))
+    if writer.value(state, root, name) is not root:
+        raise UnknownStateError(f"{name} is another kind of object")
+    for commit in writer.commits:
+        commit()
+    if dumps(state_of(root, name, without)) != dumps(state):
+        raise UnknownStateError(f"{name} does not hold the state that it was given")
+
+
+class _Writer:
+    """
+    :param packages: names of the packages whose classes may be made anew
+    """
+
+    def __init__(self, packages: set[str]) -> None:
+        self._packages = packages
+        self._values: list[Any] = []
+        self.commits: list[Callable[[], None]] = []
+
+    def value(self, state: Any, present: Any, path: str) -> Any:
+        """
+        :param state: of a value
+        :param present: what is there now
+        :param path: to it
+        :return: the value, complete after all commits
+        """
+        if not isinstance(state, dict):
+            return state
+        kind = state["kind"]
+        if kind == "same":
+            return self._values[state["number"]]
+        if kind == "constant":
+            if present is _MISSING or _constant_name(present) != state["name"]:
+                raise UnknownStateError(f"{path} was {state['name']}")
+            return present
+        if kind == "enum":
+            return self._class(state["class"], present, path)(self.value(state["value"], None, path))
+        number = len(self._values)
+        self._values.append(_MISSING)
+        result = getattr(self, f"_{kind}", self._container)(state, present, path, number)
+        self._values[number] = result
+        return result
+
+    def _class(self, name: str, present: Any, path: str) -> Any:
+        if _name(type(present)) == name:
+            return type(present)
+        module, _, qualname = name.partition(":")
+        found: Any = sys.modules.get(module)
+        for part in qualname.split("."):
+            found = getattr(found, part, None)
+        known = module.partition(".")[0] in self._packages and isinstance(found, type)
+        if not known or not (issubclass(found, enum.Enum) or _is_plain_object(found)):
+            raise UnknownStateError(f"{path} was a {name.replace(':', '.')}")
+        return found
+
+    def _array(self, state: Any, present: Any, path: str, number: int) -> Any:
+        return state["value"].copy()
+
+    def _tensor(self, state: Any, present: Any, path: str, number: int) -> Any:
+        device = present.device if isinstance(present, th.Tensor) else "cpu"
+        return th.as_tensor(state["value"].copy(), device=device)
+
+    def _tuple(self, state: Any, present: Any, path: str, number: int) -> Any:
+        there = present if isinstance(present, tuple) else ()
+        items = [self.value(each, _at(there, index), f"{path}[{index}]") for index, each in enumerate(state["items"])]
+        if state["class"] == "builtins:tuple":
+            return tuple(items)
+        return self._class(state["class"], present, path)._make(items)
+
+    def _container(self, state: Any, present: Any, path: str, number: int) -> Any:
+        items = state["items"]
+        if state["kind"] in _MAPPINGS.values():
+            result: Any = OrderedDict() if state["kind"] == "OrderedDict" else {}
+            self._values[number] = result
+            there = present if isinstance(present, dict) else {}
+            for key, each in items:
+                own = self.value(key, None, path)
+                result[own] = self.value(each, there.get(own, _MISSING), f"{path}[{own!r}]")
+            return result
+        result = deque(maxlen=state["maxlen"]) if state["kind"] == "deque" else []
+        self._values[number] = result
+        ordered = present if isinstance(present, list | deque) else ()
+        result.extend(self.value(each, _at(ordered, i), f"{path}[{i}]") for i, each in enumerate(items))
+        return {"set": set, "frozenset": frozenset}[state["kind"]](result) if "set" in state["kind"] else result
+
+    def _generator(self, state: Any, present: Any, path: str, number: int) -> Any:
+        kind, content = state["class"], state["state"]
+        if kind == "random:Random":
+            made: Any = random.Random()
+        elif content["bit_generator"] in _BIT_GENERATORS:
+            bits = getattr(np.random, content["bit_generator"])()
+            made = np.random.RandomState(bits) if "RandomState" in kind else np.random.Generator(bits)
+        else:
+            raise UnknownStateError(f"{path} drew from {content['bit_generator']}")
+        is_same = type(present) is type(made) and _bits(present) == _bits(made)
+        target = present if is_same else made  # others may have the same generator
+        self.commits.append(lambda: _set_generator_state(target, content))
+        return target
+
+    def _foreign(self, state: Any, present: Any, path: str, number: int) -> Any:
+        if present is _MISSING or _name(type(present)) != state["class"]:
+            raise UnknownStateError(f"{path} was a {state['class'].replace(':', '.')}")
+        write = _FOREIGN[state["class"]][1]
+        self.commits.append(lambda: write(present, state["state"], path))
+        return present
+
+    def _own(self, state: Any, present: Any, path: str, number: int) -> Any:
+        if _name(type(present)) != state["class"]:
+            raise UnknownStateError(f"{path} was a {state['class'].replace(':', '.')}")
+        own = self.value(state["state"], None, f"{path}.get_state()")
+        self.commits.append(lambda: present.set_state(own))
+        return present
+
+    def _object(self, state: Any, present: Any, path: str, number: int) -> Any:
+        cls = self._class(state["class"], present, path)
+        target = present if type(present) is cls else object.__new__(cls)
+        self._values[number] = target
+        there = _attributes(target)
+        new = {name: self.value(each, there.get(name, _MISSING), f"{path}.{name}") for name, each in state["attributes"]}
+        self.commits.append(lambda: _set_attributes(target, new))
+        return target
+
+
+def has_own_state(value: Any) -> bool:
+    """
+    :param value: an environment, or anything else
+    :return: whether its class says itself what its state is, with methods ``get_state()`` and ``set_state(state)``
+    """
+    found = [getattr(type(value), name, None) for name in ("get_state", "set_state")]
+    counts = [getattr(getattr(each, "__code__", None), "co_argcount", None) for each in found]
+    return counts == [1, 2]
+
+
+def _at(values: Any, index: int) -> Any:
+    return values[index] if index < len(values) else _MISSING
+
+
+def _name(cls: type) -> str:
+    return f"{getattr(cls, '__module__', None)}:{cls.__qualname__}"  # types made in C may have no module
+
+
+def _constant_name(value: Any) -> str:
+    if isinstance(value, np.dtype):
+        return f"numpy.dtype {value.str}"
+    if isinstance(value, type):
+        return _name(value)
+    if isinstance(value, logging.Logger | types.ModuleType):
+        return f"{type(value).__name__} {getattr(value, 'name', None) or value.__name__}"  # type: ignore[union-attr]
+    qualname = getattr(value, "__qualname__", None)
+    return f"{getattr(value, '__module__', None)}:{qualname}" if qualname else _name(type(value))
+
+
+def _is_plain_object(cls: type) -> bool:
+    """
+    :param cls: a class
+    :return: whether all that its instances hold is in their attributes
+    """
+    slots = list(_slots(cls))
+    has_references = any("__weakref__" in vars(base) for base in cls.__mro__)
+    size = _WithDict.__basicsize__ - (0 if has_references else 8) + 8 * len(slots)
+    is_python = all(base is object or "__dict__" in vars(base) or "__slots__" in vars(base) or _bare(base)
+                    for base in cls.__mro__)  # fmt: skip
+    return is_python and cls is not object and cls.__basicsize__ <= size and cls.__itemsize__ == 0
+
+
+def _bare(cls: type) -> bool:
+    # A Python class derived from another one with a dictionary has none of its own.
+    return "__module__" in vars(cls) and any("__dict__" in vars(base) for base in cls.__mro__[1:])
+
+
+def _slots(cls: type) -> Iterator[str]:
+    for base in cls.__mro__:
+        names = vars(base).get("__slots__", ())
+        yield from (each for each in ([names] if isinstance(names, str) else names) if not each.startswith("__"))
+
+
+def _attributes(value: Any) -> dict[str, Any]:
+    slots = {name: getattr(value, name) for name in _slots(type(value)) if hasattr(value, name)}
+    own = {name: each for name, each in getattr(value, "__dict__", {}).items() if not _is_of_class(value, name)}
+    return {**slots, **own}
+
+
+def _set_attributes(target: Any, new: dict[str, Any]) -> None:
+    slots = set(_slots(type(target)))
+    for name in slots & new.keys():
+        object.__setattr__(target, name, new[name])
+    if hasattr(target, "__dict__"):
+        kept = {name: each for name, each in vars(target).items() if _is_of_class(target, name)}
+        vars(target).clear()
+        vars(target).update({**{name: each for name, each in new.items() if name not in slots}, **kept})
+
+
+def _is_of_class(value: Any, name: str) -> bool:
+    return name == "class_attributes" and isinstance(value, VecEnvWrapper)
+
+
+def _own_packages(root: Any) -> set[str]:
+    names, layer = set(), root
+    while layer is not None:
+        names |= {cls.__module__.partition(".")[0] for cls in type(layer).__mro__}
+        layer = layer.env if isinstance(layer, gym.Wrapper) else None
+    return names - _BUILT_ONLY - set(sys.stdlib_module_names)
+
+
+# === Generators of random numbers, simulators ===
+
+
+def _bits(generator: Any) -> str:
+    if isinstance(generator, random.Random):
+        return ""
+    return str(_generator_state(generator)["bit_generator"])
+
+
+def _generator_state(generator: Any) -> Any:
+    if isinstance(generator, random.Random):
+        return generator.getstate()
+    if isinstance(generator, np.random.RandomState):
+        return generator.get_state(legacy=False)
+    return generator.bit_generator.state
+
+
+def _set_generator_state(generator: Any, state: Any) -> None:
+    if isinstance(generator, random.Random):
+        generator.setstate(state)
+    elif isinstance(generator, np.random.RandomState):
+        generator.set_state(state)
+    else:
+        generator.bit_generator.state = state
+
+
+_OF_ONE_STEP = re.compile(r"^(contact|efc|iefc|map|iacc|ifrc|idof|iLD|iM)|island")
+
+
+def _mujoco_arrays(data: Any) -> dict[str, np.ndarray]:
+    found = {name: getattr(data, name, None) for name in dir(data) if not name.startswith("_")}
+    # Lists of contacts, constraints and islands change their lengths, and every step makes them anew.
+    return {
+        name: array
+        for name, array in found.items()
+        if isinstance(array, np.ndarray) and not _OF_ONE_STEP.search(name)
+    }
+
+
+def _mujoco_integration(data: Any) -> np.ndarray:
+    import mujoco
+
+    kind = mujoco.mjtState.mjSTATE_INTEGRATION
+    state = np.empty(mujoco.mj_stateSize(data.model, kind))
+    mujoco.mj_getState(data.model, data, state, kind)
+    return state
+
+
+def _read_mujoco_data(data: Any) -> Any:
+    arrays = {name: array.copy() for name, array in _mujoco_arrays(data).items()}
+    return {"integration": _mujoco_integration(data), "arrays": arrays}
+
+
+def _write_mujoco_data(data: Any, state: Any, path: str) -> None:
+    import mujoco
+
+    mujoco.mj_setState(data.model, data, state["integration"], mujoco.mjtState.mjSTATE_INTEGRATION)
+    for name, array in _mujoco_arrays(data).items():
+        saved = state["arrays"].get(name)
+        if saved is not None and saved.shape == array.shape and array.flags.writeable:
+            array[...] = saved
+
+
+def _read_mujoco_model(model: Any) -> Any:
+    import hashlib
+
+    import mujoco
+
+    buffer = np.empty(mujoco.mj_sizeModel(model), np.uint8)
+    mujoco.mj_saveModel(model, None, buffer)
+    return hashlib.sha256(buffer.tobytes()).hexdigest()
+
+
+def _check_mujoco_model(model: Any, state: Any, path: str) -> None:
+    if _read_mujoco_model(model) != state:
+        raise UnknownStateError(f"{path} is another model than the one that was saved")
+
+
+def _read_ale(ale: Any) -> bytes:
+    data: bytes = ale.cloneSystemState().serialize()
+    return data
+
+
+def _write_ale(ale: Any, state: bytes, path: str) -> None:
+    import ale_py
+
+    ale.restoreSystemState(ale_py.ALEState(state))  # type: ignore[call-arg]
+
+
+# Objects of other libraries, by the name of their class: how to read and write what they hold
+_FOREIGN: dict[str, tuple[Callable[[Any], Any], Callable[[Any, Any, str], None]]] = {
+    "mujoco._structs:MjData": (_read_mujoco_data, _write_mujoco_data),
+    "mujoco._structs:MjModel": (_read_mujoco_model, _check_mujoco_model),
+    "ale_py._ale_py:ALEInterface": (_read_ale, _write_ale),
+}

@@ -1,0 +1,326 @@
+"""One file that is a whole run: ``save_checkpoint()`` and ``load_checkpoint()``."""
+
+import json
+import pathlib
+import zipfile
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar, cast
+
+import numpy as np
+import torch as th
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback
+
+from sb3_ppo_ewma._arguments import warn_caller
+from sb3_ppo_ewma._parallel.process_group import place
+from sb3_ppo_ewma.checkpointing.atomic import replace_atomically, with_default_suffix
+from sb3_ppo_ewma.checkpointing.environment_states import environments_state, restore_environments
+from sb3_ppo_ewma.checkpointing.generators import seed_from
+from sb3_ppo_ewma.checkpointing.plain_data import NotPlainError, dumps, loads
+from sb3_ppo_ewma.checkpointing.rollout_files import Step, write_rollouts
+from sb3_ppo_ewma.checkpointing.rollout_in_progress import Collection, RolloutInProgress
+from sb3_ppo_ewma.checkpointing.saving import SavedStateMixin
+
+SelfResumable = TypeVar("SelfResumable", bound="ResumableMixin")
+
+_FORMAT = 1
+# Members of the zip archive beside those of save()
+_FOLDER = "sb3_ppo_ewma_checkpoint/"
+_MANIFEST, _ROLLOUTS = f"{_FOLDER}checkpoint.json", f"{_FOLDER}rollouts"
+_IN_PROGRESS, _ENVIRONMENTS, _CALLBACKS = (f"{_FOLDER}{name}" for name in ("in_progress", "environments", "callbacks"))
+
+
+class ResumableMixin(SavedStateMixin):
+    """Saves and continues a run as it stands, in the middle of episodes and rollouts."""
+
+    env: Any
+
+    # The rollout that is being collected in this process
+    _collection: Collection | None = None
+    # The rollout that the loaded run was in the middle of
+    _in_progress: RolloutInProgress | None = None
+    # Writes a checkpoint, at the next moment that is in order
+    _due_checkpoint: Callable[[], None] | None = None
+    # Callbacks with what they held when training began, and what a loaded run had changed of it
+    _callbacks: tuple[tuple[BaseCallback, dict[str, bytes]], ...] = ()
+    _callback_states: list[Any] | None = None
+
+    @property
+    def remaining_timesteps(self) -> int:
+        """
+        :return: steps left of the ``total_timesteps`` that ``learn()`` was last called with, as a run that was loaded
+            with :meth:`load_checkpoint` needs: ``model.learn(model.remaining_timesteps, reset_num_timesteps=False)``
+        """
+        return max(0, self._total_timesteps - self.num_timesteps)
+
+    def save_checkpoint(self, path: str | pathlib.Path, variables: dict[str, Any] | None = None) -> None:
+        """
+        Save the run: all that :meth:`save` and :meth:`save_replay_buffer` save, the state of the environments with
+        statistics of ``VecNormalize``, the rollout in progress, and what callbacks have counted. Also in a callback.
+        Environments that cannot give their state begin new episodes in a run that continues; the file says why.
+
+        The file is a zip as of :meth:`save`, which :meth:`load` and SB3's ``load`` read too. It is written atomically.
+
+        :param path: file name (``.zip`` is added if it has no suffix); in a data-parallel training, each rank writes
+            its own, those above 0 with the rank in the name
+        :param variables: local variables of ``collect_rollouts`` in the present step, ``None``: those that the
+            callback has
+        :raises ValueError: in the middle of a rollout with ``max_policy_lag``, ``collect="as_ready"`` or in a
+            data-parallel training
+        """
+        if self._is_within_rollout() and not self.can_save_within_rollout:
+            raise ValueError(
+                "save_checkpoint() in the middle of a rollout needs collection in this process alone, without "
+                "max_policy_lag, collect='as_ready' and data_parallel: call it between rollouts"
+            )
+        progress = None if self._collection is None else self._collection.in_progress(variables)
+        environments = None if self.env is None else environments_state(self.env, self._has_collector())
+        manifest = {
+            "format": _FORMAT,
+            "algorithm": type(self).__name__,
+            "num_timesteps": self.num_timesteps,
+            "total_timesteps": self._total_timesteps,
+            "n_processes": place(self.data_parallel).n_processes,
+            "new_episodes": "" if environments is None else environments["reason"],
+        }
+        target = checkpoint_of_rank(with_default_suffix(path, ".zip"), place(self.data_parallel).rank)
+        with replace_atomically(target) as temporary:
+            self.save(temporary)
+            with zipfile.ZipFile(temporary, "a") as archive:
+                if self.replay_buffer is not None:
+                    with archive.open(_ROLLOUTS, "w", force_zip64=True) as member:
+                        step = Step(self.num_timesteps, self._n_rollouts)
+                        write_rollouts(cast(Any, member), step, self.replay_buffer, place(self.data_parallel))
+                archive.writestr(_ENVIRONMENTS, dumps(environments))
+                archive.writestr(_IN_PROGRESS, dumps(progress))
+                archive.writestr(_CALLBACKS, dumps([_changes(*each) for each in self._callbacks]))
+                archive.writestr(_MANIFEST, json.dumps(manifest))
+
+    @classmethod
+    def load_checkpoint(
+        cls: type[SelfResumable],
+        path: str | pathlib.Path,
+        env: GymEnv,
+        device: th.device | str = "auto",
+        custom_objects: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> SelfResumable:
+        """
+        Load a run. It goes on as if it had not been interrupted, with the same numbers to the bit, if the environments
+        could give their state; a warning says what begins anew.
+
+        .. code-block:: python
+
+            model = PPOEWMA.load_checkpoint("run.zip", env)
+            model.learn(model.remaining_timesteps, callback, reset_num_timesteps=False)
+
+        :param path: file of :meth:`save_checkpoint`
+        :param env: environments like those of the run, wrapped as they were; their state is replaced
+        :param device: device of the model
+        :param custom_objects: as in :meth:`load`
+        :param kwargs: as in :meth:`load`
+        :return: the model
+        :raises ValueError: if the file is not a checkpoint or damaged, or the environments are wrapped otherwise
+        """
+        path = with_default_suffix(path, ".zip")
+        first, own_place = read_manifest(path), place(kwargs.get("data_parallel"))
+        is_own = first["n_processes"] == own_place.n_processes
+        own = checkpoint_of_rank(path, own_place.rank if is_own else 0)
+        manifest = read_manifest(own)
+        model = cls.load(own, env, device, custom_objects, force_reset=False, **kwargs)
+        with zipfile.ZipFile(own) as archive:
+            if _ROLLOUTS in archive.namelist() and is_own:
+                with archive.open(_ROLLOUTS) as member:
+                    model.load_replay_buffer(cast(Any, member))
+            states, progress, callbacks = (
+                loads(archive.read(name)) for name in (_ENVIRONMENTS, _IN_PROGRESS, _CALLBACKS)
+            )
+        model._callback_states = callbacks
+        if progress is not None:
+            model._in_progress = RolloutInProgress(progress, model)
+        model._continue_episodes(states)
+        return model
+
+    def _continue_episodes(self, states: dict[str, Any]) -> None:
+        seed = seed_from(self.generators.pending or self.generators.state_dict(), "environments of a resumed run")
+        observations, reason = restore_environments(self.env, states, seed)
+        progress = self._in_progress
+        if progress is not None and not progress.fits(self.rollout_buffer):
+            self._in_progress, reason = None, reason or "n_steps has changed"
+            warn_caller("The rollout in progress is dropped: rollouts have another size now")
+        if not reason:
+            return
+        warn_caller(f"The environments begin new episodes: {reason}")
+        if self._in_progress is not None:
+            self._in_progress.cut_episodes(observations)
+        else:
+            self._last_obs = observations
+            self._last_episode_starts = np.ones(self.env.num_envs, dtype=bool)
+
+    # ------------------------------------------------------------------ moments that are in order
+
+    @property
+    def can_save_within_rollout(self) -> bool:
+        """
+        :return: whether :meth:`save_checkpoint` can be called in the middle of a rollout
+        """
+        attributes = vars(self)
+        is_plain = attributes.get("collect") == "together" and not self._has_collector()
+        return is_plain and attributes.get("_data_parallel") is None
+
+    def _has_collector(self) -> bool:
+        return vars(self).get("_collector") is not None
+
+    def _is_within_rollout(self) -> bool:
+        return self._collection is not None and self._collection.has_begun
+
+    def save_checkpoint_if_due(self) -> None:
+        """Write the checkpoint that a callback asked for. To be called between rollouts."""
+        due, self._due_checkpoint = self._due_checkpoint, None
+        if due is not None:
+            due()
+
+    def collect_rollouts(self, env: Any, callback: Any, rollout_buffer: Any, *args: Any, **kwargs: Any) -> bool:
+        """
+        As in the algorithm this is mixed into; a rollout that a loaded run was in the middle of goes on.
+
+        :param env: the training environments
+        :param callback: called at every step
+        :param rollout_buffer: buffer to fill
+        :param args: further arguments of the algorithm's method
+        :param kwargs: further arguments of the algorithm's method
+        :return: False when a callback ended the collection
+        """
+        own = super().collect_rollouts
+        self._collection = Collection(self, callback, rollout_buffer)
+        try:
+            if self._in_progress is not None:
+                return self._in_progress.collect(own, env, callback, rollout_buffer, *args, **kwargs)
+            return own(env, callback, rollout_buffer, *args, **kwargs)
+        finally:
+            self._collection = self._in_progress = None
+
+    def _update_info_buffer(self, infos: list[dict[str, Any]], dones: np.ndarray | None = None) -> None:
+        # Called by all algorithms after the callbacks of a step
+        progress = self._in_progress
+        if progress is not None and self._collection is not None and not progress.is_over:
+            if not progress.continues(self._collection.buffer):
+                return
+        elif self._due_checkpoint is not None and self.can_save_within_rollout:
+            self.save_checkpoint_if_due()
+        super()._update_info_buffer(infos, dones)
+
+    # ------------------------------------------------------------------ callbacks
+
+    def _setup_learn(self, total_timesteps: int, callback: Any = None, reset_num_timesteps: bool = True, *args: Any, **kwargs: Any) -> Any:  # fmt: skip
+        if self._in_progress is not None and reset_num_timesteps:
+            warn_caller("The rollout in progress is dropped: learn(..., reset_num_timesteps=False) would continue it")
+            self._in_progress = self._callback_states = self._last_obs = None
+        self._due_checkpoint = None
+        return super()._setup_learn(total_timesteps, callback, reset_num_timesteps, *args, **kwargs)
+
+    def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
+        result = super()._init_callback(callback, progress_bar)
+        self._callbacks = tuple((each, _plain_attributes(each)) for each in _callbacks_in(result))
+        states, self._callback_states = self._callback_states, None
+        if states is not None:
+            own = [each for each, _ in self._callbacks]
+            by_name = {(name, number): values for name, number, values in _numbered(states)}
+            for name, number, each in _numbered([(type(each).__name__, each) for each in own]):
+                for attribute, data in by_name.get((name, number), {}).items():
+                    setattr(each, attribute, loads(data))
+        return result
+
+    def _excluded_save_params(self) -> list[str]:
+        own = ("_collection", "_in_progress", "_due_checkpoint", "_callbacks", "_callback_states")
+        return [*super()._excluded_save_params(), *own]
+
+
+# === Callbacks ===
+
+
+def _callbacks_in(callback: BaseCallback) -> Iterator[BaseCallback]:
+    """
+    :param callback: a callback
+    :return: it and those that it calls
+    """
+    yield callback
+    for value in vars(callback).values():
+        for each in value if isinstance(value, list) else [value]:
+            if isinstance(each, BaseCallback) and each is not callback and each is not vars(callback).get("parent"):
+                yield from _callbacks_in(each)
+
+
+def _plain_attributes(callback: BaseCallback) -> dict[str, bytes]:
+    found = {}
+    for name, value in vars(callback).items():
+        try:
+            found[name] = dumps(value) if name not in ("locals", "globals") else b""
+        except (NotPlainError, TypeError):  # objects, which belong to the process
+            continue
+    return {name: data for name, data in found.items() if data}
+
+
+def _changes(callback: BaseCallback, before: dict[str, bytes]) -> tuple[str, dict[str, bytes]]:
+    """
+    :param callback: a callback
+    :param before: what it held when training began
+    :return: name of its class; attributes that have changed, other than its settings
+    """
+    now = _plain_attributes(callback)
+    return type(callback).__name__, {name: data for name, data in now.items() if before.get(name) != data}
+
+
+def _numbered(pairs: Any) -> Iterator[tuple[str, int, Any]]:
+    """
+    :param pairs: names with values
+    :return: the same with the number among those of the same name
+    """
+    counts: dict[str, int] = {}
+    for name, value in pairs:
+        yield name, counts.get(name, 0), value
+        counts[name] = counts.get(name, 0) + 1
+
+
+# === Files ===
+
+
+def checkpoint_of_rank(path: pathlib.Path, rank: int) -> pathlib.Path:
+    """
+    :param path: file of rank 0
+    :param rank: number of a process of a data-parallel training
+    :return: its file
+    """
+    return path if rank == 0 else path.with_name(f"{path.stem}.rank{rank}{path.suffix}")
+
+
+def read_manifest(path: pathlib.Path) -> dict[str, Any]:
+    """
+    :param path: a file
+    :return: what stands at the beginning of a checkpoint
+    :raises ValueError: if it is not one
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            manifest: dict[str, Any] = json.loads(archive.read(_MANIFEST))
+    except (zipfile.BadZipFile, KeyError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is damaged or not a file of save_checkpoint(): {error}") from error
+    if manifest.get("format") != _FORMAT:
+        raise ValueError(f"{path} has the format {manifest.get('format')!r}, this version reads {_FORMAT}")
+    return manifest
+
+
+def is_whole(path: pathlib.Path) -> bool:
+    """
+    :param path: a file
+    :return: whether it is a checkpoint, complete and undamaged, with the files of all ranks
+    """
+    try:
+        n_processes = read_manifest(path)["n_processes"]
+        for rank in range(n_processes):
+            with zipfile.ZipFile(checkpoint_of_rank(path, rank)) as archive:
+                if archive.testzip() is not None:
+                    return False
+    except (ValueError, OSError, zipfile.BadZipFile):
+        return False
+    return True
