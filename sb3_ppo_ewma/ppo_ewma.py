@@ -283,8 +283,7 @@ class EwmaMixin(ResumableMixin):
         :raises ValueError: if the environment or the network returned NaN or Inf
         """
         self.save_checkpoint_if_due()
-        collector = self._collector
-        collect = self._collect_here if collector is None else partial(collector.collect_rollouts, self)
+        collect = self._collect_here if self._collector is None else partial(self._collector.collect_rollouts, self)
         continues = collect(*args, **kwargs)
         return continues if self._data_parallel is None else self._data_parallel.pool_rollouts(continues)
 

@@ -1,5 +1,6 @@
 """One file that is a whole run: ``save_checkpoint()`` and ``load_checkpoint()``."""
 
+import contextlib
 import json
 import pathlib
 import zipfile
@@ -10,6 +11,7 @@ import numpy as np
 import torch as th
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback
+from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_ppo_ewma._arguments import warn_caller
 from sb3_ppo_ewma._parallel.process_group import place
@@ -44,6 +46,7 @@ class ResumableMixin(SavedStateMixin):
     # Callbacks with what they held when training began, and what a loaded run had changed of it
     _callbacks: tuple[tuple[BaseCallback, dict[str, bytes]], ...] = ()
     _callback_states: list[Any] | None = None
+    _continues_run = False
 
     @property
     def remaining_timesteps(self) -> int:
@@ -210,9 +213,18 @@ class ResumableMixin(SavedStateMixin):
             self.save_checkpoint_if_due()
         super()._update_info_buffer(infos, dones)
 
-    # ------------------------------------------------------------------ callbacks
+    # ------------------------------------------------------------------ learn()
+
+    def continue_run(self) -> None:
+        """
+        Let the next ``learn()`` go on with the run up to the number of steps that it was meant to have, whatever
+        arguments ``learn()`` gets for that.
+        """
+        self._continues_run = True
 
     def _setup_learn(self, total_timesteps: int, callback: Any = None, reset_num_timesteps: bool = True, *args: Any, **kwargs: Any) -> Any:  # fmt: skip
+        if self._continues_run:
+            total_timesteps, reset_num_timesteps, self._continues_run = self.remaining_timesteps, False, False
         if self._in_progress is not None and reset_num_timesteps:
             warn_caller("The rollout in progress is dropped: learn(..., reset_num_timesteps=False) would continue it")
             self._in_progress = self._callback_states = self._last_obs = None
@@ -224,15 +236,11 @@ class ResumableMixin(SavedStateMixin):
         self._callbacks = tuple((each, _plain_attributes(each)) for each in _callbacks_in(result))
         states, self._callback_states = self._callback_states, None
         if states is not None:
-            own = [each for each, _ in self._callbacks]
-            by_name = {(name, number): values for name, number, values in _numbered(states)}
-            for name, number, each in _numbered([(type(each).__name__, each) for each in own]):
-                for attribute, data in by_name.get((name, number), {}).items():
-                    setattr(each, attribute, loads(data))
+            _restore_callbacks([each for each, _ in self._callbacks], states)
         return result
 
     def _excluded_save_params(self) -> list[str]:
-        own = ("_collection", "_in_progress", "_due_checkpoint", "_callbacks", "_callback_states")
+        own = ("_collection", "_in_progress", "_due_checkpoint", "_callbacks", "_callback_states", "_continues_run")
         return [*super()._excluded_save_params(), *own]
 
 
@@ -261,25 +269,41 @@ def _plain_attributes(callback: BaseCallback) -> dict[str, bytes]:
     return {name: data for name, data in found.items() if data}
 
 
-def _changes(callback: BaseCallback, before: dict[str, bytes]) -> tuple[str, dict[str, bytes]]:
+def _changes(callback: BaseCallback, before: dict[str, bytes]) -> dict[str, Any]:
     """
     :param callback: a callback
     :param before: what it held when training began
-    :return: name of its class; attributes that have changed, other than its settings
+    :return: name of its class; attributes that have changed, so that they are not its settings; its environments
     """
     now = _plain_attributes(callback)
-    return type(callback).__name__, {name: data for name, data in now.items() if before.get(name) != data}
+    return {
+        "class": type(callback).__name__,
+        "attributes": {name: data for name, data in now.items() if before.get(name) != data},
+        "environments": {name: environments_state(env, False) for name, env in _environments(callback).items()},
+    }
 
 
-def _numbered(pairs: Any) -> Iterator[tuple[str, int, Any]]:
+def _environments(callback: BaseCallback) -> dict[str, VecEnv]:
+    return {name: value for name, value in vars(callback).items() if isinstance(value, VecEnv)}
+
+
+def _restore_callbacks(callbacks: list[BaseCallback], states: list[dict[str, Any]]) -> None:
     """
-    :param pairs: names with values
-    :return: the same with the number among those of the same name
+    :param callbacks: those of the training that continues
+    :param states: from :func:`_changes`, each for the first callback of its class that has none yet
     """
-    counts: dict[str, int] = {}
-    for name, value in pairs:
-        yield name, counts.get(name, 0), value
-        counts[name] = counts.get(name, 0) + 1
+    waiting = list(callbacks)
+    for state in states:
+        callback = next((each for each in waiting if type(each).__name__ == state["class"]), None)
+        if callback is None:
+            continue
+        waiting.remove(callback)
+        for name, data in state["attributes"].items():
+            setattr(callback, name, loads(data))
+        for name, env in _environments(callback).items():
+            with contextlib.suppress(ValueError):  # evaluation may use other ones now
+                if not state["environments"].get(name, {"reason": "new"})["reason"]:
+                    restore_environments(env, state["environments"][name], seed=0)
 
 
 # === Files ===

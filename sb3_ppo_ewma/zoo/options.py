@@ -20,6 +20,8 @@ class Options:
     :param n_envs: number of environments, to which hyper-parameters are rescaled; ``None``: that of the entry
     :param advice: whether to add an ``AdviceCallback`` to training
     :param fixed: values of search parameters that Optuna does not sample, by the parameter's name in a trial
+    :param checkpoint_every: steps between checkpoints of the whole run; ``None``: none
+    :param resume: whether to go on with a run that the same command has begun
     :param vec_env: kind of vectorised environment; ``None`` leaves the choice to the script
     """
 
@@ -27,6 +29,8 @@ class Options:
     advice: bool = False
     fixed: dict[str, Any] = field(default_factory=dict)
     vec_env: str | None = None
+    checkpoint_every: int | None = None
+    resume: bool = False
 
 
 # Options of the running script. A global, because upstream's scripts cannot pass them to its ExperimentManager.
@@ -56,6 +60,18 @@ def parser(script: str, prog: str) -> argparse.ArgumentParser:
         metavar="N",
         help="train with N environments, with hyper-parameters rescaled to behave the same; with -optimize, search "
         "those for N environments",
+    )
+    group.add_argument(
+        "--checkpoint-every",
+        type=int,
+        metavar="N",
+        help="every N steps, and at the end, save the whole run, to go on from there with --resume",
+    )
+    group.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with the newest run of the same command from its newest checkpoint, or begin one; saves every "
+        "50000 steps unless --checkpoint-every says otherwise",
     )
     group.add_argument("--advice", action="store_true", help="print a line when training goes wrong, with a remedy")
     group.add_argument(
