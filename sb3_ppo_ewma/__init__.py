@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from sb3_ppo_ewma.callbacks.advice import AdviceCallback
 from sb3_ppo_ewma.callbacks.noise_scale import NoiseScaleCallback
+from sb3_ppo_ewma.callbacks.run_checkpoint import RunCheckpoint, newest_checkpoint
 from sb3_ppo_ewma.envs import envpool_env as _envpool_env
+from sb3_ppo_ewma.envs.env_state import EnvStateWrapper
 from sb3_ppo_ewma.envs.envpool_vec_env import EnvPoolVecEnv, make_envpool_vec_env
 from sb3_ppo_ewma.envs.grouped_vec_env import GroupedVecEnv
 from sb3_ppo_ewma.envs.remote_vec_env import RemoteVecEnv
@@ -40,6 +42,7 @@ __all__ = [
     "AdviceCallback",
     "AuxiliaryPhaseMixin",
     "EnvPoolVecEnv",
+    "EnvStateWrapper",
     "EwmaMixin",
     "GroupedVecEnv",
     "ImpalaCNN",
@@ -59,9 +62,11 @@ __all__ = [
     "RecurrentPPGEWMA",
     "RecurrentPPOEWMA",
     "RemoteVecEnv",
+    "RunCheckpoint",
     "SmallGridCNN",
     "__version__",
     "make_envpool_vec_env",
+    "newest_checkpoint",
 ]
 
 # Gymnasium's make() finds the games, by EnvPool's names, once this package is imported.

@@ -282,9 +282,9 @@ class EwmaMixin(ResumableMixin):
         :return: False when a callback ended the collection
         :raises ValueError: if the environment or the network returned NaN or Inf
         """
-        self.save_checkpoint_if_due()
         collect = self._collect_here if self._collector is None else partial(self._collector.collect_rollouts, self)
-        continues = collect(*args, **kwargs)
+        with self.within_rollout():
+            continues = collect(*args, **kwargs)
         return continues if self._data_parallel is None else self._data_parallel.pool_rollouts(continues)
 
     def _collect_here(self, *args: Any, **kwargs: Any) -> bool:
@@ -384,9 +384,8 @@ class EwmaMixin(ResumableMixin):
         check_fits(self)
         self._data_parallel = DataParallel.start(self)
         self._collector = Collector.prepare(self)
-        own = super()._setup_learn
-        setup_learn = own if self._data_parallel is None else partial(self._data_parallel.setup_learn, own)
-        result = setup_learn(*args, **kwargs)
+        own, group = super()._setup_learn, self._data_parallel
+        result = (own if group is None else partial(group.setup_learn, own))(*args, **kwargs)
         if self.stale_rollouts is not None:
             self.stale_rollouts.warn_if_missing(self._n_rollouts)
         return result

@@ -37,7 +37,10 @@ HYPERPARAMETER_FILES = sorted((ROOT / "zoo_hyperparams").rglob("*.yml"))
 
 # Modules from the bottom up, each with the packages beside the standard library that its layer adds to those below.
 LAYERS: list[tuple[set[str], set[str]]] = [
-    ({"checkpointing.atomic", "losses", "ewma"}, {"torch"}),
+    (
+        {"checkpointing.atomic", "checkpointing.plain_data", "checkpointing.simulator_states", "losses", "ewma"},
+        {"torch", "numpy"},
+    ),
     ({"_parallel.channel"}, {"cloudpickle"}),
     ({"checkpointing.generators", "memory", "advantages", "_parallel.process_group"}, {"numpy"}),
     (
@@ -46,11 +49,14 @@ LAYERS: list[tuple[set[str], set[str]]] = [
             "distributions",
             "checkpointing.own_states",
             "checkpointing.rollout_files",
+            "checkpointing.object_states",
+            "checkpointing.rollout_in_progress",
             "_parallel.normalization",
             "_parallel.shared_memory",
         },
         {"stable_baselines3", "gymnasium"},
     ),
+    ({"checkpointing.environment_states", "envs.env_state"}, set()),
     ({"checkpointing.conversion", "_parallel.portable", "_parallel.shared_state"}, set()),
     (
         {
@@ -68,7 +74,8 @@ LAYERS: list[tuple[set[str], set[str]]] = [
         {"batch_scaling", "following", "_engine.recognition", "_parallel.policy_copies", "_parallel.data_parallel"},
         set(),
     ),
-    ({"_engine.iteration"}, set()),
+    ({"_engine.iteration", "checkpointing.run_checkpoint"}, set()),
+    ({"callbacks.run_checkpoint"}, set()),
     ({"_engine.reference", "_engine.dense_networks", "auxiliary_phase", "_parallel.worker"}, set()),
     (
         {

@@ -58,7 +58,9 @@ def restore_environments(env: VecEnv, state: dict[str, Any], seed: int) -> tuple
     """
     layers = [type(layer).__name__ for layer in _layers(env)]
     if layers[:-1] != state["layers"][:-1]:
-        raise ValueError(f"env must be wrapped as it was when the checkpoint was written: {state['layers']}, got {layers}")
+        raise ValueError(
+            f"env must be wrapped as it was when the checkpoint was written: {state['layers']}, got {layers}"
+        )
     env.seed(seed)
     env.reset()  # after which there is all that episodes create
     reason = state["reason"]

@@ -8,7 +8,6 @@ import enum
 import io
 import logging
 import random
-import re
 import sys
 import threading
 import types
@@ -24,6 +23,7 @@ from gymnasium.envs.registration import EnvSpec
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvWrapper
 
 from sb3_ppo_ewma.checkpointing.plain_data import dumps
+from sb3_ppo_ewma.checkpointing.simulator_states import SIMULATORS, UnknownStateError
 
 # What a program has and a state does not change: compared by name
 _CONSTANTS = (
@@ -50,10 +50,6 @@ _BIT_GENERATORS = {"PCG64", "PCG64DXSM", "MT19937", "Philox", "SFC64"}
 # Packages whose classes are not made from a name in a file
 _BUILT_ONLY = {"gymnasium", "stable_baselines3", "sb3_contrib", "sb3_ppo_ewma", "numpy", "torch"}
 _MISSING: Any = object()
-
-
-class UnknownStateError(ValueError):
-    """An object holds something that cannot be saved or restored."""
 
 
 class _WithDict:
@@ -96,6 +92,8 @@ class _Reader:
             return {"kind": "constant", "name": _constant_name(value)}
         if id(value) in self._numbers:
             return {"kind": "same", "number": self._numbers[id(value)]}
+        if isinstance(value, tuple | frozenset):  # Python itself decides which of them are the same object
+            return self._content(value, path)
         self._numbers[id(value)] = len(self._seen)
         self._seen.append(value)  # which keeps its id from being used again
         return self._content(value, path)
@@ -117,8 +115,8 @@ class _Reader:
             return {"kind": _MAPPINGS[cls], "items": pairs}
         if cls in (np.random.Generator, np.random.RandomState, random.Random):
             return {"kind": "generator", "class": _name(cls), "state": _generator_state(value)}
-        if _name(cls) in _FOREIGN:
-            return {"kind": "foreign", "class": _name(cls), "state": _FOREIGN[_name(cls)][0](value)}
+        if _name(cls) in SIMULATORS:
+            return {"kind": "simulator", "class": _name(cls), "state": SIMULATORS[_name(cls)].read(value)}
         if has_own_state(value):
             own = self.read(value.get_state(), f"{path}.get_state()")
             return {"kind": "own", "class": _name(cls), "state": own}
@@ -178,6 +176,10 @@ class _Writer:
             return present
         if kind == "enum":
             return self._class(state["class"], present, path)(self.value(state["value"], None, path))
+        if kind == "tuple":
+            return self._tuple(state, present, path)
+        if kind == "frozenset":
+            return frozenset(self.value(each, _MISSING, path) for each in state["items"])
         number = len(self._values)
         self._values.append(_MISSING)
         result = getattr(self, f"_{kind}", self._container)(state, present, path, number)
@@ -203,7 +205,7 @@ class _Writer:
         device = present.device if isinstance(present, th.Tensor) else "cpu"
         return th.as_tensor(state["value"].copy(), device=device)
 
-    def _tuple(self, state: Any, present: Any, path: str, number: int) -> Any:
+    def _tuple(self, state: Any, present: Any, path: str) -> Any:
         there = present if isinstance(present, tuple) else ()
         items = [self.value(each, _at(there, index), f"{path}[{index}]") for index, each in enumerate(state["items"])]
         if state["class"] == "builtins:tuple":
@@ -224,7 +226,7 @@ class _Writer:
         self._values[number] = result
         ordered = present if isinstance(present, list | deque) else ()
         result.extend(self.value(each, _at(ordered, i), f"{path}[{i}]") for i, each in enumerate(items))
-        return {"set": set, "frozenset": frozenset}[state["kind"]](result) if "set" in state["kind"] else result
+        return set(result) if state["kind"] == "set" else result
 
     def _generator(self, state: Any, present: Any, path: str, number: int) -> Any:
         kind, content = state["class"], state["state"]
@@ -240,11 +242,11 @@ class _Writer:
         self.commits.append(lambda: _set_generator_state(target, content))
         return target
 
-    def _foreign(self, state: Any, present: Any, path: str, number: int) -> Any:
+    def _simulator(self, state: Any, present: Any, path: str, number: int) -> Any:
         if present is _MISSING or _name(type(present)) != state["class"]:
             raise UnknownStateError(f"{path} was a {state['class'].replace(':', '.')}")
-        write = _FOREIGN[state["class"]][1]
-        self.commits.append(lambda: write(present, state["state"], path))
+        write = SIMULATORS[state["class"]].write
+        self.commits.append(lambda: write(present, state["state"]))
         return present
 
     def _own(self, state: Any, present: Any, path: str, number: int) -> Any:
@@ -259,7 +261,9 @@ class _Writer:
         target = present if type(present) is cls else object.__new__(cls)
         self._values[number] = target
         there = _attributes(target)
-        new = {name: self.value(each, there.get(name, _MISSING), f"{path}.{name}") for name, each in state["attributes"]}
+        new = {
+            name: self.value(each, there.get(name, _MISSING), f"{path}.{name}") for name, each in state["attributes"]
+        }
         self.commits.append(lambda: _set_attributes(target, new))
         return target
 
@@ -345,7 +349,7 @@ def _own_packages(root: Any) -> set[str]:
     return names - _BUILT_ONLY - set(sys.stdlib_module_names)
 
 
-# === Generators of random numbers, simulators ===
+# === Generators of random numbers ===
 
 
 def _bits(generator: Any) -> str:
@@ -369,74 +373,3 @@ def _set_generator_state(generator: Any, state: Any) -> None:
         generator.set_state(state)
     else:
         generator.bit_generator.state = state
-
-
-_OF_ONE_STEP = re.compile(r"^(contact|efc|iefc|map|iacc|ifrc|idof|iLD|iM)|island")
-
-
-def _mujoco_arrays(data: Any) -> dict[str, np.ndarray]:
-    found = {name: getattr(data, name, None) for name in dir(data) if not name.startswith("_")}
-    # Lists of contacts, constraints and islands change their lengths, and every step makes them anew.
-    return {
-        name: array
-        for name, array in found.items()
-        if isinstance(array, np.ndarray) and not _OF_ONE_STEP.search(name)
-    }
-
-
-def _mujoco_integration(data: Any) -> np.ndarray:
-    import mujoco
-
-    kind = mujoco.mjtState.mjSTATE_INTEGRATION
-    state = np.empty(mujoco.mj_stateSize(data.model, kind))
-    mujoco.mj_getState(data.model, data, state, kind)
-    return state
-
-
-def _read_mujoco_data(data: Any) -> Any:
-    arrays = {name: array.copy() for name, array in _mujoco_arrays(data).items()}
-    return {"integration": _mujoco_integration(data), "arrays": arrays}
-
-
-def _write_mujoco_data(data: Any, state: Any, path: str) -> None:
-    import mujoco
-
-    mujoco.mj_setState(data.model, data, state["integration"], mujoco.mjtState.mjSTATE_INTEGRATION)
-    for name, array in _mujoco_arrays(data).items():
-        saved = state["arrays"].get(name)
-        if saved is not None and saved.shape == array.shape and array.flags.writeable:
-            array[...] = saved
-
-
-def _read_mujoco_model(model: Any) -> Any:
-    import hashlib
-
-    import mujoco
-
-    buffer = np.empty(mujoco.mj_sizeModel(model), np.uint8)
-    mujoco.mj_saveModel(model, None, buffer)
-    return hashlib.sha256(buffer.tobytes()).hexdigest()
-
-
-def _check_mujoco_model(model: Any, state: Any, path: str) -> None:
-    if _read_mujoco_model(model) != state:
-        raise UnknownStateError(f"{path} is another model than the one that was saved")
-
-
-def _read_ale(ale: Any) -> bytes:
-    data: bytes = ale.cloneSystemState().serialize()
-    return data
-
-
-def _write_ale(ale: Any, state: bytes, path: str) -> None:
-    import ale_py
-
-    ale.restoreSystemState(ale_py.ALEState(state))  # type: ignore[call-arg]
-
-
-# Objects of other libraries, by the name of their class: how to read and write what they hold
-_FOREIGN: dict[str, tuple[Callable[[Any], Any], Callable[[Any, Any, str], None]]] = {
-    "mujoco._structs:MjData": (_read_mujoco_data, _write_mujoco_data),
-    "mujoco._structs:MjModel": (_read_mujoco_model, _check_mujoco_model),
-    "ale_py._ale_py:ALEInterface": (_read_ale, _write_ale),
-}

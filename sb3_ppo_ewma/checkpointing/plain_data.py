@@ -76,4 +76,6 @@ def _decoded(value: Any, archive: zipfile.ZipFile) -> Any:
     if kind == "tuple":
         return tuple(_decoded(each, archive) for each in content)
     array = np.lib.format.read_array(io.BytesIO(archive.read(f"{int(content)}.npy")), allow_pickle=False)
-    return {"array": lambda: array, "scalar": lambda: array[()], "bytes": array.tobytes}[kind]()
+    if kind == "bytes":
+        return array.tobytes()
+    return array if kind == "array" else array[()]

@@ -1,7 +1,7 @@
 """
-A rollout that was interrupted goes on. The algorithm's own ``collect_rollouts`` begins again: for the steps that were
-made before, stand-ins for environments, policy and callback answer at once. Then the rollout so far is put in place, and
-the real ones go on.
+A rollout that was interrupted goes on. The algorithm's own ``collect_rollouts`` begins again. For the steps that were
+made before, stand-ins for environments, policy and callback answer at once; then the rollout so far is put in place,
+and the real ones go on.
 """
 
 from collections.abc import Callable

@@ -37,6 +37,8 @@ class ResumableMixin(SavedStateMixin):
 
     env: Any
 
+    # Steps before the present rollout; None between rollouts
+    _rollout_start: int | None = None
     # The rollout that is being collected in this process
     _collection: Collection | None = None
     # The rollout that the loaded run was in the middle of
@@ -71,7 +73,7 @@ class ResumableMixin(SavedStateMixin):
         :raises ValueError: in the middle of a rollout with ``max_policy_lag``, ``collect="as_ready"`` or in a
             data-parallel training
         """
-        if self._is_within_rollout() and not self.can_save_within_rollout:
+        if self._rollout_start not in (None, self.num_timesteps) and not self.can_save_within_rollout:
             raise ValueError(
                 "save_checkpoint() in the middle of a rollout needs collection in this process alone, without "
                 "max_policy_lag, collect='as_ready' and data_parallel: call it between rollouts"
@@ -129,7 +131,7 @@ class ResumableMixin(SavedStateMixin):
         first, own_place = read_manifest(path), place(kwargs.get("data_parallel"))
         is_own = first["n_processes"] == own_place.n_processes
         own = checkpoint_of_rank(path, own_place.rank if is_own else 0)
-        manifest = read_manifest(own)
+        read_manifest(own)
         model = cls.load(own, env, device, custom_objects, force_reset=False, **kwargs)
         with zipfile.ZipFile(own) as archive:
             if _ROLLOUTS in archive.namelist() and is_own:
@@ -174,11 +176,17 @@ class ResumableMixin(SavedStateMixin):
     def _has_collector(self) -> bool:
         return vars(self).get("_collector") is not None
 
-    def _is_within_rollout(self) -> bool:
-        return self._collection is not None and self._collection.has_begun
+    @contextlib.contextmanager
+    def within_rollout(self) -> Iterator[None]:
+        """Context in which a rollout is collected or taken from another process."""
+        self._write_due_checkpoint()
+        self._rollout_start = self.num_timesteps
+        try:
+            yield
+        finally:
+            self._rollout_start = None
 
-    def save_checkpoint_if_due(self) -> None:
-        """Write the checkpoint that a callback asked for. To be called between rollouts."""
+    def _write_due_checkpoint(self) -> None:
         due, self._due_checkpoint = self._due_checkpoint, None
         if due is not None:
             due()
@@ -210,7 +218,7 @@ class ResumableMixin(SavedStateMixin):
             if not progress.continues(self._collection.buffer):
                 return
         elif self._due_checkpoint is not None and self.can_save_within_rollout:
-            self.save_checkpoint_if_due()
+            self._write_due_checkpoint()
         super()._update_info_buffer(infos, dones)
 
     # ------------------------------------------------------------------ learn()
@@ -222,7 +230,14 @@ class ResumableMixin(SavedStateMixin):
         """
         self._continues_run = True
 
-    def _setup_learn(self, total_timesteps: int, callback: Any = None, reset_num_timesteps: bool = True, *args: Any, **kwargs: Any) -> Any:  # fmt: skip
+    def _setup_learn(
+        self,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        reset_num_timesteps: bool = True,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
         if self._continues_run:
             total_timesteps, reset_num_timesteps, self._continues_run = self.remaining_timesteps, False, False
         if self._in_progress is not None and reset_num_timesteps:
@@ -240,8 +255,8 @@ class ResumableMixin(SavedStateMixin):
         return result
 
     def _excluded_save_params(self) -> list[str]:
-        own = ("_collection", "_in_progress", "_due_checkpoint", "_callbacks", "_callback_states", "_continues_run")
-        return [*super()._excluded_save_params(), *own]
+        own = ("_rollout_start", "_collection", "_in_progress", "_due_checkpoint", "_continues_run")
+        return [*super()._excluded_save_params(), *own, "_callbacks", "_callback_states"]
 
 
 # === Callbacks ===

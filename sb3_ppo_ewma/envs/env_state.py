@@ -12,8 +12,8 @@ from sb3_ppo_ewma.checkpointing.plain_data import dumps, loads
 
 class EnvStateWrapper(gym.Wrapper[Any, Any, Any, Any]):
     """
-    Lets :meth:`~sb3_ppo_ewma.EwmaMixin.save_checkpoint` ask an environment of a ``SubprocVecEnv`` for its state, that of
-    the generators of random numbers in its process included. Environments of a ``DummyVecEnv`` do not need it.
+    Lets :meth:`~sb3_ppo_ewma.EwmaMixin.save_checkpoint` ask an environment of a ``SubprocVecEnv`` for its state, with
+    that of the generators of random numbers in its process. Environments of a ``DummyVecEnv`` do not need it.
 
     .. code-block:: python
 

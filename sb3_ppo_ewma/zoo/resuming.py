@@ -1,6 +1,6 @@
 """
-``--checkpoint-every N`` writes the whole run from time to time; ``--resume`` goes on with a run that the same command has
-begun, or begins it.
+``--checkpoint-every N`` writes the whole run from time to time; ``--resume`` goes on with the run that the same command
+has begun, or begins it.
 """
 
 import functools
@@ -54,7 +54,9 @@ def _init(upstream: AnyFunction, manager: Any, *args: Any, **kwargs: Any) -> Non
     if manager.algo not in ALGORITHMS:
         raise ValueError(f"--checkpoint-every and --resume are for {', '.join(ALGORITHMS)}, got {manager.algo}")
     if manager.optimize_hyperparameters:
-        raise ValueError("--checkpoint-every and --resume are not for -optimize: a search goes on with the same --storage")
+        raise ValueError(
+            "--checkpoint-every and --resume are not for -optimize: a search goes on with the same --storage"
+        )
     if manager.trained_agent:
         raise ValueError("--resume finds the run by itself: leave out -i, or --resume and --checkpoint-every")
     if options.current.resume:
@@ -66,7 +68,7 @@ def _find_run(manager: Any) -> None:
     :param manager: the zoo's ``ExperimentManager``, which gets the folder and seed of the run that it goes on with
     """
     group = ProcessGroup.of()
-    found = _newest_run(manager) if group is None or group.rank == 0 else None
+    found = _newest_run(manager) if group is None or group.rank == 0 else (None, 0, None)
     folder, seed, checkpoint = found if group is None else group.from_first(found)
     if folder is None:
         return
@@ -169,7 +171,8 @@ def _load_pretrained_agent(upstream: AnyFunction, manager: Any, hyperparams: dic
     if manager.resumed_from is None:
         return upstream(manager, hyperparams, env)
     settings = {"tensorboard_log": manager.tensorboard_log, "verbose": manager.verbose}
-    model = ALGORITHMS[manager.algo].load_checkpoint(manager.resumed_from, env, manager.device, **settings)
+    algorithm: Any = ALGORITHMS[manager.algo]
+    model = algorithm.load_checkpoint(manager.resumed_from, env, manager.device, **settings)
     model.continue_run()
     _forget_later_episodes(Path(manager.save_path), model.env)
     return model
