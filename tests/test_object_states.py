@@ -13,8 +13,9 @@ import pytest
 from stable_baselines3.common.atari_wrappers import AtariWrapper
 from stable_baselines3.common.monitor import Monitor
 
-from sb3_ppo_ewma.checkpointing.object_states import UnknownStateError, restore_state, state_of
+from sb3_ppo_ewma.checkpointing.object_states import restore_state, state_of
 from sb3_ppo_ewma.checkpointing.plain_data import NotPlainError, dumps, loads
+from sb3_ppo_ewma.checkpointing.simulator_states import UnknownStateError
 from sb3_ppo_ewma.zoo import register
 
 assert ale_py

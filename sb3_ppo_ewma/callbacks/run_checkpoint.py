@@ -7,7 +7,8 @@ from typing import Any
 from stable_baselines3.common.callbacks import BaseCallback
 
 from sb3_ppo_ewma._arguments import check_integer
-from sb3_ppo_ewma.checkpointing.run_checkpoint import ResumableMixin, checkpoint_of_rank, is_whole, read_manifest
+from sb3_ppo_ewma._parallel.process_group import place
+from sb3_ppo_ewma.checkpointing.run_checkpoint import ResumableMixin, checkpoint_of_rank, is_whole
 
 _NAME = re.compile(r"checkpoint_(\d+)_steps\.zip")
 
@@ -87,11 +88,13 @@ class RunCheckpoint(BaseCallback):
         self._remove_old(path)
 
     def _remove_old(self, newest: Path) -> None:
+        n_processes = place(self._model.data_parallel).n_processes
+        if not all(checkpoint_of_rank(newest, rank).exists() for rank in range(n_processes)):
+            return  # another process has yet to write its file
         older = [path for path in _checkpoints(self.folder) if path != newest]
         for path in older[: max(0, len(older) - self.keep + 1)]:
-            n_processes = read_manifest(path)["n_processes"]
-            for rank in range(n_processes):
-                checkpoint_of_rank(path, rank).unlink(missing_ok=True)
+            for file in self.folder.glob(f"{path.stem}*{path.suffix}"):
+                file.unlink(missing_ok=True)
 
 
 def _checkpoints(folder: Path) -> list[Path]:

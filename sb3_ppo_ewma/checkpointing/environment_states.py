@@ -6,8 +6,9 @@ from typing import Any
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvWrapper
 
-from sb3_ppo_ewma.checkpointing.object_states import UnknownStateError, restore_state, state_of
+from sb3_ppo_ewma.checkpointing.object_states import restore_state, state_of
 from sb3_ppo_ewma.checkpointing.plain_data import NotPlainError, dumps
+from sb3_ppo_ewma.checkpointing.simulator_states import UnknownStateError
 
 _METHOD = "checkpoint_state"
 

@@ -1,6 +1,7 @@
 """One file that is a whole run: ``save_checkpoint()`` and ``load_checkpoint()``."""
 
 import contextlib
+import hashlib
 import json
 import pathlib
 import zipfile
@@ -86,6 +87,7 @@ class ResumableMixin(SavedStateMixin):
             "num_timesteps": self.num_timesteps,
             "total_timesteps": self._total_timesteps,
             "n_processes": place(self.data_parallel).n_processes,
+            "parameters": _digest(self.policy),
             "new_episodes": "" if environments is None else environments["reason"],
         }
         target = checkpoint_of_rank(with_default_suffix(path, ".zip"), place(self.data_parallel).rank)
@@ -355,11 +357,25 @@ def is_whole(path: pathlib.Path) -> bool:
     :return: whether it is a checkpoint, complete and undamaged, with the files of all ranks
     """
     try:
-        n_processes = read_manifest(path)["n_processes"]
-        for rank in range(n_processes):
-            with zipfile.ZipFile(checkpoint_of_rank(path, rank)) as archive:
+        first = read_manifest(path)
+        for rank in range(first["n_processes"]):
+            own = checkpoint_of_rank(path, rank)
+            if read_manifest(own)["parameters"] != first["parameters"]:  # left by a run that was killed here
+                return False
+            with zipfile.ZipFile(own) as archive:
                 if archive.testzip() is not None:
                     return False
     except (ValueError, OSError, zipfile.BadZipFile):
         return False
     return True
+
+
+def _digest(policy: th.nn.Module) -> str:
+    """
+    :param policy: a policy, with the same parameters in all processes
+    :return: a text that differs for other parameters
+    """
+    result = hashlib.sha256()
+    for parameter in policy.parameters():
+        result.update(parameter.detach().cpu().view(-1).view(th.uint8).numpy().data)
+    return result.hexdigest()

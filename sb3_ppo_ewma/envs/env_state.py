@@ -6,8 +6,9 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
-from sb3_ppo_ewma.checkpointing.object_states import UnknownStateError, restore_state, state_of
+from sb3_ppo_ewma.checkpointing.object_states import restore_state, state_of
 from sb3_ppo_ewma.checkpointing.plain_data import dumps, loads
+from sb3_ppo_ewma.checkpointing.simulator_states import UnknownStateError
 
 
 class EnvStateWrapper(gym.Wrapper[Any, Any, Any, Any]):
