@@ -4,10 +4,14 @@ containers and objects. It is put into another object of the same kind, which wa
 nothing in a file names what to run. What is not understood is refused, by the path to it.
 """
 
+import datetime
 import enum
+import functools
 import io
 import logging
+import pathlib
 import random
+import re
 import sys
 import threading
 import types
@@ -29,9 +33,7 @@ from sb3_ppo_ewma.checkpointing.simulator_states import SIMULATORS, UnknownState
 _CONSTANTS = (
     type,
     types.ModuleType,
-    types.FunctionType,
     types.BuiltinFunctionType,
-    types.MethodType,
     np.ufunc,
     np.dtype,
     logging.Logger,
@@ -41,6 +43,8 @@ _CONSTANTS = (
     type(threading.Lock()),
     type(threading.RLock()),
 )
+# Values that cannot change: compared by their text
+_VALUES = (complex, range, slice, re.Pattern, pathlib.PurePath, datetime.date, datetime.timedelta, type(Ellipsis))
 _CONSTANT_NAMES = {"_csv:writer", "csv:DictWriter"}
 # What belongs to this process alone
 _OF_PROCESS = ("multiprocessing.", "subprocess:", "socket:", "threading:", "concurrent.", "asyncio.", "_thread:")
@@ -88,7 +92,7 @@ class _Reader:
         if isinstance(value, enum.Enum):
             return {"kind": "enum", "class": _name(type(value)), "value": self.read(value.value, path)}
         name = _name(type(value))
-        if isinstance(value, _CONSTANTS) or name in _CONSTANT_NAMES or (value is self._without):
+        if isinstance(value, (*_CONSTANTS, *_VALUES)) or name in _CONSTANT_NAMES or (value is self._without):
             return {"kind": "constant", "name": _constant_name(value)}
         if id(value) in self._numbers:
             return {"kind": "same", "number": self._numbers[id(value)]}
@@ -100,6 +104,11 @@ class _Reader:
 
     def _content(self, value: Any, path: str) -> Any:
         cls = type(value)
+        if cls is types.FunctionType:
+            cells = [self.read(cell.cell_contents, f"{path}()") for cell in value.__closure__ or ()]
+            return {"kind": "function", "name": _constant_name(value), "cells": cells}
+        if cls is types.MethodType:
+            return {"kind": "method", "name": _constant_name(value), "self": self.read(value.__self__, path)}
         if cls is np.ndarray and not value.dtype.hasobject:
             return {"kind": "array", "value": value.copy()}
         if cls is th.Tensor:
@@ -228,6 +237,22 @@ class _Writer:
         result.extend(self.value(each, _at(ordered, i), f"{path}[{i}]") for i, each in enumerate(items))
         return set(result) if state["kind"] == "set" else result
 
+    def _function(self, state: Any, present: Any, path: str, number: int) -> Any:
+        if type(present) is not types.FunctionType or _constant_name(present) != state["name"]:
+            raise UnknownStateError(f"{path} was {state['name']}")
+        self._values[number] = present
+        for cell, each in zip(present.__closure__ or (), state["cells"], strict=True):
+            content = self.value(each, cell.cell_contents, f"{path}()")
+            self.commits.append(functools.partial(setattr, cell, "cell_contents", content))
+        return present
+
+    def _method(self, state: Any, present: Any, path: str, number: int) -> Any:
+        owner = getattr(present, "__self__", _MISSING)
+        is_same = type(present) is types.MethodType and _constant_name(present) == state["name"]
+        if not is_same or self.value(state["self"], owner, path) is not owner:
+            raise UnknownStateError(f"{path} was {state['name']}")
+        return present
+
     def _generator(self, state: Any, present: Any, path: str, number: int) -> Any:
         kind, content = state["class"], state["state"]
         if kind == "random:Random":
@@ -245,8 +270,11 @@ class _Writer:
     def _simulator(self, state: Any, present: Any, path: str, number: int) -> Any:
         if present is _MISSING or _name(type(present)) != state["class"]:
             raise UnknownStateError(f"{path} was a {state['class'].replace(':', '.')}")
-        write = SIMULATORS[state["class"]].write
-        self.commits.append(lambda: write(present, state["state"]))
+        read, write = SIMULATORS[state["class"]]
+        if write is not None:
+            self.commits.append(functools.partial(write, present, state["state"]))
+        elif read(present) != state["state"]:
+            raise UnknownStateError(f"{path} was another one")
         return present
 
     def _own(self, state: Any, present: Any, path: str, number: int) -> Any:
@@ -289,6 +317,10 @@ def _name(cls: type) -> str:
 def _constant_name(value: Any) -> str:
     if isinstance(value, np.dtype):
         return f"numpy.dtype {value.str}"
+    if isinstance(value, _VALUES):
+        return repr(value)
+    if isinstance(value, types.FunctionType):
+        return f"{value.__module__}:{value.__qualname__} in line {value.__code__.co_firstlineno}"
     if isinstance(value, type):
         return _name(value)
     if isinstance(value, logging.Logger | types.ModuleType):

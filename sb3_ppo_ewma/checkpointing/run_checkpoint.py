@@ -129,6 +129,8 @@ class ResumableMixin(SavedStateMixin):
         :return: the model
         :raises ValueError: if the file is not a checkpoint or damaged, or the environments are wrapped otherwise
         """
+        if env is None:
+            raise ValueError("load_checkpoint() needs env, got None; load() reads the file to predict only")
         path = with_default_suffix(path, ".zip")
         first, own_place = read_manifest(path), place(kwargs.get("data_parallel"))
         is_own = first["n_processes"] == own_place.n_processes

@@ -1,4 +1,4 @@
-"""The state of simulators that keep it outside of Python: MuJoCo, the Arcade Learning Environment."""
+"""The state of objects that keep it outside of Python: MuJoCo, the Arcade Learning Environment, tables of pandas."""
 
 import hashlib
 import importlib
@@ -19,11 +19,11 @@ class UnknownStateError(ValueError):
 class Simulator(NamedTuple):
     """
     :param read: from an object to its state, as plain data
-    :param write: puts a state into an object; what does not fit shows when it is read again
+    :param write: puts a state into an object; ``None``: the object is not changed, its state must be the same
     """
 
     read: Callable[[Any], Any]
-    write: Callable[[Any, Any], None]
+    write: Callable[[Any, Any], None] | None
 
 
 def _mujoco() -> Any:
@@ -73,9 +73,19 @@ def _write_ale(ale: Any, state: bytes) -> None:
     ale.restoreSystemState(importlib.import_module("ale_py").ALEState(state))
 
 
-# By the name of the class. A model of MuJoCo is not changed: it must be the same.
+def _read_table(table: Any) -> str:
+    hashes = importlib.import_module("pandas").util.hash_pandas_object(table)
+    names = [*table.columns] if hasattr(table, "columns") else table.name
+    return hashlib.sha256(hashes.to_numpy().tobytes() + repr(names).encode()).hexdigest()
+
+
+# By the name of the class
 SIMULATORS = {
     "mujoco._structs:MjData": Simulator(_read_mujoco_data, _write_mujoco_data),
-    "mujoco._structs:MjModel": Simulator(_read_mujoco_model, lambda model, state: None),
+    "mujoco._structs:MjModel": Simulator(_read_mujoco_model, None),
+    "pandas.core.frame:DataFrame": Simulator(_read_table, None),
+    "pandas.core.series:Series": Simulator(_read_table, None),
+    "pandas:DataFrame": Simulator(_read_table, None),
+    "pandas:Series": Simulator(_read_table, None),
     "ale_py._ale_py:ALEInterface": Simulator(_read_ale, _write_ale),
 }
