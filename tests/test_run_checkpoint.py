@@ -224,6 +224,8 @@ def test_callbacks_go_on(tmp_path: Path) -> None:
     continued = PPOEWMA.load_checkpoint(tmp_path / "a" / "checkpoint_80_steps.zip", make_env(), device="cpu")
     continued.learn(continued.remaining_timesteps, callbacks("b"), reset_num_timesteps=False)
     assert_same_run(model, continued)
+    names = [{path.name for path in (tmp_path / each).glob("*.zip")} for each in "ab"]
+    assert names[1] == names[0] - {"checkpoint_40_steps.zip", "checkpoint_80_steps.zip"}
     first, second = (np.load(tmp_path / each / "evaluations.npz") for each in "ab")
     assert first["timesteps"].tolist() == second["timesteps"].tolist() == [40, 80, 120, 160]
     np.testing.assert_array_equal(first["results"], second["results"])
@@ -240,6 +242,19 @@ def test_keeps_the_newest(tmp_path: Path) -> None:
         (tmp_path / "checkpoint_224_steps.zip").write_bytes(data)
         assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint_210_steps.zip"
     assert newest_checkpoint(tmp_path / "none") is None
+
+
+def test_a_full_disk_does_not_end_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = PPOEWMA("MlpPolicy", make_vec_env("CartPole-v1", 2), **SETTINGS)
+
+    def fail(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(zipfile.ZipFile, "writestr", fail)
+    with pytest.warns(UserWarning, match="could not be saved.*No space left on device"):
+        model.learn(64, RunCheckpoint(tmp_path, every=20))
+    assert model.num_timesteps == 64
+    assert [*tmp_path.iterdir()] == []
 
 
 @pytest.mark.long

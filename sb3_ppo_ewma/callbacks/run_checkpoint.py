@@ -6,7 +6,7 @@ from typing import Any
 
 from stable_baselines3.common.callbacks import BaseCallback
 
-from sb3_ppo_ewma._arguments import check_integer
+from sb3_ppo_ewma._arguments import check_integer, warn_caller
 from sb3_ppo_ewma._parallel.process_group import place
 from sb3_ppo_ewma.checkpointing.run_checkpoint import ResumableMixin, checkpoint_of_rank, is_whole
 
@@ -33,7 +33,7 @@ class RunCheckpoint(BaseCallback):
         model = PPOEWMA.load_checkpoint(newest_checkpoint("run"), env)
         model.learn(model.remaining_timesteps, RunCheckpoint("run", every=50_000), reset_num_timesteps=False)
 
-    With ``max_policy_lag``, ``collect="as_ready"`` or several processes, it waits for the end of a rollout.
+    If a file cannot be written, a warning says so, and training goes on. With ``max_policy_lag``, ``collect="as_ready"`` or several processes, it waits for the end of a rollout.
 
     :param folder: where to write ``checkpoint_N_steps.zip``
     :param every: environment steps between two checkpoints, at least 1
@@ -63,7 +63,8 @@ class RunCheckpoint(BaseCallback):
         super().update_locals(locals_)
 
     def _on_training_start(self) -> None:
-        self._last = self.model.num_timesteps
+        # A run that goes on begins with the rollout that its checkpoint was in the middle of.
+        self._last = max(self._last, self.model.num_timesteps) if self.model.num_timesteps > 0 else 0
 
     def _on_step(self) -> bool:
         if self.num_timesteps // self.every > self._last // self.every:
@@ -82,7 +83,11 @@ class RunCheckpoint(BaseCallback):
     def _write(self) -> None:
         self._last = self.model.num_timesteps
         path = self.folder / f"checkpoint_{self._last}_steps.zip"
-        self._model.save_checkpoint(path, self._variables)
+        try:
+            self._model.save_checkpoint(path, self._variables)
+        except OSError as error:  # as of a full disk
+            warn_caller(f"The run could not be saved to {path}: {error}. Training goes on")
+            return
         if self.verbose >= 1:
             print(f"Saved the run to {path}")
         self._remove_old(path)
