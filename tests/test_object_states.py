@@ -3,6 +3,7 @@
 import enum
 import itertools
 import random
+import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from typing import Any
@@ -199,6 +200,14 @@ def test_no_class_is_made_by_name_from_elsewhere() -> None:
     parts["items"].append({"kind": "object", "class": "tempfile:_TemporaryFileCloser", "attributes": []})
     with pytest.raises(UnknownStateError, match=r"parts\[1\] was a tempfile\._TemporaryFileCloser"):
         restore_state(machine, state)
+
+
+def test_equal_data_is_equal_at_any_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = [1, np.arange(3)]
+    before = dumps(values)
+    later = time.time() + 3600
+    monkeypatch.setattr(time, "time", lambda: later)
+    assert dumps(values) == before
 
 
 def test_data_is_plain() -> None:

@@ -250,7 +250,7 @@ def test_a_full_disk_does_not_end_training(tmp_path: Path, monkeypatch: pytest.M
     def fail(*args: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(zipfile.ZipFile, "writestr", fail)
+    monkeypatch.setattr(PPOEWMA, "save", fail)
     with pytest.warns(UserWarning, match="could not be saved.*No space left on device"):
         model.learn(64, RunCheckpoint(tmp_path, every=20))
     assert model.num_timesteps == 64

@@ -33,7 +33,8 @@ class RunCheckpoint(BaseCallback):
         model = PPOEWMA.load_checkpoint(newest_checkpoint("run"), env)
         model.learn(model.remaining_timesteps, RunCheckpoint("run", every=50_000), reset_num_timesteps=False)
 
-    If a file cannot be written, a warning says so, and training goes on. With ``max_policy_lag``, ``collect="as_ready"`` or several processes, it waits for the end of a rollout.
+    If a file cannot be written, a warning says so, and training goes on. With ``max_policy_lag``,
+    ``collect="as_ready"`` or several processes, it waits for the end of a rollout.
 
     :param folder: where to write ``checkpoint_N_steps.zip``
     :param every: environment steps between two checkpoints, at least 1

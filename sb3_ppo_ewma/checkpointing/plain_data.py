@@ -17,16 +17,16 @@ class NotPlainError(ValueError):
 def dumps(value: Any) -> bytes:
     """
     :param value: ``None``, numbers, text, bytes, NumPy arrays and scalars, and lists, tuples and dictionaries of them
-    :return: a zip archive with one JSON file and the arrays, each with a checksum
+    :return: a zip archive with one JSON file and the arrays, each with a checksum; the same for equal values
     :raises NotPlainError: if there is anything else in it, an array of objects for example
     """
     arrays: list[np.ndarray] = []
     text = json.dumps(_encoded(value, arrays))
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as archive:
-        archive.writestr(_JSON, text)
+        archive.writestr(zipfile.ZipInfo(_JSON), text)  # without the time of writing
         for index, array in enumerate(arrays):
-            with archive.open(f"{index}.npy", "w", force_zip64=True) as member:
+            with archive.open(zipfile.ZipInfo(f"{index}.npy"), "w", force_zip64=True) as member:
                 np.lib.format.write_array(member, array, allow_pickle=False)
     return file.getvalue()
 
