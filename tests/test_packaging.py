@@ -98,7 +98,7 @@ LAYERS: list[tuple[set[str], set[str]]] = [
     ({"contrib.masking"}, {"sb3_contrib"}),
     ({"contrib.policies", "contrib.callbacks"}, set()),
     ({"contrib.evaluation"}, set()),
-    ({"contrib.algorithms"}, set()),
+    ({"contrib.algorithms", "export"}, set()),
 ]
 OWN_PARAMETERS = {
     "prox_decay",

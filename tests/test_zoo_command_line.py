@@ -23,6 +23,7 @@ PPG = ["train", "--algo", "ppg", "--env", "CartPole-v1"]
 SCRIPTS = [
     "train",
     "enjoy",
+    "export",
     "record_video",
     "record_training",
     "plot_train",
@@ -78,6 +79,8 @@ def test_help_of_every_script_is_upstreams(script, capsys):
     out = capsys.readouterr().out
     if script in ("train", "enjoy", "record_video", "record_training", "push_to_hub", "load_from_hub"):
         assert {"ppo_ewma", "ppg_mask_lstm", "ppo_mask", "ppg_ewma", "sac"} <= set(re.findall(r"\w+", out))
+    elif script == "export":
+        assert {"ppo_ewma", "ppg_mask_lstm", "ppo_mask", "a2c"} <= set(re.findall(r"\w+", out))
     else:
         assert "usage:" in out
 
@@ -114,6 +117,8 @@ def test_without_a_known_script(arguments, capsys):
         ([*PPG, "-params", "policy_kwargs:dict(features_extractor_class='SmalGridCNN')"], "SmallGridCNN, got 'SmalGri"),
         (["enjoy", "--algo", "ppo_ewma", "-f", "logs"], "logs/ppo_ewma folder was not found"),
         (["enjoy", "--algo", "ppo_ewma"], "no trained ppo_ewma agent for CartPole-v1 in rl-trained-agents"),
+        (["export", *TRAIN[1:], "-o", "agent.onnx"], "logs/ppo_ewma folder was not found"),
+        (["export", *TRAIN[1:], "-o", "agent.zip"], "must end in .onnx or .pt2, got agent.zip"),
         (["record_video", "--algo", "ppo_ewma", "-f", "logs"], "logs/ppo_ewma folder was not found"),
         (["record_training", "--algo", "ppo_ewma", "-f", "logs"], "logs/ppo_ewma folder was not found"),
         (["load_from_hub", "--algo", "ppo_ewma", "--env", "CartPole-v1", "-f", "logs"], "TRUST_REMOTE_CODE"),

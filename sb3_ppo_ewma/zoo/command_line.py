@@ -21,6 +21,7 @@ SCRIPTS = {
     "rescale": ("sb3_ppo_ewma.zoo.rescaling", "print hyper-parameters for another number of environments"),
     "n-envs": ("sb3_ppo_ewma.zoo.measuring", "measure which number of environments trains fastest on this machine"),
     "enjoy": ("rl_zoo3.enjoy", "watch a trained agent, or only measure it (--no-render)"),
+    "export": ("sb3_ppo_ewma.zoo.exporting", "export a trained agent to ONNX or torch.export"),
     "record_video": ("rl_zoo3.record_video", "record a video of a trained agent"),
     "record_training": ("rl_zoo3.record_training", "record one video of all checkpoints of a training run"),
     "plot_train": ("rl_zoo3.plots.plot_train", "plot the reward during training"),

@@ -11,7 +11,7 @@ from rl_zoo3.utils import StoreDict
 ENVPOOL = "envpool"
 VEC_ENVS = ("dummy", "subproc", ENVPOOL)
 # Scripts that make environments
-SCRIPTS = ("train", "enjoy", "record_video")
+SCRIPTS = ("train", "enjoy", "record_video", "export")
 
 
 @dataclass
