@@ -209,9 +209,9 @@ def test_normalization_inside_a_stack_is_refused(tmp_path: Path) -> None:
     assert export_policy(model, tmp_path / "agent.onnx", env, n_observations=9).differences["action"] <= 1e-5
 
 
-@pytest.mark.parametrize("suffix", ["onnx", "pt2"])
 @pytest.mark.parametrize(
-    ("name", "policy"), [("PPOEWMA", "MultiInputPolicy"), ("RecurrentPPG", "MultiInputLstmPolicy")]
+    ("name", "policy", "suffix"),
+    [("PPOEWMA", "MultiInputPolicy", "onnx"), ("RecurrentPPG", "MultiInputLstmPolicy", "pt2")],
 )
 def test_dictionaries(name: str, policy: str, suffix: str, tmp_path: Path) -> None:
     env = VecNormalize(environment(DICT), norm_obs_keys=["position"])
