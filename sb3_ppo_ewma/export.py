@@ -240,7 +240,7 @@ def _layers(env: VecEnv) -> list[Layer]:
         is_normalizing = isinstance(each, VecNormalize) and each.norm_obs
         if is_normalizing and between is not None:
             raise ExportError(
-                f"env normalizes observations inside {type(between).__name__}, which the file cannot do; VecNormalize "
+                f"env normalises observations inside {type(between).__name__}, which the file cannot do; VecNormalize "
                 f"around {type(between).__name__} can be exported"
             )
         if is_normalizing or (isinstance(each, VecTransposeImage) and not each.skip and between is None):
@@ -298,7 +298,8 @@ class ExportablePolicy(nn.Module):
         self.outputs = self._outputs()
 
     def _inputs(self) -> dict[str, Field]:
-        meaning = "observations as the environment returns them"
+        is_normalised = any(isinstance(layer, VecNormalize) for layer in self.layers)
+        meaning = "observations before VecNormalize" if is_normalised else "observations as predict takes them"
         fields = {
             _input_name(key): Field(str(space.dtype), (_BATCH, *cast(Any, space.shape)), meaning)
             for key, space in _spaces(self.space).items()
@@ -401,7 +402,7 @@ class ExportablePolicy(nn.Module):
         for layer in reversed(self.layers):
             if isinstance(layer, VecNormalize):
                 for key, statistics in _statistics(layer).items():
-                    tensors[key] = _normalized(tensors[key], statistics, layer)
+                    tensors[key] = _normalised(tensors[key], statistics, layer)
             else:
                 for key in getattr(layer, "image_space_keys", [""]):
                     tensors[key] = tensors[key].permute(0, 3, 1, 2)
@@ -440,9 +441,9 @@ class ExportablePolicy(nn.Module):
         state = tuple(inputs[name] for name in _STATES) if self.is_recurrent else None
         with th.random.fork_rng(devices=[]):
             if not self.deterministic:
-                th.manual_seed(seed)
+                th.default_generator.manual_seed(seed)
                 inputs["noise"] = self.draw_noise(len(next(iter(inputs.values())))).numpy()
-            th.manual_seed(seed)
+            th.default_generator.manual_seed(seed)
             action, state = self.model.predict(
                 observation, state, inputs.get("episode_start"), self.deterministic, **masks
             )
@@ -458,7 +459,7 @@ def _process_step(
     return output.squeeze(0), states
 
 
-def _normalized(observations: th.Tensor, statistics: Any, layer: VecNormalize) -> th.Tensor:
+def _normalised(observations: th.Tensor, statistics: Any, layer: VecNormalize) -> th.Tensor:
     # In float64, as VecNormalize
     mean, std = th.as_tensor(statistics.mean), th.as_tensor(np.sqrt(statistics.var + layer.epsilon))
     return th.clamp((observations.double() - mean) / std, -layer.clip_obs, layer.clip_obs).float()

@@ -120,6 +120,7 @@ FAMILIES = {
     "A2C": "MlpPolicy",
     "RecurrentPPO": "MlpLstmPolicy",
     "MaskablePPO": "MlpPolicy",
+    "TRPO": "MlpPolicy",
 }
 
 
@@ -201,7 +202,7 @@ def test_stacked_frames(tmp_path: Path) -> None:
 def test_normalization_inside_a_stack_is_refused(tmp_path: Path) -> None:
     env = VecFrameStack(VecNormalize(environment()), 2)
     model = built(PPOEWMA, env)
-    with pytest.raises(ExportError, match="normalizes observations inside VecFrameStack"):
+    with pytest.raises(ExportError, match="normalises observations inside VecFrameStack"):
         export_policy(model, tmp_path / "agent.onnx", env)
     env = VecFrameStack(VecNormalize(environment(), norm_obs=False), 2)
     assert export_policy(model, tmp_path / "agent.onnx", env, n_observations=9).differences["action"] <= 1e-5
@@ -325,6 +326,13 @@ def test_statistics_of_the_training_environment_are_taken(tmp_path: Path) -> Non
         np.testing.assert_allclose(opened(tmp_path / f"{i}.onnx")(observation=raw)["action"], expected, atol=1e-5)
     export_policy(loaded, tmp_path / "raw.onnx", n_observations=30)
     assert np.abs(opened(tmp_path / "raw.onnx")(observation=raw)["action"] - expected).max() > 0.01
+    for name, meaning in (
+        ("own", "before VecNormalize"),
+        ("0", "before VecNormalize"),
+        ("raw", "as predict takes them"),
+    ):
+        inputs = json.loads(metadata_of(tmp_path / f"{name}.onnx")["inputs"])
+        assert inputs["observation"]["meaning"] == f"observations {meaning}"
 
 
 def test_exporting_changes_nothing(tmp_path: Path) -> None:
@@ -437,7 +445,7 @@ def test_a_missing_package_is_named(package: str, monkeypatch: pytest.MonkeyPatc
 
 @pytest.fixture(scope="module")
 def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A normalizing agent of Pendulum with a best model and checkpoints, and a recurrent one."""
+    """A normalising agent of Pendulum with a best model and checkpoints, and a recurrent one."""
     folder = tmp_path_factory.mktemp("logs")
     short = ["-n", "64", "--eval-freq", "32", "--eval-episodes", "1", "--save-freq", "32", "-f", str(folder)]
     small = ["-params", "n_envs:1", "n_steps:32", "batch_size:16", "n_epochs:1"]

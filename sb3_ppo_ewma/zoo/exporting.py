@@ -82,7 +82,7 @@ def _output(text: str) -> Path:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         allow_abbrev=False,
-        description="Export a trained agent to a file that acts without Stable-Baselines3, with the normalization of "
+        description="Export a trained agent to a file that acts without Stable-Baselines3, with the normalisation of "
         "observations. It is compared with predict in the agent's environment, and written only if it acts the same.",
     )
     names = [name for name, algorithm in ALGOS.items() if issubclass(algorithm, OnPolicyAlgorithm)]
