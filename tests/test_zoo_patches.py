@@ -93,6 +93,7 @@ def upstream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
                 monkeypatch.setattr(owner, name, staticmethod(unpatched) if is_static else unpatched)
     if push_to_hub.generate_metadata.__module__ != push_to_hub.__name__:
         monkeypatch.delattr(push_to_hub, "generate_metadata")
+    monkeypatch.setattr(exp_manager, "yaml", yaml)
     masker = next(cls for cls in action_masker.ActionMasker.__mro__ if cls.__module__ == action_masker.__name__)
     monkeypatch.setattr(action_masker, "ActionMasker", masker)
 
@@ -134,7 +135,9 @@ def test_defect_action_masker(upstream):
 def test_defect_bare_words(upstream):
     parser = argparse.ArgumentParser()
     parser.add_argument("-params", nargs="+", action=StoreDict)
-    assert raised_by(lambda: parser.parse_args(["-params", "prox_decay:auto"])) is NameError, works("bare_words")
+    refused = raised_by(lambda: parser.parse_args(["-params", "prox_decay:auto"]))
+    read = parser.parse_args(["-params", "mode:max"]).params["mode"]
+    assert (refused, read) == (NameError, max), works("bare_words")
 
 
 def test_defect_schedule_none(upstream):
@@ -194,6 +197,12 @@ def test_defect_constructor_errors(upstream, tmp_path, monkeypatch):
     manager.setup_experiment()
     refused = raised_by(lambda: manager.objective(optuna.create_study().ask()))
     assert refused is AssertionError, works("constructor_errors")  # not TrialPruned
+
+
+def test_defect_strict_yaml(upstream, tmp_path):
+    Path("twice.yml").write_text("CartPole-v1: {policy: MlpPolicy, gamma: 0.9, gamma: 0.99, learning_rate: 1e-3}")
+    hyperparams, _ = new_manager(tmp_path, config="twice.yml").read_hyperparameters()
+    assert (hyperparams["gamma"], hyperparams["learning_rate"]) == (0.99, "1e-3"), works("strict_yaml")
 
 
 def test_defect_no_completed_trial(upstream, tmp_path, monkeypatch):
@@ -270,7 +279,7 @@ def test_every_patch_is_applied_where_upstream_needs_it(name, upstream):
 
 
 @pytest.mark.parametrize(
-    "name", ["unregistered_env", "bare_words", "schedule_none", "generate_metadata", "action_masker"]
+    "name", ["unregistered_env", "bare_words", "schedule_none", "strict_yaml", "generate_metadata", "action_masker"]
 )
 def test_a_function_that_works_is_not_patched(name):
     # The patched one works.

@@ -26,6 +26,7 @@ from sb3_ppo_ewma.zoo.patches import (
     policy_kwargs,
     schedule_none,
     search_unknown_hyperparams,
+    strict_yaml,
     trial_zero,
     unregistered_env,
 )
@@ -36,11 +37,12 @@ PATCHES = (
     unregistered_env,
     bare_words,
     schedule_none,
+    strict_yaml,
     missing_trial,
     trial_zero,
     policy_kwargs,  # after trial_zero: it prepares what that one merges
     search_unknown_hyperparams,
-    failed_run_folder,  # after search_unknown_hyperparams: it also removes the folder of a run refused there
+    failed_run_folder,  # after the two before it: it removes the folder that one created, if the other refuses the run
     constructor_errors,
     no_completed_trial,
     generate_metadata,

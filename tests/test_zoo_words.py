@@ -1,0 +1,244 @@
+"""The zoo's scripts do what was said: words on the command line, keys of a file, options, folders."""
+
+import argparse
+from argparse import Namespace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import gymnasium as gym
+import numpy as np
+import optuna
+import pytest
+import rl_zoo3
+import yaml
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from rl_zoo3 import ALGOS
+from rl_zoo3.exp_manager import ExperimentManager
+from rl_zoo3.utils import StoreDict
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.torch_layers import FlattenExtractor
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+
+from sb3_ppo_ewma import PPOEWMA, zoo
+from sb3_ppo_ewma.zoo.patches import strict_yaml
+
+pytestmark = pytest.mark.long
+
+zoo.register()
+
+
+class Wordy(gym.Env[np.ndarray, int]):
+    """Observations far from 0, of a size that its arguments decide; raises errors on request."""
+
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["human", "rgb_array"], "render_fps": 30}
+    made: ClassVar[list[dict[str, Any]]] = []
+
+    def __init__(
+        self, is_slippery=True, size: int = 2, mode: str = "plain", fault: str = "", render_mode: str | None = None
+    ) -> None:
+        self.made.append({"is_slippery": is_slippery, "size": size, "mode": mode})
+        self.fault, self.render_mode, self.size = fault, render_mode, size
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (size,), np.float32)
+        self.action_space = gym.spaces.Discrete(2)  # type: ignore[assignment]  # numpy's integers
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
+        super().reset(seed=seed)
+        return self._observation(), {}
+
+    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        if self.fault == "type":
+            raise TypeError("a bug in step")
+        if self.fault == "value":
+            raise ValueError("a bug in step")
+        if self.fault == "shape":
+            return np.zeros(self.size + 1, np.float32), 0.0, False, False, {}
+        return self._observation(), 100.0, False, False, {}
+
+    def render(self) -> Any:
+        return np.zeros((32, 32, 3), np.uint8)
+
+    def _observation(self) -> np.ndarray:
+        return self.np_random.normal(1000, 10, self.size).astype(np.float32)
+
+
+gym.register("Wordy-v0", entry_point="tests.test_zoo_words:Wordy", max_episode_steps=8)
+
+
+class Failing(BaseCallback):
+    """A callback with a bug."""
+
+    def _on_step(self) -> bool:
+        raise ValueError("a bug in the callback")
+
+
+class Extractor(FlattenExtractor):
+    """A features extractor with a bug."""
+
+    def forward(self, observations):
+        raise RuntimeError("a bug in the network")
+
+
+ENTRY = {"policy": "MlpPolicy", "n_timesteps": 32, "n_steps": 16, "batch_size": 8, "n_epochs": 1}
+FILE = ["--env", "Wordy-v0", "-conf", "my.yml"]
+RUN = ["--algo", "ppo_ewma", *FILE, "-f", "logs", "--device", "cpu", "--seed", "0"]
+TRAIN = ["train", *RUN, "--eval-freq", "-1"]
+ENJOY = ["enjoy", "--algo", "ppo_ewma", "--env", "Wordy-v0", "-f", "logs", "-n", "20", "--no-render"]
+STUDY = ["--study-name", "study", "--storage", "study.log"]
+SEARCH = [*TRAIN, "-optimize", "--no-optim-plots", "--n-evaluations", "1", "--eval-episodes", "1", *STUDY]
+# Values of a trial that takes a moment
+QUICK = ["--fix", "n_epochs:1", "batch_size_pow:4", "n_steps_pow:5", "net_arch:tiny", "learning_rate:1e-4"]
+QUICK += ["one_minus_gamma:0.02", "--n-trials", "1"]
+
+
+@pytest.fixture(autouse=True)
+def in_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Wordy.made.clear()
+    write_entry()
+
+
+def write_entry(**changes: Any) -> None:
+    entry = {name: value for name, value in {**ENTRY, **changes}.items() if value != "absent"}
+    Path("my.yml").write_text(yaml.dump({"Wordy-v0": entry}, Dumper=strict_yaml.Dumper))
+
+
+def run_folder(number: int = 1, algo: str = "ppo_ewma") -> Path:
+    return Path(f"logs/{algo}/Wordy-v0_{number}")
+
+
+def saved(name: str, number: int = 1) -> dict[str, Any]:
+    return dict(yaml.unsafe_load((run_folder(number) / "Wordy-v0" / f"{name}.yml").read_text()))
+
+
+def refusal(*arguments: str, capsys: pytest.CaptureFixture[str] | None = None) -> str:
+    with pytest.raises(SystemExit) as refused:
+        zoo.main(list(arguments))
+    assert refused.value.code not in (0, None)
+    if isinstance(refused.value.code, str):
+        return refused.value.code
+    assert capsys is not None
+    return capsys.readouterr().err
+
+
+def trials() -> list[optuna.trial.FrozenTrial]:
+    return optuna.load_study(study_name="study", storage=JournalStorage(JournalFileBackend("study.log"))).trials
+
+
+# === Words on the command line ===
+
+
+def read(*pairs: str) -> dict[str, Any]:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("-params", nargs="+", action=StoreDict)
+    return dict(parser.parse_args(["-params", *pairs]).params)
+
+
+class Base:
+    def __init__(self, switch=False, anything=None, number=1, *, unknown: "Nowhere" = 0) -> None:  # noqa: F821
+        pass
+
+
+class PassesOn(Base):
+    def __init__(self, own: bool, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+
+
+# === env_kwargs of a file ===
+
+
+# === Statistics of VecNormalize ===
+
+
+def train_normalized(*options: str, **changes: Any) -> Path:
+    write_entry(normalize=True, **changes)
+    zoo.main([*TRAIN, "--save-freq", "16", *options])
+    write_entry()
+    return run_folder()
+
+
+def statistics(file: Path) -> VecNormalize:
+    return VecNormalize.load(str(file), DummyVecEnv([lambda: gym.make("Wordy-v0")]))
+
+
+@pytest.fixture
+def shown(monkeypatch) -> list[float]:
+    """Numbers of observations in the statistics that are loaded."""
+    counts: list[float] = []
+    load = VecNormalize.load
+
+    def loaded(path: str, venv: Any) -> VecNormalize:
+        normalized = load(path, venv)
+        counts.append(normalized.obs_rms.count)
+        return normalized
+
+    monkeypatch.setattr(VecNormalize, "load", staticmethod(loaded))
+    return counts
+
+
+# === Searches ===
+
+
+# === Files of hyper-parameters ===
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "my.yml is empty"),
+        ("# nothing", "my.yml is empty"),
+        ("[1, 2]", "my.yml must map names of environments to their hyper-parameters, got [1, 2]"),
+        ("Wordy-v0:", "my.yml: the entry Wordy-v0 must map names of hyper-parameters to values, got None"),
+        ("default: 5", "my.yml: the entry default must map"),
+        ("Wordy-v0: {gamma: 0.9,\n gamma: 0.99}", "my.yml: the entry Wordy-v0 gives gamma twice (lines 1 and 2)"),
+        ("Wordy-v0: {env_kwargs: {size: 2, size: 3}}", "the entry Wordy-v0 gives env_kwargs.size twice"),
+        ("Wordy-v0: {}\nWordy-v0: {}", "my.yml: Wordy-v0 twice (lines 1 and 2)"),
+    ],
+)
+def test_a_file_that_is_none(text, said):
+    Path("my.yml").write_text(text)
+    assert said in refusal(*TRAIN)
+    assert not run_folder().exists()
+
+
+def test_numbers_with_an_exponent_are_numbers():
+    Path("my.yml").write_text(
+        "Wordy-v0: {policy: MlpPolicy, n_timesteps: 1e2, n_steps: 32, batch_size: 8, learning_rate: 1e-3,\n"
+        "  ent_coef: 1.5E3,  policy_kwargs: {optimizer_kwargs: {eps: 2e-6}}, clip_range: lin_1e-1}"
+    )
+    zoo.main([*TRAIN, "-n", "32"])
+    model = PPOEWMA.load(run_folder() / "Wordy-v0.zip")
+    assert (model.lr_schedule(1.0), model.ent_coef, model.clip_range(0.5)) == (0.001, 1500.0, 0.05)
+    assert model.policy.optimizer.param_groups[0]["eps"] == 2e-6
+    assert strict_yaml.load("{text: '1e-3', negative: -1E+2, word: e5, hash: 1e, dots: .5e1}") == {
+        "text": "1e-3", "negative": -100.0, "word": "e5", "hash": "1e", "dots": 5.0,
+    }  # fmt: skip
+
+
+def test_merged_keys_and_anchors_are_no_duplicates():
+    text = "base: &base {a: 1, b: {c: 2}}\nx: {<<: *base, a: 3}\ny: {<<: *base, a: 4}\nz: *base"
+    assert strict_yaml.load(text) == yaml.safe_load(text)
+
+
+def test_every_file_of_the_zoo_can_still_be_read(tmp_path):
+    folder = Path(rl_zoo3.__file__).parent / "hyperparams"
+    files = sorted(folder.glob("*.yml"))
+    assert files
+    for file in files:
+        if file.stem not in ALGOS:
+            continue
+        for env_id in yaml.safe_load(file.read_text()):
+            if env_id in gym.registry:
+                manager = ExperimentManager(Namespace(), file.stem, env_id, str(tmp_path), verbose=0)
+                manager.read_hyperparameters()
+
+
+# === What rescale prints ===
+
+
+# === Run folders ===
+
+
+def new_manager(**arguments: Any) -> ExperimentManager:
+    given = {"config": "my.yml", "eval_freq": -1, "verbose": 0, "device": "cpu", "seed": 0}
+    return ExperimentManager(Namespace(), "ppo_ewma", "Wordy-v0", "logs", **(given | arguments))
