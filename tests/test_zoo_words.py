@@ -19,6 +19,7 @@ from rl_zoo3.utils import StoreDict
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+from torch import nn
 
 from sb3_ppo_ewma import PPOEWMA, zoo
 from sb3_ppo_ewma.zoo.patches import strict_yaml
@@ -132,6 +133,42 @@ def read(*pairs: str) -> dict[str, Any]:
     parser = argparse.ArgumentParser()
     parser.add_argument("-params", nargs="+", action=StoreDict)
     return dict(parser.parse_args(["-params", *pairs]).params)
+
+
+@pytest.mark.parametrize(
+    ("word", "value"),
+    [
+        *((word, True) for word in ("true", "True", "TRUE", "yes", "on")),
+        *((word, False) for word in ("false", "False", "FALSE", "no", "off")),
+        *((word, None) for word in ("null", "Null", "none", "None", "~")),
+        *(
+            (word, word)
+            for word in ("auto", "max", "type", "list", "os", "PPO", "lin_1e-3", "lin_0.1", "a-b", "max-pool")
+        ),
+        ("my_module.MyCallback", "my_module.MyCallback"),
+        (".inf", float("inf")),
+        ("-.inf", -float("inf")),
+        ("'true'", "true"),
+        ('"max"', "max"),
+        ("1e-3", 0.001),
+        ("-1", -1),
+        ("[1,2]", [1, 2]),
+        ("max(1,2)", 2),
+        ("nn.ReLU", nn.ReLU),
+        ("dict(net_arch=[8])", {"net_arch": [8]}),
+    ],
+)
+def test_words_are_read_as_in_a_file(word, value):
+    found = read(f"x:{word}")["x"]
+    assert found == value
+    assert type(found) is type(value)
+
+
+def test_an_option_that_is_given_again_completes_the_first():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("-params", nargs="+", action=StoreDict)
+    given = ["-params", "a:1", "b:2", "-params", "b:3", "c:4"]
+    assert parser.parse_args(given).params == {"a": 1, "b": 3, "c": 4}
 
 
 class Base:

@@ -130,30 +130,36 @@ def _create_sampler(upstream: AnyFunction, manager: Any, sampler_method: str) ->
     sampler = upstream(manager, sampler_method)
     if not options.current.fixed:
         return sampler
-    _check_fixed(manager, options.current.fixed)
+    fixed = _checked_fixed(manager, options.current.fixed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        return optuna.samplers.PartialFixedSampler(options.current.fixed, sampler)
+        return optuna.samplers.PartialFixedSampler(fixed, sampler)
 
 
-def _check_fixed(manager: Any, fixed: dict[str, Any]) -> None:
+def _checked_fixed(manager: Any, fixed: dict[str, Any]) -> dict[str, Any]:
     """
     :param manager: the zoo's ``ExperimentManager``
     :param fixed: values of the parameters of a trial that are not sampled
+    :return: the same, with the word ``none`` where it is a choice
     :raises ValueError: if a trial has no parameter of that name, or the value is outside its range
     """
     trial = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0)).ask()
     HYPERPARAMS_SAMPLER[manager.algo](trial, manager.n_actions, manager.n_envs, {})
+    checked: dict[str, Any] = {}
     for name, value in fixed.items():
         if name not in trial.distributions:
             raise ValueError(f"--fix {name}: the search of {manager.algo} has {', '.join(trial.distributions)}")
         distribution = trial.distributions[name]
+        if value is None and "none" in getattr(distribution, "choices", ()):
+            value = "none"
         try:
             is_possible = distribution._contains(distribution.to_internal_repr(value))
         except ValueError:
             is_possible = False
         if not is_possible:
             raise ValueError(f"--fix {name}: {value!r} is not within {distribution}")
+        checked[name] = value
+    return checked
 
 
 def _preprocess_schedules(upstream: AnyFunction, hyperparams: dict[str, Any]) -> dict[str, Any]:
