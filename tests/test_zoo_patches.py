@@ -205,6 +205,16 @@ def test_defect_strict_yaml(upstream, tmp_path):
     assert (hyperparams["gamma"], hyperparams["learning_rate"]) == (0.99, "1e-3"), works("strict_yaml")
 
 
+def test_defect_env_kwargs(upstream, tmp_path):
+    Path("kwargs.yml").write_text("CartPole-v1: {policy: MlpPolicy, env_kwargs: {sutton_barto_reward: true}}")
+    manager = new_manager(tmp_path, config="kwargs.yml")
+    manager.read_hyperparameters()
+    given = new_manager(tmp_path, config="kwargs.yml", env_kwargs={"render_mode": "rgb_array"})
+    hyperparams, _ = given.read_hyperparameters()
+    replaced = hyperparams["env_kwargs"]
+    assert (manager.eval_env_kwargs, replaced) == ({}, {"render_mode": "rgb_array"}), works("env_kwargs")
+
+
 def test_defect_no_completed_trial(upstream, tmp_path, monkeypatch):
     manager = new_manager(tmp_path, optimize_hyperparameters=True, n_trials=0, no_optim_plots=True)
     with pytest.raises(ValueError, match=r".") as error:
@@ -293,6 +303,7 @@ def test_a_function_that_works_is_not_patched(name):
         ("missing_trial", "        if trial_id is not None:", "        try: ...\n        except KeyError: ..."),
         ("trial_zero", "and self.trial_id:", "and self.trial_id is not None:"),
         ("policy_kwargs", "kwargs.update(sampled_hyperparams)", "merge(kwargs, sampled_hyperparams)"),
+        ("env_kwargs", '{"env_kwargs": self.env_kwargs}', "{}"),
         ("search_unknown_hyperparams", "            return None", "            self.check()\n            return None"),
         ("failed_run_folder", "        self.create_log_folder()", "        pass"),
         ("constructor_errors", "        model = ALGOS", "        try: ...\n        model = ALGOS"),

@@ -13,6 +13,7 @@ import rl_zoo3
 import yaml
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
+from optuna.trial import TrialState
 from rl_zoo3 import ALGOS
 from rl_zoo3.exp_manager import ExperimentManager
 from rl_zoo3.utils import StoreDict
@@ -171,6 +172,16 @@ def test_an_option_that_is_given_again_completes_the_first():
     assert parser.parse_args(given).params == {"a": 1, "b": 3, "c": 4}
 
 
+@pytest.mark.parametrize("option", ["--env-kwargs", "--eval-env-kwargs"])
+def test_arguments_of_the_environment_are_what_was_said(option):
+    frequency = ["--eval-freq", "16", "--eval-episodes", "1"]
+    zoo.main(["train", *RUN, *frequency, option, "is_slippery:false", "mode:max"])
+    evaluated, trained = Wordy.made  # the environment for evaluation is made first
+    changed = {"is_slippery": False, "size": 2, "mode": "max"}
+    assert evaluated == changed
+    assert trained == (changed if option == "--env-kwargs" else {"is_slippery": True, "size": 2, "mode": "plain"})
+
+
 class Base:
     def __init__(self, switch=False, anything=None, number=1, *, unknown: "Nowhere" = 0) -> None:  # noqa: F821
         pass
@@ -182,6 +193,46 @@ class PassesOn(Base):
 
 
 # === env_kwargs of a file ===
+
+
+def test_arguments_of_a_file_reach_every_environment():
+    write_entry(env_kwargs={"size": 3, "mode": "file"})
+    zoo.main(["train", *RUN, "--eval-freq", "16", "--eval-episodes", "1", "--env-kwargs", "is_slippery:false"])
+    complete = {"is_slippery": False, "size": 3, "mode": "file"}
+    assert Wordy.made == [complete] * 2
+    assert saved("config")["env_kwargs"] == {"size": 3, "mode": "file", "is_slippery": False}
+    Wordy.made.clear()
+    zoo.main(ENJOY)
+    zoo.main([*ENJOY, "--env-kwargs", "mode:shown"])
+    assert Wordy.made == [complete, {**complete, "mode": "shown"}]
+
+
+def test_arguments_for_evaluation_complete_those_of_the_file():
+    write_entry(env_kwargs={"size": 3, "mode": "file"})
+    zoo.main(["train", *RUN, "--eval-freq", "16", "--eval-episodes", "1", "--eval-env-kwargs", "mode:evaluated"])
+    assert [made["mode"] for made in Wordy.made] == ["evaluated", "file"]
+    assert {made["size"] for made in Wordy.made} == {3}
+
+
+def test_arguments_of_a_file_reach_a_search():
+    write_entry(env_kwargs={"size": 3})
+    zoo.main([*SEARCH, *QUICK])
+    assert [trial.state for trial in trials()] == [TrialState.COMPLETE]
+    assert {made["size"] for made in Wordy.made} == {3}
+    assert len(Wordy.made) == 3  # to look at the spaces, to train, to evaluate
+
+
+@pytest.mark.parametrize("has_patch", [True, False], ids=["agent", "agent of upstream"])
+def test_arguments_of_a_file_reach_a_video(has_patch):
+    pytest.importorskip("moviepy")
+    write_entry(env_kwargs={"size": 3})
+    zoo.main(TRAIN)
+    if not has_patch:
+        arguments = run_folder() / "Wordy-v0" / "args.yml"
+        arguments.write_text(yaml.dump({**saved("args"), "env_kwargs": None}))
+    Wordy.made.clear()
+    zoo.main(["record_video", "--algo", "ppo_ewma", "--env", "Wordy-v0", "-f", "logs", "-o", "videos", "-n", "5"])
+    assert {made["size"] for made in Wordy.made} == {3}
 
 
 # === Statistics of VecNormalize ===

@@ -17,6 +17,7 @@ from sb3_ppo_ewma.zoo.patches import (
     bare_words,
     child_commands,
     constructor_errors,
+    env_kwargs,
     failed_run_folder,
     ffmpeg_status,
     generate_metadata,
@@ -40,6 +41,7 @@ PATCHES = (
     strict_yaml,
     missing_trial,
     trial_zero,
+    env_kwargs,
     policy_kwargs,  # after trial_zero: it prepares what that one merges
     search_unknown_hyperparams,
     failed_run_folder,  # after the two before it: it removes the folder that one created, if the other refuses the run
