@@ -205,6 +205,11 @@ def test_defect_strict_yaml(upstream, tmp_path):
     assert (hyperparams["gamma"], hyperparams["learning_rate"]) == (0.99, "1e-3"), works("strict_yaml")
 
 
+def test_defect_unchecked_entry(upstream):
+    schedules = ExperimentManager._preprocess_schedules({"learning_rate": "exp_0.1", "clip_range": True})
+    assert (schedules["learning_rate"](0.5), schedules["clip_range"](0.5)) == (0.05, 1.0), works("unchecked_entry")
+
+
 def test_defect_env_kwargs(upstream, tmp_path):
     Path("kwargs.yml").write_text("CartPole-v1: {policy: MlpPolicy, env_kwargs: {sutton_barto_reward: true}}")
     manager = new_manager(tmp_path, config="kwargs.yml")
@@ -304,6 +309,7 @@ def test_a_function_that_works_is_not_patched(name):
         ("trial_zero", "and self.trial_id:", "and self.trial_id is not None:"),
         ("policy_kwargs", "kwargs.update(sampled_hyperparams)", "merge(kwargs, sampled_hyperparams)"),
         ("env_kwargs", '{"env_kwargs": self.env_kwargs}', "{}"),
+        ("unchecked_entry", '.split("_")', ".check()"),
         ("search_unknown_hyperparams", "            return None", "            self.check()\n            return None"),
         ("failed_run_folder", "        self.create_log_folder()", "        pass"),
         ("constructor_errors", "        model = ALGOS", "        try: ...\n        model = ALGOS"),

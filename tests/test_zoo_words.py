@@ -3,7 +3,7 @@
 import argparse
 from argparse import Namespace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import gymnasium as gym
 import numpy as np
@@ -24,6 +24,7 @@ from torch import nn
 
 from sb3_ppo_ewma import PPOEWMA, zoo
 from sb3_ppo_ewma.zoo.patches import strict_yaml
+from sb3_ppo_ewma.zoo.values import Parameter, check_value, parameters_of
 
 pytestmark = pytest.mark.long
 
@@ -172,6 +173,39 @@ def test_an_option_that_is_given_again_completes_the_first():
     assert parser.parse_args(given).params == {"a": 1, "b": 3, "c": 4}
 
 
+@pytest.mark.parametrize(("word", "value"), [("false", False), ("true", True), ("False", False)])
+def test_a_switch_is_what_was_said(word, value):
+    zoo.main([*TRAIN, "-params", f"normalize_advantage:{word}", "advantage_decay:null"])
+    assert saved("config")["normalize_advantage"] is value
+    assert PPOEWMA.load(run_folder() / "Wordy-v0.zip").normalize_advantage is value
+
+
+@pytest.mark.parametrize(
+    ("pair", "said"),
+    [
+        ("use_sde:maybe", "-params: use_sde must be True or False, got 'maybe'"),
+        ("use_sde:'false'", "-params: use_sde must be True or False, got 'false'"),
+        ("n_steps:max", "-params: n_steps must be an integer, got 'max'"),
+        ("n_steps:true", "-params: n_steps must be an integer, got True"),
+        ("gamma:type", "-params: gamma must be a number, got 'type'"),
+        ("prox_decay:off", "-params: prox_decay must be a number or 'auto' or None, got False"),
+        ("prox_decay:atuo", "-params: prox_decay must be a number or 'auto' or None, got 'atuo'"),
+        ("collect:list", "-params: collect must be 'together' or 'as_ready', got 'list'"),
+        ("policy:yes", "-params: policy must be text"),
+        (
+            "learning_rate:cos_1e-3",
+            "-params: learning_rate must be a number, or lin_NUMBER for a schedule to 0, got 'cos",
+        ),
+        ("n_envs:0", "-params: n_envs must be >= 1, got 0"),
+        ("normalize:5", "-params: normalize must be True, False, or a mapping"),
+        ("normalize:id", "-params: normalize must be True, False, or a mapping"),
+    ],
+)
+def test_a_value_that_is_none_of_the_parameter_is_refused(pair, said):
+    assert said in refusal(*TRAIN, "-params", pair)
+    assert not run_folder().exists()
+
+
 @pytest.mark.parametrize("option", ["--env-kwargs", "--eval-env-kwargs"])
 def test_arguments_of_the_environment_are_what_was_said(option):
     frequency = ["--eval-freq", "16", "--eval-episodes", "1"]
@@ -182,6 +216,26 @@ def test_arguments_of_the_environment_are_what_was_said(option):
     assert trained == (changed if option == "--env-kwargs" else {"is_slippery": True, "size": 2, "mode": "plain"})
 
 
+@pytest.mark.parametrize(
+    ("pair", "said"),
+    [
+        ("is_slippery:maybe", "env_kwargs of Wordy-v0: is_slippery must be True or False, got 'maybe'"),
+        ("size:len", "env_kwargs of Wordy-v0: size must be an integer, got 'len'"),
+        ("size:true", "env_kwargs of Wordy-v0: size must be an integer, got True"),
+        ("mode:off", "env_kwargs of Wordy-v0: mode must be text, got False"),
+    ],
+)
+def test_arguments_that_the_environment_does_not_take_are_refused(pair, said):
+    for option in ("--env-kwargs", "--eval-env-kwargs"):
+        assert said in refusal(*TRAIN, option, pair)
+    assert Wordy.made == []
+    zoo.main(TRAIN)
+    assert said in refusal(*ENJOY, "--env-kwargs", pair)
+    name, _, word = pair.partition(":")
+    write_entry(env_kwargs={name: yaml.safe_load(word)})
+    assert said in refusal(*TRAIN)
+
+
 class Base:
     def __init__(self, switch=False, anything=None, number=1, *, unknown: "Nowhere" = 0) -> None:  # noqa: F821
         pass
@@ -190,6 +244,19 @@ class Base:
 class PassesOn(Base):
     def __init__(self, own: bool, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+
+
+def test_what_is_not_known_of_a_parameter_is_not_refused():
+    parameters = parameters_of(PassesOn)
+    for name in ("anything", "number", "unknown"):
+        check_value(name, "text", parameters[name])
+    for name in ("anything", "number", "unknown", "switch", "own"):
+        check_value(name, True, parameters[name])
+    for name in ("own", "switch"):
+        with pytest.raises(ValueError, match=f"{name} must be True or False, got 'text'"):
+            check_value(name, "text", parameters[name])
+    with pytest.raises(ValueError, match="must be 'a' or 1, got 'b'"):
+        check_value("x", "b", Parameter(Literal["a", 1], 1))
 
 
 # === env_kwargs of a file ===
@@ -287,6 +354,54 @@ def test_a_file_that_is_none(text, said):
     Path("my.yml").write_text(text)
     assert said in refusal(*TRAIN)
     assert not run_folder().exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        (
+            "learning_rate",
+            "exp_0.1",
+            "learning_rate must be a number, or lin_NUMBER for a schedule to 0, got 'exp_0.1'",
+        ),
+        ("learning_rate", "cos_1e-3", "learning_rate must be a number, or lin_NUMBER"),
+        ("learning_rate", "lin_fast", "learning_rate must be a number, or lin_NUMBER"),
+        ("learning_rate", "lin_-1", "learning_rate must be a number, or lin_NUMBER"),
+        ("learning_rate", "lin_nan", "learning_rate must be a number, or lin_NUMBER"),
+        ("learning_rate", True, "learning_rate must be a number, or lin_NUMBER for a schedule to 0, got True"),
+        ("learning_rate", [1e-3], "learning_rate must be a number, or lin_NUMBER"),
+        ("clip_range", "exp_0.1", "clip_range must be a number, or lin_NUMBER"),
+        ("normalize", 5, "normalize must be True, False, or a mapping of VecNormalize's arguments, got 5"),
+        ("normalize", "false", "normalize must be True, False, or a mapping of VecNormalize's arguments, got 'false'"),
+        ("n_timesteps", 0, "n_timesteps must be a number of steps, at least 1, got 0"),
+        ("n_timesteps", True, "n_timesteps must be a number of steps, at least 1, got True"),
+        ("n_timesteps", "many", "n_timesteps must be a number of steps, at least 1, got 'many'"),
+        ("n_timesteps", "absent", "n_timesteps is missing: add it, or give the number of steps with -n"),
+        ("n_envs", 0, "n_envs must be >= 1, got 0"),
+        ("n_envs", "four", "n_envs must be an integer >= 1, got 'four'"),
+        ("frame_stack", 0, "frame_stack must be >= 1, got 0"),
+        ("use_sde", "false", "use_sde must be True or False, got 'false'"),
+        ("policy_kwargs", [64], "policy_kwargs must be a mapping of names to values, got [64]"),
+        ("env_kwargs", "dict(size=3)", "env_kwargs must be a mapping of names to values, got 'dict(size=3)'"),
+    ],
+)
+@pytest.mark.parametrize("algo", ["ppo_ewma", "ppo"])
+def test_a_value_of_a_file_is_refused_with_its_place(name, value, said, algo):
+    write_entry(**{name: value})
+    command = [each if each != "ppo_ewma" else algo for each in TRAIN]
+    message = refusal(*command)
+    assert said in message
+    assert "my.yml" in message
+    assert "Wordy-v0" in message or name == "env_kwargs"
+    assert not run_folder(1, algo).exists()
+
+
+def test_an_entry_without_a_number_of_steps_trains_for_the_given_one():
+    write_entry(n_timesteps=0)
+    assert "n_timesteps must be" in refusal(*TRAIN, "-n", "16")
+    write_entry(n_timesteps="absent")
+    zoo.main([*TRAIN, "-n", "16"])
+    assert PPOEWMA.load(run_folder() / "Wordy-v0.zip").num_timesteps == 16
 
 
 def test_numbers_with_an_exponent_are_numbers():

@@ -26,7 +26,6 @@ from sb3_ppo_ewma.zoo.patches._replace import AnyFunction, replace_function
 from sb3_ppo_ewma.zoo.rescaling import tuned_number_of_envs
 from sb3_ppo_ewma.zoo.search_space import BUDGET, N_ENVS
 
-_SCHEDULES = ("learning_rate", "clip_range", "clip_range_vf", "delta_std")
 _OWN_SCHEDULES = ("aux_learning_rate",)
 _ADVICE = "sb3_ppo_ewma.AdviceCallback"
 
@@ -165,13 +164,9 @@ def _checked_fixed(manager: Any, fixed: dict[str, Any]) -> dict[str, Any]:
 def _preprocess_schedules(upstream: AnyFunction, hyperparams: dict[str, Any]) -> dict[str, Any]:
     own = {name: hyperparams[name] for name in _OWN_SCHEDULES if hyperparams.get(name) is not None}
     others = {name: value for name, value in hyperparams.items() if name not in own}
-    try:
-        # Upstream converts only schedules that it knows by name.
-        converted = {name: upstream({"learning_rate": value})["learning_rate"] for name, value in own.items()}
-        return {**upstream(others), **converted}
-    except ValueError as error:
-        given = {name: hyperparams[name] for name in (*_SCHEDULES, *_OWN_SCHEDULES) if name in hyperparams}
-        raise ValueError(f"schedules must be numbers, lin_NUMBER or None, got {given}") from error
+    # Upstream converts only schedules that it knows by name.
+    converted = {name: upstream({"learning_rate": value})["learning_rate"] for name, value in own.items()}
+    return {**upstream(others), **converted}
 
 
 def _objective(upstream: AnyFunction, manager: Any, trial: optuna.Trial) -> float:

@@ -29,6 +29,7 @@ from sb3_ppo_ewma.zoo.patches import (
     search_unknown_hyperparams,
     strict_yaml,
     trial_zero,
+    unchecked_entry,
     unregistered_env,
 )
 
@@ -43,6 +44,7 @@ PATCHES = (
     trial_zero,
     env_kwargs,
     policy_kwargs,  # after trial_zero: it prepares what that one merges
+    unchecked_entry,  # after those that complete the entry
     search_unknown_hyperparams,
     failed_run_folder,  # after the two before it: it removes the folder that one created, if the other refuses the run
     constructor_errors,
