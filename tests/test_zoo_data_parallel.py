@@ -55,7 +55,8 @@ def test_train_leaves_what_one_process_leaves(tmp_path: Path) -> None:
     assert names == {
         *(f"{i}.monitor.csv" for i in range(8)),
         *(f"rl_model_{steps}_steps.zip" for steps in (256, 512)),
-        *("CartPole-v1.zip", "CartPole-v1", "best_model.zip", "evaluations.npz"),
+        *(f"rl_model_vecnormalize_{steps}_steps.pkl" for steps in (256, 512)),
+        *("CartPole-v1.zip", "CartPole-v1", "best_model.zip", "best_model_vecnormalize.pkl", "evaluations.npz"),
     }
     saved = dict(yaml.unsafe_load((runs[0] / "CartPole-v1" / "config.yml").read_text()))
     assert (saved["n_envs"], saved["batch_size"], saved["tuned_for_n_envs"]) == (8, 32, 4)

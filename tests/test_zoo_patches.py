@@ -29,11 +29,14 @@ from huggingface_hub.errors import EntryNotFoundError
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from rl_zoo3 import ALGOS, exp_manager
+from rl_zoo3.callbacks import SaveVecNormalizeCallback
 from rl_zoo3.exp_manager import ExperimentManager
 from rl_zoo3.hyperparams_opt import HYPERPARAMS_SAMPLER
 from rl_zoo3.utils import StoreDict
 from sb3_contrib.common.wrappers import action_masker
+from stable_baselines3.common.callbacks import CheckpointCallback
 from stable_baselines3.common.torch_layers import FlattenExtractor
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sb3_ppo_ewma import zoo
 from sb3_ppo_ewma.zoo import patches
@@ -94,6 +97,8 @@ def upstream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if push_to_hub.generate_metadata.__module__ != push_to_hub.__name__:
         monkeypatch.delattr(push_to_hub, "generate_metadata")
     monkeypatch.setattr(exp_manager, "yaml", yaml)
+    for callback in (CheckpointCallback, SaveVecNormalizeCallback):
+        monkeypatch.setattr(exp_manager, callback.__name__, callback)
     masker = next(cls for cls in action_masker.ActionMasker.__mro__ if cls.__module__ == action_masker.__name__)
     monkeypatch.setattr(action_masker, "ActionMasker", masker)
 
@@ -220,6 +225,21 @@ def test_defect_env_kwargs(upstream, tmp_path):
     assert (manager.eval_env_kwargs, replaced) == ({}, {"render_mode": "rgb_array"}), works("env_kwargs")
 
 
+def test_defect_continued_statistics(upstream, tmp_path):
+    Path("CartPole-v1").mkdir()
+    VecNormalize(DummyVecEnv([lambda: gym.make("CartPole-v1")]), gamma=0.123).save("CartPole-v1/vecnormalize.pkl")
+    env = new_manager(tmp_path).create_envs(1)  # of a new agent without normalisation
+    assert getattr(env, "gamma", None) == 0.123, works("continued_statistics")
+
+
+def test_defect_checkpoint_statistics(upstream, tmp_path):
+    manager = new_manager(tmp_path, save_freq=1)
+    manager.create_callbacks()
+    (callback,) = manager.callbacks
+    assert isinstance(callback, CheckpointCallback)
+    assert not callback.save_vecnormalize, works("checkpoint_statistics")
+
+
 def test_defect_no_completed_trial(upstream, tmp_path, monkeypatch):
     manager = new_manager(tmp_path, optimize_hyperparameters=True, n_trials=0, no_optim_plots=True)
     with pytest.raises(ValueError, match=r".") as error:
@@ -310,6 +330,8 @@ def test_a_function_that_works_is_not_patched(name):
         ("policy_kwargs", "kwargs.update(sampled_hyperparams)", "merge(kwargs, sampled_hyperparams)"),
         ("env_kwargs", '{"env_kwargs": self.env_kwargs}', "{}"),
         ("unchecked_entry", '.split("_")', ".check()"),
+        ("continued_statistics", "os.path.dirname(self.trained_agent)", "self.find()"),
+        ("checkpoint_statistics", 'name_prefix="rl_model",', 'name_prefix="rl_model", save_vecnormalize=True,'),
         ("search_unknown_hyperparams", "            return None", "            self.check()\n            return None"),
         ("failed_run_folder", "        self.create_log_folder()", "        pass"),
         ("constructor_errors", "        model = ALGOS", "        try: ...\n        model = ALGOS"),

@@ -316,6 +316,82 @@ def statistics(file: Path) -> VecNormalize:
     return VecNormalize.load(str(file), DummyVecEnv([lambda: gym.make("Wordy-v0")]))
 
 
+def test_statistics_of_an_agent_are_kept(capsys):
+    before = statistics(train_normalized() / "Wordy-v0" / "vecnormalize.pkl")
+    zoo.main([*TRAIN, "-i", "logs/ppo_ewma/Wordy-v0_1/Wordy-v0.zip"])
+    assert "normalize=True, as in the statistics of the agent" in capsys.readouterr().out
+    after = statistics(run_folder(2) / "Wordy-v0" / "vecnormalize.pkl")
+    assert after.obs_rms.count == pytest.approx(2 * before.obs_rms.count, rel=0.1)
+    assert saved("config", 2)["normalize"] is True
+    capsys.readouterr()
+    zoo.main(ENJOY)
+    assert "Loading running average" in capsys.readouterr().out
+
+
+def test_settings_of_the_statistics_are_kept():
+    write_entry(normalize="dict(norm_reward=False)")
+    zoo.main(TRAIN)
+    write_entry()
+    zoo.main([*TRAIN, "-i", "logs/ppo_ewma/Wordy-v0_1/Wordy-v0.zip"])
+    assert saved("config", 2)["normalize"] == {"norm_obs": True, "norm_reward": False}
+    assert not statistics(run_folder(2) / "Wordy-v0" / "vecnormalize.pkl").norm_reward
+
+
+def test_settings_of_the_entry_act_on_the_statistics():
+    train_normalized()
+    agent = "logs/ppo_ewma/Wordy-v0_1/Wordy-v0.zip"
+    zoo.main([*TRAIN, "-i", agent, "-params", "normalize:dict(norm_reward=False)", "gamma:0.5"])
+    after = statistics(run_folder(2) / "Wordy-v0" / "vecnormalize.pkl")
+    assert (after.norm_obs, after.norm_reward, after.gamma) == (True, False, 0.5)
+    said = refusal(*TRAIN, "-i", agent, "-params", "normalize:dict(norm_obs=False)")
+    assert "norm_obs=False does not fit the agent, trained with True" in said
+    assert "no argument 'norm'" in refusal(*TRAIN, "-i", agent, "-params", "normalize:dict(norm=False)")
+    assert not run_folder(3).exists()
+
+
+def test_an_agent_is_not_continued_without_its_statistics():
+    run = train_normalized()
+    agent = f"{run}/Wordy-v0.zip"
+    said = refusal(*TRAIN, "-i", agent, "-params", "normalize:false")
+    assert "normalize=False does not fit" in said
+    assert "vecnormalize.pkl" in said
+    (run / "Wordy-v0" / "vecnormalize.pkl").unlink()
+    said = refusal(*TRAIN, "-i", agent, "-params", "normalize:true")
+    assert f"there is no {run}/Wordy-v0/vecnormalize.pkl" in said
+    assert "-params normalize:False" in said
+    assert not run_folder(2).exists()
+
+
+def test_a_checkpoint_has_its_statistics(capsys):
+    run = train_normalized()
+    checkpoints = {each.name for each in run.glob("rl_model_*")}
+    assert checkpoints == {
+        f"rl_model_{name}_steps.{suffix}"
+        for steps in (16, 32)
+        for name, suffix in ((f"{steps}", "zip"), (f"vecnormalize_{steps}", "pkl"))
+    }
+    for steps in (16, 32):  # and those of the first observation
+        assert statistics(run / f"rl_model_vecnormalize_{steps}_steps.pkl").obs_rms.count == pytest.approx(
+            steps + 1, abs=1
+        )
+    capsys.readouterr()
+    zoo.main([*TRAIN, "-i", f"{run}/rl_model_16_steps.zip"])
+    assert "rl_model_vecnormalize_16_steps.pkl" in capsys.readouterr().out
+    # 16 steps before and 32 now
+    count = statistics(run_folder(2) / "Wordy-v0" / "vecnormalize.pkl").obs_rms.count
+    assert count == pytest.approx(16 + 32 + 2, abs=2)
+
+
+def test_a_checkpoint_without_statistics_is_named():
+    run = train_normalized()
+    (run / "rl_model_vecnormalize_16_steps.pkl").unlink()
+    with pytest.warns(UserWarning, match=r"rl_model_16_steps\.zip has no statistics of its own"):
+        zoo.main([*TRAIN, "-i", f"{run}/rl_model_16_steps.zip"])
+    (run / "Wordy-v0" / "vecnormalize.pkl").unlink()
+    said = refusal(*TRAIN, "-i", f"{run}/rl_model_16_steps.zip", "-params", "normalize:true")
+    assert f"there is no {run}/rl_model_vecnormalize_16_steps.pkl" in said
+
+
 @pytest.fixture
 def shown(monkeypatch) -> list[float]:
     """Numbers of observations in the statistics that are loaded."""
@@ -329,6 +405,47 @@ def shown(monkeypatch) -> list[float]:
 
     monkeypatch.setattr(VecNormalize, "load", staticmethod(loaded))
     return counts
+
+
+def test_enjoy_shows_a_checkpoint_with_its_statistics(shown):
+    run = train_normalized()
+    zoo.main([*ENJOY, "--load-checkpoint", "16"])
+    zoo.main(ENJOY)
+    assert shown == pytest.approx([17, 33], abs=1)
+    (run / "rl_model_vecnormalize_16_steps.pkl").unlink()
+    with pytest.warns(UserWarning, match="may be of another step"):
+        zoo.main([*ENJOY, "--load-checkpoint", "16"])
+
+
+def test_the_best_model_keeps_its_statistics(shown):
+    # All evaluations are the same: the first one, after 16 steps, is the best.
+    run = train_normalized("--eval-freq", "16", "--eval-episodes", "1")
+    zoo.main([*ENJOY, "--load-best"])
+    zoo.main([*TRAIN, "-i", f"{run}/best_model.zip"])
+    assert shown == pytest.approx([17, 17], abs=1)
+    (run / "best_model_vecnormalize.pkl").unlink()
+    with pytest.warns(UserWarning, match="may be of another step"):
+        zoo.main([*ENJOY, "--load-best", "--exp-id", "1"])
+
+
+def test_an_agent_is_written_after_its_statistics(monkeypatch):
+    """A run that is killed while it writes a checkpoint leaves none, or one with statistics."""
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(VecNormalize, "save", fail)
+    with pytest.raises(SystemExit, match="no space left"):
+        train_normalized()
+    assert not list(run_folder().glob("rl_model_*"))
+
+
+def test_statistics_of_the_current_folder_are_not_used(monkeypatch):
+    train_normalized()
+    monkeypatch.chdir(run_folder())
+    write_entry(normalize=True)
+    zoo.main(TRAIN)
+    assert statistics(run_folder() / "Wordy-v0" / "vecnormalize.pkl").obs_rms.count == pytest.approx(33, abs=1)
 
 
 # === Searches ===

@@ -15,8 +15,10 @@ from collections.abc import Iterator
 from sb3_ppo_ewma.zoo.patches import (
     action_masker,
     bare_words,
+    checkpoint_statistics,
     child_commands,
     constructor_errors,
+    continued_statistics,
     env_kwargs,
     failed_run_folder,
     ffmpeg_status,
@@ -44,6 +46,8 @@ PATCHES = (
     trial_zero,
     env_kwargs,
     policy_kwargs,  # after trial_zero: it prepares what that one merges
+    continued_statistics,  # after trial_normalization: an agent that is continued belongs to no trial
+    checkpoint_statistics,
     unchecked_entry,  # after those that complete the entry
     search_unknown_hyperparams,
     failed_run_folder,  # after the two before it: it removes the folder that one created, if the other refuses the run
