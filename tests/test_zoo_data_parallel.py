@@ -67,3 +67,27 @@ def test_train_leaves_what_one_process_leaves(tmp_path: Path) -> None:
     # Only the first process prints.
     assert result.stdout.count("Log path:") == 1
     assert load_results(str(runs[0]))["l"].sum() <= 512
+
+
+def test_processes_share_a_folder_that_no_other_run_has(tmp_path: Path) -> None:
+    # Another run takes the number that the first process found.
+    (tmp_path / "other_run.py").write_text("""
+import os
+from rl_zoo3.exp_manager import ExperimentManager
+
+setup = ExperimentManager.setup_experiment
+
+def setup_experiment(manager):
+    if os.environ["RANK"] == "0":
+        os.makedirs(manager.save_path)
+    return setup(manager)
+
+ExperimentManager.setup_experiment = setup_experiment
+""")
+    options = ["--eval-freq", "-1", "-n", "64", "--gym-packages", "other_run"]
+    result = in_two_processes(tmp_path, *TRAIN, "--algo", "ppo_ewma", *options)
+    assert result.returncode == 0, result.stderr
+    runs = tmp_path / "logs" / "ppo_ewma"
+    assert not list((runs / "CartPole-v1_1").iterdir())
+    names = {path.name for path in (runs / "CartPole-v1_2").iterdir()}
+    assert names == {*(f"{i}.monitor.csv" for i in range(4)), "CartPole-v1", "CartPole-v1.zip"}

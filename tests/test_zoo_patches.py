@@ -240,6 +240,19 @@ def test_defect_checkpoint_statistics(upstream, tmp_path):
     assert not callback.save_vecnormalize, works("checkpoint_statistics")
 
 
+def test_defect_search_run_folder(upstream, tmp_path):
+    manager = new_manager(tmp_path / "logs", optimize_hyperparameters=True)
+    manager.setup_experiment()
+    assert Path(manager.save_path).is_dir(), works("search_run_folder")
+
+
+def test_defect_shared_run_folder(upstream, tmp_path):
+    managers = [new_manager(tmp_path / "logs") for _ in range(2)]
+    for manager in managers:
+        manager.create_log_folder()
+    assert managers[0].save_path == managers[1].save_path, works("shared_run_folder")
+
+
 def test_defect_no_completed_trial(upstream, tmp_path, monkeypatch):
     manager = new_manager(tmp_path, optimize_hyperparameters=True, n_trials=0, no_optim_plots=True)
     with pytest.raises(ValueError, match=r".") as error:
@@ -332,6 +345,8 @@ def test_a_function_that_works_is_not_patched(name):
         ("unchecked_entry", '.split("_")', ".check()"),
         ("continued_statistics", "os.path.dirname(self.trained_agent)", "self.find()"),
         ("checkpoint_statistics", 'name_prefix="rl_model",', 'name_prefix="rl_model", save_vecnormalize=True,'),
+        ("search_run_folder", "        self.create_log_folder()", "        pass"),
+        ("shared_run_folder", "exist_ok=True", ""),
         ("search_unknown_hyperparams", "            return None", "            self.check()\n            return None"),
         ("failed_run_folder", "        self.create_log_folder()", "        pass"),
         ("constructor_errors", "        model = ALGOS", "        try: ...\n        model = ALGOS"),

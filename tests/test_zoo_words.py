@@ -1,6 +1,9 @@
 """The zoo's scripts do what was said: words on the command line, keys of a file, options, folders."""
 
 import argparse
+import os
+import subprocess
+import sys
 from argparse import Namespace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -451,6 +454,13 @@ def test_statistics_of_the_current_folder_are_not_used(monkeypatch):
 # === Searches ===
 
 
+def test_a_search_leaves_no_run():
+    zoo.main(TRAIN)
+    zoo.main([*SEARCH, *QUICK])
+    assert [each.name for each in Path("logs/ppo_ewma").iterdir() if each.is_dir()] == ["Wordy-v0_1"]
+    zoo.main(ENJOY)
+
+
 # === Files of hyper-parameters ===
 
 
@@ -562,3 +572,48 @@ def test_every_file_of_the_zoo_can_still_be_read(tmp_path):
 def new_manager(**arguments: Any) -> ExperimentManager:
     given = {"config": "my.yml", "eval_freq": -1, "verbose": 0, "device": "cpu", "seed": 0}
     return ExperimentManager(Namespace(), "ppo_ewma", "Wordy-v0", "logs", **(given | arguments))
+
+
+def test_trainings_that_start_at_once_have_a_folder_each():
+    managers = [new_manager() for _ in range(3)]
+    assert len({manager.save_path for manager in managers}) == 1
+    for manager in managers:
+        model, _ = manager.setup_experiment()
+        manager.save_trained_model(model)
+    assert [manager.save_path for manager in managers] == [str(run_folder(number)) for number in (1, 2, 3)]
+    for number in (1, 2, 3):
+        assert {each.name for each in run_folder(number).iterdir()} == {"Wordy-v0", "Wordy-v0.zip", "0.monitor.csv"}
+        assert (run_folder(number) / "Wordy-v0" / "config.yml").is_file()
+
+
+@pytest.mark.parametrize("refused", [{"prox_decay": 2.0}, {"n_envs": 0}], ids=["with a folder", "without"])
+def test_a_run_that_is_refused_removes_only_its_own_folder(refused):
+    bad, good = new_manager(hyperparams=refused), new_manager()
+    assert bad.save_path == good.save_path
+    good.setup_experiment()
+    with pytest.raises(ValueError, match=next(iter(refused))):
+        bad.setup_experiment()
+    assert [each.name for each in Path("logs/ppo_ewma").iterdir()] == ["Wordy-v0_1"]
+
+
+def test_processes_that_start_at_once_have_a_folder_each():
+    # Each waits for the others before it creates its folder.
+    script = """
+import pathlib, sys, time
+from argparse import Namespace
+import tests.test_zoo_words
+from rl_zoo3.exp_manager import ExperimentManager
+manager = ExperimentManager(Namespace(), "ppo_ewma", "Wordy-v0", "logs", config="my.yml", eval_freq=-1, device="cpu")
+pathlib.Path(f"ready_{sys.argv[1]}").touch()
+while len(list(pathlib.Path().glob("ready_*"))) < 3:
+    time.sleep(0.01)
+manager.setup_experiment()
+print(manager.save_path)
+"""
+    command = [sys.executable, "-c", script]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen([*command, str(i)], env=environment, stdout=subprocess.PIPE, text=True) for i in range(3)
+    ]
+    found = {process.communicate()[0].splitlines()[-1] for process in processes}
+    assert found == {str(run_folder(number)) for number in (1, 2, 3)}

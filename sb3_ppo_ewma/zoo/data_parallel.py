@@ -95,8 +95,10 @@ def _read_hyperparameters(upstream: AnyFunction, manager: Any) -> tuple[dict[str
 def _create_log_folder(upstream: AnyFunction, manager: Any) -> None:
     if place().rank == 0:
         upstream(manager)
-    if place().n_processes > 1:
-        dist.barrier()  # the other processes write their episode statistics there
+    group = ProcessGroup.of()
+    if group is not None:
+        # The first process may have found another number. The others write their episode statistics there.
+        manager.save_path, manager.params_path = group.from_first((manager.save_path, manager.params_path))
 
 
 def _save_config(upstream: AnyFunction, manager: Any, saved_hyperparams: dict[str, Any]) -> None:

@@ -28,7 +28,9 @@ from sb3_ppo_ewma.zoo.patches import (
     no_completed_trial,
     policy_kwargs,
     schedule_none,
+    search_run_folder,
     search_unknown_hyperparams,
+    shared_run_folder,
     strict_yaml,
     trial_zero,
     unchecked_entry,
@@ -50,7 +52,9 @@ PATCHES = (
     checkpoint_statistics,
     unchecked_entry,  # after those that complete the entry
     search_unknown_hyperparams,
+    shared_run_folder,
     failed_run_folder,  # after the two before it: it removes the folder that one created, if the other refuses the run
+    search_run_folder,
     constructor_errors,
     no_completed_trial,
     generate_metadata,

@@ -6,7 +6,6 @@ https://github.com/DLR-RM/rl-baselines3-zoo/blob/master/rl_zoo3/exp_manager.py.
 """
 
 import shutil
-from pathlib import Path
 from typing import Any
 
 from rl_zoo3.exp_manager import ExperimentManager
@@ -22,16 +21,20 @@ def is_needed() -> bool:
 
 def apply() -> None:
     """Remove the folder if the run does not begin."""
+    replace_function(ExperimentManager, "create_log_folder", _create_log_folder)
     replace_function(ExperimentManager, "setup_experiment", _setup_experiment)
 
 
+def _create_log_folder(upstream: AnyFunction, manager: Any) -> None:
+    upstream(manager)
+    manager.run_folder = manager.save_path
+
+
 def _setup_experiment(upstream: AnyFunction, manager: Any) -> Any:
-    is_new = not Path(manager.save_path).exists()
+    manager.run_folder = None
     try:
         return upstream(manager)
-    except Exception:
-        # Upstream writes args.yml when a run begins: a folder with it belongs to another process that took the same
-        # number meanwhile.
-        if is_new and not Path(manager.params_path, "args.yml").exists():
-            shutil.rmtree(manager.save_path, ignore_errors=True)
+    except BaseException:  # Ctrl+C too
+        if manager.run_folder is not None:  # not where another process created it
+            shutil.rmtree(manager.run_folder, ignore_errors=True)
         raise
