@@ -34,6 +34,7 @@ from rl_zoo3.exp_manager import ExperimentManager
 from rl_zoo3.hyperparams_opt import HYPERPARAMS_SAMPLER
 from rl_zoo3.utils import StoreDict
 from sb3_contrib.common.wrappers import action_masker
+from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import CheckpointCallback
 from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
@@ -202,6 +203,17 @@ def test_defect_constructor_errors(upstream, tmp_path, monkeypatch):
     manager.setup_experiment()
     refused = raised_by(lambda: manager.objective(optuna.create_study().ask()))
     assert refused is AssertionError, works("constructor_errors")  # not TrialPruned
+
+
+def test_defect_constructor_errors_of_others(upstream, tmp_path, monkeypatch):
+    def learn(*args: Any, **kwargs: Any) -> None:
+        raise ValueError("a bug in the environment")
+
+    monkeypatch.setattr(PPO, "learn", learn)
+    manager = new_manager(tmp_path, optimize_hyperparameters=True)
+    manager.setup_experiment()
+    refused = raised_by(lambda: manager.objective(optuna.create_study().ask()))
+    assert refused is optuna.TrialPruned, works("constructor_errors")
 
 
 def test_defect_strict_yaml(upstream, tmp_path):

@@ -4,6 +4,7 @@ import argparse
 import os
 import subprocess
 import sys
+import traceback
 from argparse import Namespace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -19,6 +20,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 from rl_zoo3 import ALGOS
 from rl_zoo3.exp_manager import ExperimentManager
+from rl_zoo3.hyperparams_opt import HYPERPARAMS_SAMPLER
 from rl_zoo3.utils import StoreDict
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.torch_layers import FlattenExtractor
@@ -459,6 +461,39 @@ def test_a_search_leaves_no_run():
     zoo.main([*SEARCH, *QUICK])
     assert [each.name for each in Path("logs/ppo_ewma").iterdir() if each.is_dir()] == ["Wordy-v0_1"]
     zoo.main(ENJOY)
+
+
+@pytest.mark.parametrize("fault", ["type", "value", "shape"])
+def test_a_bug_of_the_environment_ends_a_search(fault):
+    with pytest.raises(RuntimeError, match="trial 0 failed, not because of its hyper-parameters") as failed:
+        zoo.main([*SEARCH, *QUICK, "--n-trials", "3", "--env-kwargs", f"fault:{fault}"])
+    assert failed.value.__cause__ is not None
+    frames = traceback.extract_tb(failed.value.__cause__.__traceback__)
+    assert frames[-1].name == ("step" if fault != "shape" else "_save_obs")
+    assert [trial.state for trial in trials()] == [TrialState.FAIL]
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        "callback:tests.test_zoo_words.Failing",
+        "policy_kwargs:dict(features_extractor_class=__import__('tests.test_zoo_words').test_zoo_words.Extractor)",
+    ],
+)
+def test_a_bug_of_the_users_code_ends_a_search(params):
+    with pytest.raises(RuntimeError, match=r"failed, not because of its hyper-parameters: .*a bug in"):
+        zoo.main([*SEARCH, *QUICK, "--n-trials", "3", "-params", params])
+    assert [trial.state for trial in trials()] == [TrialState.FAIL]
+
+
+def test_what_the_constructor_refuses_is_a_bad_trial(monkeypatch, capsys):
+    good = HYPERPARAMS_SAMPLER["ppo_ewma"]
+    bad = [{"prox_decay": 2.0}, {"n_steps": "many"}, {"learning_rate": 1e38}, {}]
+    monkeypatch.setitem(
+        HYPERPARAMS_SAMPLER, "ppo_ewma", lambda trial, *args: {**good(trial, *args), **bad[trial.number]}
+    )
+    zoo.main([*SEARCH, *QUICK, "--n-trials", "4"])
+    assert [trial.state for trial in trials()] == [TrialState.PRUNED] * 3 + [TrialState.COMPLETE]
 
 
 # === Files of hyper-parameters ===

@@ -1,9 +1,10 @@
 """
-A search ends at the first trial whose hyper-parameters the constructor refuses.
+A search ends at the first trial whose hyper-parameters the constructor refuses, and prunes every trial that an error in
+the user's environment ends.
 
-Seen in rl_zoo3 2.9.2. ``ExperimentManager.objective`` prunes a trial for errors of ``learn``, but builds the model
-outside that ``try``; and it does not catch overflows or too little memory. Source:
-https://github.com/DLR-RM/rl-baselines3-zoo/blob/master/rl_zoo3/exp_manager.py.
+Seen in rl_zoo3 2.9.2. ``ExperimentManager.objective`` builds the model outside of the ``try`` in which it prunes a
+trial for a ``ValueError`` or ``AssertionError`` of ``learn``, whoever raised it. It does not catch overflows or too
+little memory. Source: https://github.com/DLR-RM/rl-baselines3-zoo/blob/master/rl_zoo3/exp_manager.py.
 """
 
 from pprint import pprint
@@ -12,10 +13,8 @@ from typing import Any
 import optuna
 from rl_zoo3.exp_manager import ExperimentManager
 
+from sb3_ppo_ewma.zoo.patches._bad_trials import ERRORS, is_bad_trial
 from sb3_ppo_ewma.zoo.patches._replace import AnyFunction, replace_function, upstream_source
-
-# Errors that hyper-parameters can cause: NaNs and refused values, overflows, too little memory (RuntimeError in torch)
-_ERRORS = (ValueError, TypeError, AssertionError, ArithmeticError, RuntimeError, MemoryError)
 
 
 def is_needed() -> bool:
@@ -25,14 +24,24 @@ def is_needed() -> bool:
 
 
 def apply() -> None:
-    """Prune the trial."""
+    """Prune the trial if its hyper-parameters are to blame; else end the search, with the traceback."""
     replace_function(ExperimentManager, "objective", _objective)
 
 
 def _objective(upstream: AnyFunction, manager: Any, trial: optuna.Trial) -> float:
     try:
         return float(upstream(manager, trial))
-    except _ERRORS as error:
-        print(f"Trial {trial.number} is pruned: {error}")
-        pprint(trial.params)
-        raise optuna.TrialPruned from error
+    except optuna.TrialPruned as pruned:
+        if pruned.__cause__ is None or is_bad_trial(pruned.__cause__):
+            raise
+        error: BaseException = pruned.__cause__
+    except ERRORS as raised:
+        if is_bad_trial(raised):
+            print(f"Trial {trial.number} is pruned: {raised}")
+            pprint(trial.params)
+            raise optuna.TrialPruned from raised
+        error = raised
+    # A RuntimeError keeps its traceback, and shows that of its cause.
+    raise RuntimeError(
+        f"trial {trial.number} failed, not because of its hyper-parameters: {type(error).__name__}: {error}"
+    ) from error
