@@ -284,8 +284,7 @@ def test_a_features_extractor_is_kept_in_a_search(algo, params, tmp_path):
     assert policy.activation_fn is nn.ReLU  # of the trial
 
 
-def test_policy_kwargs_without_a_features_extractor_are_those_of_the_trial(tmp_path):
-    # As upstream has it, so that searches can be compared with those of upstream
+def test_a_trial_completes_the_policy_kwargs_of_the_task(tmp_path):
     new_study(journal("study.log"), [TRIAL])
     options = [*STUDY, "--storage", "study.log", "-n", "64", "-params", "n_envs:1"]
     Path("my.yml").write_text(
@@ -295,7 +294,11 @@ def test_policy_kwargs_without_a_features_extractor_are_those_of_the_trial(tmp_p
     train = ["train", "--algo", "ppo_ewma", "--env", "CartPole-v1", "--eval-freq", "-1", "-f", "again"]
     zoo.main([*train, "-conf", "my.yml", "--trial-id", "0", *options])
     (file,) = (tmp_path / "again").rglob("config.yml")
-    assert "ortho_init" not in yaml.unsafe_load(file.read_text())["policy_kwargs"]
+    assert yaml.unsafe_load(file.read_text())["policy_kwargs"] == {
+        "ortho_init": False,
+        "net_arch": {"pi": [64], "vf": [64]},
+        "activation_fn": nn.ReLU,
+    }
 
 
 @pytest.mark.parametrize(

@@ -237,6 +237,29 @@ def test_defect_env_kwargs(upstream, tmp_path):
     assert (manager.eval_env_kwargs, replaced) == ({}, {"render_mode": "rgb_array"}), works("env_kwargs")
 
 
+def test_defect_ignored_options(upstream, tmp_path):
+    manager = new_manager(tmp_path, storage="study.log", study_name="study")
+    assert raised_by(manager.read_hyperparameters) is type(None), works("ignored_options")
+
+
+def test_defect_trial_normalization(upstream, tmp_path):
+    made: list[VecNormalize] = []
+    normalize = {"n_envs": 1, "normalize": True, "gamma": 0.5}
+    manager = new_manager(tmp_path, hyperparams=normalize, optimize_hyperparameters=True)
+    manager.setup_experiment()
+    create_envs = manager.create_envs
+
+    def create(*args: Any, **kwargs: Any) -> Any:
+        made.append(create_envs(*args, **kwargs))
+        return made[-1]
+
+    manager.create_envs = create  # type: ignore[method-assign]
+    study = optuna.create_study()
+    study.enqueue_trial(TRIAL)
+    manager.objective(study.ask())
+    assert [env.gamma for env in made] == [0.5, 0.5], works("trial_normalization")  # that of the trial is 0.98
+
+
 def test_defect_continued_statistics(upstream, tmp_path):
     Path("CartPole-v1").mkdir()
     VecNormalize(DummyVecEnv([lambda: gym.make("CartPole-v1")]), gamma=0.123).save("CartPole-v1/vecnormalize.pkl")
@@ -355,6 +378,8 @@ def test_a_function_that_works_is_not_patched(name):
         ("policy_kwargs", "kwargs.update(sampled_hyperparams)", "merge(kwargs, sampled_hyperparams)"),
         ("env_kwargs", '{"env_kwargs": self.env_kwargs}', "{}"),
         ("unchecked_entry", '.split("_")', ".check()"),
+        ("ignored_options", "if self.storage and self.study_name and", "if self.trial_id is not None and"),
+        ("trial_normalization", "kwargs.update(sampled_hyperparams)", 'self.normalize_kwargs["gamma"] = 0.9'),
         ("continued_statistics", "os.path.dirname(self.trained_agent)", "self.find()"),
         ("checkpoint_statistics", 'name_prefix="rl_model",', 'name_prefix="rl_model", save_vecnormalize=True,'),
         ("search_run_folder", "        self.create_log_folder()", "        pass"),

@@ -496,6 +496,63 @@ def test_what_the_constructor_refuses_is_a_bad_trial(monkeypatch, capsys):
     assert [trial.state for trial in trials()] == [TrialState.PRUNED] * 3 + [TrialState.COMPLETE]
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--storage", "study.log", "--study-name", "study"], "--storage and --study-name needs --trial-id"),
+        (["--storage", "study.log"], "without -optimize, which searches, --storage needs --trial-id"),
+        (["--study-name", "study"], "--study-name needs --trial-id"),
+        (["-optimize", "-i", "logs/ppo_ewma/Wordy-v0_1/Wordy-v0.zip"], "-optimize searches with new agents, -i"),
+        (["--fix", "n_epochs:1"], "--fix keeps parameters of a search at a value, and needs -optimize"),
+    ],
+)
+def test_options_without_effect_are_refused(options, said):
+    zoo.main(TRAIN)
+    assert said in refusal(*TRAIN, *options)
+    assert not run_folder(2).exists()
+
+
+def test_none_is_a_choice_of_some_parameters():
+    lstm = [each if each != "ppo_ewma" else "ppo_lstm_ewma" for each in SEARCH]
+    write_entry(policy="MlpLstmPolicy")
+    zoo.main([*lstm, *QUICK[:-2], "critic_lstm:none", "lstm_hidden_size:16", "--n-trials", "1"])
+    assert trials()[0].params["critic_lstm"] == "none"
+
+
+def test_a_search_keeps_the_policy_kwargs_of_the_task():
+    write_entry(policy_kwargs="dict(ortho_init=False, net_arch=[8])")
+    for algo in ("ppo_ewma", "ppo"):
+        command = [each if each != "ppo_ewma" else algo for each in SEARCH]
+        command[command.index("study.log")] = f"{algo}.log"
+        fixed = [each for each in QUICK if algo == "ppo_ewma" or not each.startswith("prox")]
+        zoo.main([*command, *fixed])
+        again = [each if each != "ppo_ewma" else algo for each in TRAIN]
+        zoo.main([*again, "--study-name", "study", "--storage", f"{algo}.log", "--trial-id", "0"])
+        policy = ALGOS[algo].load(run_folder(1, algo) / "Wordy-v0.zip").policy
+        assert policy.ortho_init is False
+        assert policy.net_arch == {"pi": [64], "vf": [64]}  # of the trial
+
+
+def test_a_trial_has_its_own_normalization(monkeypatch):
+    gammas = []
+    original = VecNormalize.__init__
+
+    def initialize(self: VecNormalize, *args: Any, **kwargs: Any) -> None:
+        gammas.append(kwargs.get("gamma"))
+        original(self, *args, **kwargs)
+
+    monkeypatch.setattr(VecNormalize, "__init__", initialize)
+    write_entry(gamma=0.5)
+    zoo.main([*SEARCH, *QUICK, "-params", "normalize:dict(norm_obs=False)"])
+    assert gammas[1:] == pytest.approx([0.98, 0.98])  # after that of the environment whose spaces are looked at
+    gammas.clear()
+    zoo.main([*TRAIN, *STUDY, "--trial-id", "0"])
+    assert gammas == pytest.approx([0.98])
+    assert saved("config")["normalize"] == {"norm_obs": False, "gamma": pytest.approx(0.98)}
+    zoo.main([*TRAIN, *STUDY, "--trial-id", "0", "-params", "normalize:false"])
+    assert saved("config", 2)["normalize"] is False
+
+
 # === Files of hyper-parameters ===
 
 

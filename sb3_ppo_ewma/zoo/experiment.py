@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
 from rl_zoo3 import exp_manager
 from rl_zoo3.exp_manager import ExperimentManager
 from rl_zoo3.hyperparams_opt import HYPERPARAMS_SAMPLER
@@ -23,6 +21,7 @@ from sb3_ppo_ewma._arguments import check_integer
 from sb3_ppo_ewma.zoo import options
 from sb3_ppo_ewma.zoo.algorithms import ALGORITHMS, BASELINES, hyperparameter_file
 from sb3_ppo_ewma.zoo.patches._replace import AnyFunction, replace_function
+from sb3_ppo_ewma.zoo.patches.trial_normalization import stored_trial
 from sb3_ppo_ewma.zoo.rescaling import tuned_number_of_envs
 from sb3_ppo_ewma.zoo.search_space import BUDGET, N_ENVS
 
@@ -63,6 +62,8 @@ def _setup_experiment(upstream: AnyFunction, manager: Any) -> Any:
 
 
 def _read_hyperparameters(upstream: AnyFunction, manager: Any) -> Any:
+    if options.current.fixed and not manager.optimize_hyperparameters:
+        raise ValueError("--fix keeps parameters of a search at a value, and needs -optimize")
     hyperparams, saved = upstream(manager)
     changed: dict[str, Any] = {}
     if manager.optimize_hyperparameters and hyperparams.get("tuned_for_n_envs") is not None:
@@ -107,22 +108,10 @@ def _load_trial(
     hyperparams: dict[str, Any] = upstream(manager, storage, study_name, trial_id, convert)
     if not convert or manager.algo not in ALGORITHMS or trial_id is None:
         return hyperparams
-    return {**_stored_n_envs(storage, study_name, trial_id), **hyperparams}
-
-
-def _stored_n_envs(storage: Any, study_name: str, trial_id: int) -> dict[str, Any]:
-    """
-    :param storage: file of a journal or URL of a database
-    :param study_name: name of a study in it
-    :param trial_id: number of a trial of the study
-    :return: ``n_envs`` of that trial, which it is tuned for, if our search made it
-    """
-    if storage.endswith(".log"):
-        storage = JournalStorage(JournalFileBackend(storage))
-    trial = optuna.load_study(storage=storage, study_name=study_name).trials[trial_id]
-    if N_ENVS not in trial.user_attrs:
-        return {}
-    return {"n_envs": trial.user_attrs[N_ENVS], "tuned_for_n_envs": None}
+    attributes = stored_trial(storage, study_name, trial_id).user_attrs
+    if N_ENVS not in attributes:  # not made by our search
+        return hyperparams
+    return {"n_envs": attributes[N_ENVS], "tuned_for_n_envs": None, **hyperparams}
 
 
 def _create_sampler(upstream: AnyFunction, manager: Any, sampler_method: str) -> Any:

@@ -24,6 +24,7 @@ from sb3_ppo_ewma.zoo.patches import (
     ffmpeg_status,
     generate_metadata,
     hub_missing_file,
+    ignored_options,
     missing_trial,
     no_completed_trial,
     policy_kwargs,
@@ -32,6 +33,7 @@ from sb3_ppo_ewma.zoo.patches import (
     search_unknown_hyperparams,
     shared_run_folder,
     strict_yaml,
+    trial_normalization,
     trial_zero,
     unchecked_entry,
     unregistered_env,
@@ -45,12 +47,14 @@ PATCHES = (
     schedule_none,
     strict_yaml,
     missing_trial,
+    trial_normalization,  # after missing_trial: the trial exists
     trial_zero,
     env_kwargs,
     policy_kwargs,  # after trial_zero: it prepares what that one merges
     continued_statistics,  # after trial_normalization: an agent that is continued belongs to no trial
     checkpoint_statistics,
     unchecked_entry,  # after those that complete the entry
+    ignored_options,
     search_unknown_hyperparams,
     shared_run_folder,
     failed_run_folder,  # after the two before it: it removes the folder that one created, if the other refuses the run

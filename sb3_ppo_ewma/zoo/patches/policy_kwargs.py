@@ -1,9 +1,9 @@
 """
-A trial's ``policy_kwargs`` drop the ``features_extractor_class`` of the task.
+A trial's ``policy_kwargs`` drop those of the task.
 
 Seen in rl_zoo3 2.9.2. A search updates the dictionary of hyper-parameters, so the sampled ``policy_kwargs`` replace
-those of the file; training with ``--trial-id`` does the same. A task whose observations need their features extractor
-cannot be searched. Reported in https://github.com/DLR-RM/rl-baselines3-zoo/issues/431.
+those of the file, with all that is not sampled; training with ``--trial-id`` does the same. A task whose observations
+need their features extractor cannot be searched. Reported in https://github.com/DLR-RM/rl-baselines3-zoo/issues/431.
 """
 
 import contextlib
@@ -13,7 +13,6 @@ from typing import Any
 from rl_zoo3 import exp_manager
 from rl_zoo3.exp_manager import ExperimentManager
 
-from sb3_ppo_ewma.zoo.algorithms import ALGORITHMS
 from sb3_ppo_ewma.zoo.patches._replace import AnyFunction, replace_function, upstream_source
 
 
@@ -23,21 +22,18 @@ def is_needed() -> bool:
 
 
 def apply() -> None:
-    """
-    Merge ``policy_kwargs`` where the task names a features extractor, for the algorithms of this package. A search of
-    the zoo's algorithms, and of tasks without one, stays comparable with upstream's.
-    """
+    """Let the ``policy_kwargs`` of a trial complete those of the task."""
     replace_function(ExperimentManager, "read_hyperparameters", _read_hyperparameters)
     replace_function(ExperimentManager, "setup_experiment", _setup_experiment)
 
 
 def _read_hyperparameters(upstream: AnyFunction, manager: Any) -> Any:
     has_trial = manager.trial_id is not None and manager.storage and manager.study_name
-    if manager.algo not in ALGORITHMS or not has_trial:
+    if not has_trial:
         return upstream(manager)
     of_trial = manager.load_trial(manager.storage, manager.study_name, manager.trial_id).get("policy_kwargs", {})
     of_task = _evaluated(_without_trial(upstream, manager).get("policy_kwargs"))
-    if not _has_extractor(of_task):
+    if not of_task:
         return upstream(manager)
     given = manager.custom_hyperparams
     of_command_line = _evaluated((given or {}).get("policy_kwargs"))
@@ -61,7 +57,7 @@ def _without_trial(read_hyperparameters: AnyFunction, manager: Any) -> dict[str,
 
 def _setup_experiment(upstream: AnyFunction, manager: Any) -> Any:
     result = upstream(manager)
-    if result is None and manager.algo in ALGORITHMS:  # a search
+    if result is None:  # a search
         manager._hyperparams = _SearchedHyperparams(manager._hyperparams)
     return result
 
@@ -75,12 +71,8 @@ class _SearchedHyperparams(dict[str, Any]):
     def update(self, sampled: dict[str, Any]) -> None:  # type: ignore[override]  # all that upstream's objective needs
         of_task = _evaluated(self.get("policy_kwargs"))
         super().update(sampled)
-        if _has_extractor(of_task) and "policy_kwargs" in sampled:
+        if "policy_kwargs" in sampled:
             self["policy_kwargs"] = {**of_task, **sampled["policy_kwargs"]}
-
-
-def _has_extractor(policy_kwargs: dict[str, Any]) -> bool:
-    return "features_extractor_class" in policy_kwargs
 
 
 def _evaluated(policy_kwargs: Any) -> dict[str, Any]:
