@@ -27,8 +27,9 @@ from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from torch import nn
 
-from sb3_ppo_ewma import PPOEWMA, zoo
+from sb3_ppo_ewma import PPOEWMA, SmallGridCNN, zoo
 from sb3_ppo_ewma.zoo.patches import strict_yaml
+from sb3_ppo_ewma.zoo.rescaling import as_yaml
 from sb3_ppo_ewma.zoo.values import Parameter, check_value, parameters_of
 
 pytestmark = pytest.mark.long
@@ -656,6 +657,61 @@ def test_every_file_of_the_zoo_can_still_be_read(tmp_path):
 
 
 # === What rescale prints ===
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("env_kwargs", {"size": 3, "mode": "1e-3", "x": float("inf")}),
+        ("env_wrapper", [{"gymnasium.wrappers.TimeLimit": {"max_episode_steps": 4}}]),
+        ("env_wrapper", {"gymnasium.wrappers.TimeLimit": {"max_episode_steps": 4}}),
+        ("callback", ["sb3_ppo_ewma.AdviceCallback", {"sb3_ppo_ewma.NoiseScaleCallback": {"n_batches": 2}}]),
+        ("normalize", {"norm_obs": True, "norm_reward": False}),
+        ("normalize", "dict(norm_reward=False)"),
+        ("monitor_kwargs", {"info_keywords": ["x"]}),
+        ("policy_kwargs", {"net_arch": [8], "optimizer_kwargs": {"eps": 1e-7}}),
+        ("learning_rate", 1e-7),
+        ("prox_decay", "auto"),
+        ("clip_range", None),
+    ],
+)
+def test_rescale_prints_what_can_be_read_back(name, value, capsys):
+    write_entry(**{name: value})
+    zoo.main(["rescale", "--algo", "ppo_ewma", *FILE, "--n-envs", "2"])
+    printed = capsys.readouterr().out.partition("\n\n")[2]
+    assert strict_yaml.load(printed)["Wordy-v0"][name] == value
+
+
+@pytest.mark.parametrize(
+    ("value", "evaluated"),
+    [
+        (
+            {"activation_fn": nn.Tanh, "net_arch": {"pi": [8], "vf": []}},
+            "dict(activation_fn=nn.Tanh, net_arch=dict(pi=[8], vf=[]))",
+        ),
+        ({"features_extractor_class": SmallGridCNN}, "dict(features_extractor_class=SmallGridCNN)"),
+        ({"a-b": (1,), "x": float("nan")}, "{'a-b': (1,), 'x': float('nan')}"),
+    ],
+)
+def test_classes_and_tuples_are_printed_as_python(value, evaluated):
+    assert strict_yaml.load(as_yaml("X", {"policy_kwargs": value}))["X"]["policy_kwargs"] == evaluated
+
+
+def test_classes_are_printed_by_their_names():
+    entry = {
+        "env_wrapper": [{gym.wrappers.TimeAwareObservation: {"normalize_time": np.bool_(True)}}],
+        "callback": Failing,
+    }
+    assert strict_yaml.load(as_yaml("X", entry))["X"] == {
+        "env_wrapper": [{"gymnasium.wrappers.stateful_observation.TimeAwareObservation": {"normalize_time": True}}],
+        "callback": "tests.test_zoo_words.Failing",
+    }
+
+
+def test_what_cannot_be_printed_is_refused():
+    for name, value in (("callback", Failing()), ("learning_rate", abs), ("policy_kwargs", {"x": object()})):
+        with pytest.raises(ValueError, match=f"{name} cannot be written to a file of hyper-parameters"):
+            as_yaml("X", {name: value})
 
 
 # === Run folders ===

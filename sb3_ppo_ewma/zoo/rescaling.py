@@ -5,6 +5,7 @@ import contextlib
 import copy
 import importlib
 import io
+import keyword
 import math
 import tempfile
 import warnings
@@ -13,6 +14,7 @@ from fractions import Fraction
 from typing import Any, get_args
 
 import gymnasium as gym
+import numpy as np
 import yaml
 from rl_zoo3 import exp_manager
 from rl_zoo3.exp_manager import ExperimentManager
@@ -21,6 +23,10 @@ from rl_zoo3.utils import StoreDict
 from sb3_ppo_ewma._arguments import check_integer
 from sb3_ppo_ewma.batch_scaling import Rescaled, Strategy, rescale, with_defaults
 from sb3_ppo_ewma.zoo.algorithms import ALGORITHMS
+from sb3_ppo_ewma.zoo.patches.strict_yaml import Dumper
+
+# Hyper-parameters that the zoo evaluates as Python if they are text
+_EVALUATED = ("policy_kwargs", "replay_buffer_kwargs", "replay_buffer_class", "monitor_kwargs", "normalize")
 
 
 def rescaled(
@@ -145,26 +151,97 @@ def as_yaml(env_id: str, entry: Mapping[str, Any]) -> str:
     :param env_id: name of the environment
     :param entry: its hyper-parameters
     :return: YAML for the zoo's files
+    :raises ValueError: if a value cannot be written there
     """
-    plain = {name: value if _is_plain(value) else source(value) for name, value in entry.items()}
-    return str(yaml.safe_dump({env_id: plain}, sort_keys=False, width=math.inf))
+    plain: dict[str, Any] = {}
+    for name, value in entry.items():
+        try:
+            plain[name] = _evaluated_text(value) if name in _EVALUATED else _plain(value)
+        except ValueError as error:
+            raise ValueError(f"{name} cannot be written to a file of hyper-parameters: {error}") from None
+    return str(yaml.dump({env_id: plain}, Dumper=Dumper, sort_keys=False, width=math.inf))
 
 
-def _is_plain(value: Any) -> bool:
-    return value is None or isinstance(value, str | bool | int | float | list)
+def _plain(value: Any) -> Any:
+    """
+    :param value: a hyper-parameter that the zoo takes as it is
+    :return: the same in YAML's types, with classes by their full names, under which the zoo imports them
+    """
+    if isinstance(value, type):
+        return _full_name(value)
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, Mapping):
+        return {_plain(name): _plain(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
+    raise ValueError(f"{value!r} is neither text, a number, a list, a mapping nor a class")
+
+
+def _evaluated_text(value: Any) -> Any:
+    """
+    :param value: a hyper-parameter that the zoo evaluates if it is text
+    :return: text that it evaluates to the value, or YAML
+    """
+    if value is None or isinstance(value, str | bool):
+        return value
+    with contextlib.suppress(ValueError):
+        plain = _plain(value)
+        if plain == value and not _has_tuples(value):
+            return plain
+    return source(value)
+
+
+def _has_tuples(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return any(map(_has_tuples, value.values()))
+    return isinstance(value, tuple) or (isinstance(value, list) and any(map(_has_tuples, value)))
 
 
 def source(value: Any) -> str:
     """
     :param value: ``policy_kwargs`` or a value in them
     :return: Python expression that the zoo evaluates to it
+    :raises ValueError: if there is none
     """
     if isinstance(value, Mapping):
-        return f"dict({', '.join(f'{name}={source(each)}' for name, each in value.items())})"
+        if all(isinstance(name, str) and name.isidentifier() and not keyword.iskeyword(name) for name in value):
+            return f"dict({', '.join(f'{name}={source(each)}' for name, each in value.items())})"
+        return f"{{{', '.join(f'{source(name)}: {source(each)}' for name, each in value.items())}}}"
+    if isinstance(value, list | tuple):
+        inner = ", ".join(map(source, value))
+        return f"[{inner}]" if isinstance(value, list) else f"({inner}{',' if len(value) == 1 else ''})"
+    if isinstance(value, np.generic):
+        return source(value.item())
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"float('{value}')"
     if isinstance(value, type):
-        short = {"torch.nn": "nn", "torch.optim": "th.optim"}
-        return next((f"{short[p]}.{value.__name__}" for p in short if value.__module__.startswith(p)), value.__name__)
-    return repr(value)
+        return _known_name(value)
+    if value is None or isinstance(value, str | bool | int | float):
+        return repr(value)
+    raise ValueError(f"{value!r} is neither text, a number, a list, a mapping nor a class")
+
+
+def _known_name(value: type) -> str:
+    """
+    :param value: a class
+    :return: name of the class where the zoo evaluates text
+    """
+    short = {"torch.nn": "nn", "torch.optim": "th.optim"}
+    names = [f"{short[p]}.{value.__name__}" for p in short if value.__module__.startswith(p)]
+    for name in (*names, value.__name__, _full_name(value)):
+        with contextlib.suppress(Exception):
+            if eval(name, vars(exp_manager)) is value:
+                return name
+    raise ValueError(f"the zoo does not know the class {_full_name(value)} there")
+
+
+def _full_name(value: type) -> str:
+    if "<locals>" in value.__qualname__ or value.__module__ == "__main__":
+        raise ValueError(f"the class {value.__qualname__} cannot be imported")
+    return f"{value.__module__}.{value.__qualname__}"
 
 
 if __name__ == "__main__":
