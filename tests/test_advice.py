@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import gymnasium as gym
+import numpy as np
 import pytest
 from gymnasium import spaces
 from rl_zoo3.utils import get_callback_list
@@ -234,6 +235,27 @@ def test_largest_entropy(space: spaces.Space[Any], largest: float | None) -> Non
         log = {"entropy_loss": 3.0 if largest is None else -share * largest}
         run = Run(AdviceCallback(), action_space=space).train(*[log] * 10)
         assert list(run.end().found) == (found if largest is not None else [])
+
+
+@pytest.mark.parametrize(
+    ("space", "valid", "largest"),
+    [
+        (spaces.Discrete(8), [1] + 7 * [0], 0.0),
+        (spaces.Discrete(8), [1, 1] + 6 * [0], math.log(2)),
+        (spaces.MultiDiscrete([2, 3]), [1, 0, 1, 1, 1], math.log(3)),
+        (spaces.MultiBinary(2), [1, 1, 0, 1], math.log(2)),
+    ],
+)
+def test_largest_entropy_among_valid_actions(space: spaces.Space[Any], valid: list[int], largest: float) -> None:
+    # Half of the states have the mask, the others no valid choice: one value of each action.
+    sizes = {spaces.Discrete: [8], spaces.MultiDiscrete: [2, 3], spaces.MultiBinary: [2, 2]}[type(space)]
+    forced = [float(i == 0) for size in sizes for i in range(size)]
+    masks = np.array([[valid, forced]] * 16, np.float32)
+    for share, found in ((0.049, ["entropy_collapse"]), (0.051, [])):
+        run = Run(AdviceCallback(), action_space=space, rollout_buffer=SimpleNamespace(action_masks=masks))
+        run.callback.on_rollout_end()
+        log = {"entropy_loss": -share * largest / 2}
+        assert list(run.train(*[log] * 10).end().found) == (found if largest else [])
 
 
 def test_verbose_0_only_logs(capsys: pytest.CaptureFixture[str]) -> None:

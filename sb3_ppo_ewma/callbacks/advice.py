@@ -158,6 +158,7 @@ prox_decay.
         self.thresholds = _with_default_thresholds(thresholds)
         self.found: dict[str, str] = {}  # printed sentences by name of the finding
         self._last_n_updates: float | None = None
+        self._max_entropy: float | None = None
         self._forget_run()
 
     def _forget_run(self) -> None:
@@ -171,6 +172,7 @@ prox_decay.
             self._forget_run()
         # The logger may still hold values of an earlier learn().
         self._last_n_updates = self.logger.name_to_value.get("train/n_updates")
+        self._max_entropy = _max_entropy(self.model.action_space, None)
 
     # SB3 writes and clears the values of train() after the next rollout.
     def _on_rollout_start(self) -> None:
@@ -178,6 +180,11 @@ prox_decay.
 
     def _on_step(self) -> bool:
         return True
+
+    # The next rollout forgets the masks before the log is complete.
+    def _on_rollout_end(self) -> None:
+        masks = getattr(getattr(self.model, "rollout_buffer", None), "action_masks", None)
+        self._max_entropy = _max_entropy(self.model.action_space, masks)
 
     def _on_training_end(self) -> None:
         self._check_log()
@@ -194,7 +201,7 @@ prox_decay.
 
     def _check_findings(self, log: Mapping[str, float]) -> None:
         self._first = {**log, **self._first}
-        quantities = _quantities(log, self._previous, self._first, self.model)
+        quantities = _quantities(log, self._previous, self._first, self.model, self._max_entropy)
         self._previous = dict(log)
         for finding in FINDINGS:
             threshold = self.thresholds[finding.name]
@@ -216,13 +223,18 @@ prox_decay.
 
 
 def _quantities(
-    log: Mapping[str, float], previous: Mapping[str, float], first: Mapping[str, float], model: BaseAlgorithm
+    log: Mapping[str, float],
+    previous: Mapping[str, float],
+    first: Mapping[str, float],
+    model: BaseAlgorithm,
+    max_entropy: float | None,
 ) -> dict[str, float]:
     """
     :param log: logged values of this iteration, without NaN
     :param previous: logged values of the iteration before, empty at first
     :param first: the first logged value of every quantity
     :param model: the model in training
+    :param max_entropy: largest entropy of its policy, in nats, ``None``: there is no largest
     :return: the logged values and those derived from them
     """
     n_epochs = getattr(model, "n_epochs", 1)  # A2C and off-policy algorithms have none
@@ -230,7 +242,6 @@ def _quantities(
     for name in ("learning_rate", "clip_range", "std"):
         if name in log and first[name] > 0:
             quantities[f"{name}_share"] = log[name] / first[name]
-    max_entropy = _max_entropy(model.action_space)
     if "entropy_loss" in log and max_entropy:
         quantities["entropy_share"] = -log["entropy_loss"] / max_entropy
     if "advantage_std" in log and "advantage_std" in previous:
@@ -241,12 +252,27 @@ def _quantities(
     return quantities
 
 
-def _max_entropy(space: spaces.Space[Any]) -> float | None:
+def _max_entropy(space: spaces.Space[Any], masks: np.ndarray | None) -> float | None:
+    """
+    :param space: action space
+    :param masks: (…, n) masks of a rollout, True for valid values of all actions one after the other; ``None``: all are
+        valid
+    :return: entropy of the policy that takes all valid values equally often, in nats, averaged over the rollout;
+        ``None`` for continuous actions
+    """
     if isinstance(space, spaces.Discrete):
-        return math.log(space.n)
-    if isinstance(space, spaces.MultiDiscrete):
-        return float(np.log(space.nvec).sum())
-    return int(np.prod(space.shape)) * math.log(2) if isinstance(space, spaces.MultiBinary) else None
+        sizes = [int(space.n)]
+    elif isinstance(space, spaces.MultiDiscrete):
+        sizes = [int(size) for size in space.nvec.flat]
+    elif isinstance(space, spaces.MultiBinary):
+        sizes = [2] * int(np.prod(space.shape))
+    else:
+        return None
+    if masks is None:
+        return float(np.log(sizes).sum())
+    of_actions = np.split(np.asarray(masks, dtype=bool), np.cumsum(sizes)[:-1], axis=-1)
+    n_valid = [of_action.sum(axis=-1) for of_action in of_actions]
+    return float(sum(np.log(np.maximum(count, 1)).mean() for count in n_valid))
 
 
 def _with_default_thresholds(changed: Mapping[str, float | None] | None) -> dict[str, float | None]:
