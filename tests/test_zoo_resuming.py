@@ -1,5 +1,6 @@
 """``--checkpoint-every`` and ``--resume`` of the zoo's ``train``."""
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,30 @@ def test_goes_on_after_a_crash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     np.testing.assert_array_equal(first["results"], second["results"])
     episodes = [(file / "0.monitor.csv").read_text().splitlines()[2:] for file in files]
     assert [line.split(",")[:2] for line in episodes[0]] == [line.split(",")[:2] for line in episodes[1]]
+
+
+def test_begins_again_in_the_same_folder_without_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def crash(self: Any) -> None:
+        raise CrashError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunCheckpoint, "_write", crash)
+        with pytest.raises(CrashError):
+            train(tmp_path, *OPTIONS)
+    train(tmp_path, *OPTIONS)
+    assert [path.name for path in (tmp_path / "ppo_ewma").iterdir()] == ["Pendulum-v1_1"]
+
+
+def test_goes_on_with_its_normalization(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = [*OPTIONS, "-params", "normalize:true"]
+    with monkeypatch.context() as patch:
+        crash_after(2, patch)
+        with pytest.raises(CrashError):
+            train(tmp_path, *command)
+    train(tmp_path, *command)
+    with (tmp_path / "ppo_ewma" / "Pendulum-v1_1" / "Pendulum-v1" / "vecnormalize.pkl").open("rb") as file:
+        count = pickle.load(file).obs_rms.count
+    assert 300 <= count < 400  # not only those after the crash
 
 
 def test_a_complete_run_is_left_alone(tmp_path: Path, capsys: Any) -> None:

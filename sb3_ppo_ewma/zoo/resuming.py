@@ -46,7 +46,7 @@ def _is_on() -> bool:
 
 def _init(upstream: AnyFunction, manager: Any, *args: Any, **kwargs: Any) -> None:
     upstream(manager, *args, **kwargs)
-    manager.resumed_from = None
+    manager.resumed_from, manager.has_found_run = None, False
     if not _is_on():
         return
     if options.current.checkpoint_every is not None:
@@ -72,7 +72,7 @@ def _find_run(manager: Any) -> None:
     folder, seed, checkpoint = found if group is None else group.from_first(found)
     if folder is None:
         return
-    manager.save_path, manager.seed = folder, seed
+    manager.save_path, manager.seed, manager.has_found_run = folder, seed, True
     manager.params_path = f"{folder}/{manager.env_name}"
     manager.resumed_from = checkpoint
     manager.continue_training = checkpoint is not None
@@ -129,7 +129,7 @@ def _arguments(given: Sequence[str]) -> list[str]:
 
 
 def _create_log_folder(upstream: AnyFunction, manager: Any) -> None:
-    if manager.resumed_from is None:
+    if not manager.has_found_run:
         upstream(manager)
     if _is_on() and place().rank == 0:
         folder = Path(manager.save_path) / _FOLDER

@@ -38,6 +38,8 @@ def apply() -> None:
 
 
 def _statistics(manager: Any) -> Path | None:
+    if not manager.trained_agent:
+        return None
     agent = Path(manager.trained_agent)
     of_run = agent.parent / manager.env_name / "vecnormalize.pkl"
     files = [file for file in (own_statistics(agent), of_run) if file is not None and file.is_file()]
@@ -46,7 +48,7 @@ def _statistics(manager: Any) -> Path | None:
 
 def _read_hyperparameters(upstream: AnyFunction, manager: Any) -> Any:
     both = hyperparams, _ = upstream(manager)
-    if not manager.continue_training:
+    if not manager.trained_agent:
         return both
     file, agent = _statistics(manager), Path(manager.trained_agent)
     own_file = own_statistics(agent) or agent.parent / manager.env_name / "vecnormalize.pkl"
@@ -80,7 +82,7 @@ def _setting(file: Path) -> bool | dict[str, bool]:
 
 
 def _maybe_normalize(upstream: AnyFunction, manager: Any, env: VecEnv, eval_env: bool) -> VecEnv:
-    file = _statistics(manager) if manager.continue_training else None
+    file = _statistics(manager)
     if file is None:
         without_agent = copy.copy(manager)
         without_agent.trained_agent = os.path.join(os.devnull, "no agent")
