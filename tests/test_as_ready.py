@@ -37,6 +37,7 @@ from sb3_ppo_ewma import (
     RecurrentPPOEWMA,
 )
 from tests.masked_envs import Masked
+from tests.watching import Watch, differences, plain
 
 pytestmark = [
     pytest.mark.long,
@@ -153,50 +154,6 @@ CASES: dict[str, Any] = {
 def make(case: str, n_envs: int, **kwargs: Any) -> Any:
     algorithm, policy, env, settings = CASES[case](n_envs)
     return algorithm(policy, env, **{**SETTINGS, **settings, **kwargs})
-
-
-def plain(value: Any) -> Any:
-    """Copies without tensors and without the time that episodes took."""
-    if isinstance(value, dict):
-        return {name: plain(each) for name, each in value.items() if name != "t"}
-    if isinstance(value, (list, tuple)):
-        return [plain(each) for each in value]
-    return np.array(value.detach().cpu() if isinstance(value, th.Tensor) else value)
-
-
-def differences(a: Any, b: Any, path: str = "") -> list[str]:
-    """Paths at which two nested values differ."""
-    if isinstance(a, dict) and isinstance(b, dict):
-        return [
-            line for name in a.keys() | b.keys() for line in differences(a.get(name), b.get(name), f"{path}/{name}")
-        ]
-    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
-        return [line for i, pair in enumerate(zip(a, b, strict=True)) for line in differences(*pair, f"{path}/{i}")]
-    return [] if np.array_equal(a, b) else [path]
-
-
-class Watch(BaseCallback):
-    """What SB3 promises to callbacks."""
-
-    NAMES = ("n_steps", "obs_tensor", "actions", "clipped_actions", "values", "log_probs", "new_obs", "rewards",
-             "dones", "infos", "action_masks", "lstm_states", "episode_starts")  # fmt: skip
-
-    def __init__(self, act: Callable[[Any], Any] = lambda callback: None) -> None:
-        super().__init__()
-        self.seen: list[Any] = []
-        self._act = act
-
-    def _on_step(self) -> bool:
-        venv = self.model.get_vec_normalize_env()
-        original = None if venv is None else [venv.get_original_obs(), venv.get_original_reward()]
-        local = {name: self.locals[name] for name in self.NAMES if name in self.locals}
-        assert self.locals["env"] is self.model.env
-        assert isinstance(self.locals["callback"], BaseCallback)
-        self.seen.append(plain({"num_timesteps": self.num_timesteps, "original": original, **local}))
-        return self._act(self) is not False
-
-    def column(self, name: str) -> np.ndarray:
-        return np.stack([each[name] for each in self.seen])
 
 
 def outcome(model: Any, callback: Watch) -> dict[str, Any]:
@@ -416,7 +373,7 @@ def test_normalisation_is_that_of_all_environments() -> None:
     np.testing.assert_allclose(venv.obs_rms.mean, seen.mean(0), rtol=1e-4)
     np.testing.assert_allclose(venv.obs_rms.var, seen.var(0), rtol=1e-3)
     for row, each in enumerate(callback.seen):
-        observations, rewards = each["original"]
+        observations, rewards = each["original_obs"], each["original_rewards"]
         expected = [[number, (row + 1) // 5, (row + 1) % 5] for number in range(4)]
         np.testing.assert_array_equal(observations, expected)
         if row % 5 != 4:
@@ -648,7 +605,7 @@ def test_another_process_collects_as_ready() -> None:
     model = PPOEWMA("MlpPolicy", VecNormalize(counting(3)), **SETTINGS, collect="as_ready", max_policy_lag=1)
     callback = Watch()
     model.learn(3 * N_STEPS * 3, callback)
-    episode_steps = [[seen["original"][1].shape, seen["rewards"].shape] for seen in callback.seen]
+    episode_steps = [[seen["original_rewards"].shape, seen["rewards"].shape] for seen in callback.seen]
     assert np.array_equal(episode_steps, [[(3,), (3,)]] * (3 * N_STEPS))
     model.env.close()
 

@@ -36,7 +36,9 @@ from sb3_ppo_ewma import (
     MaskableRecurrentPPOEWMA,
     RecurrentPPG,
     RecurrentPPOEWMA,
+    RemoteVecEnv,
 )
+from tests.watching import Watch, differences, plain
 
 pytestmark = [
     pytest.mark.long,
@@ -110,60 +112,6 @@ def make(case: str, wrapper: Any = None, **kwargs: Any) -> Any:
     return algorithm(policy, env, **{**SETTINGS, **settings, **kwargs})
 
 
-class Watch(BaseCallback):
-    """What SB3 promises to callbacks."""
-
-    NAMES = ("n_steps", "obs_tensor", "actions", "clipped_actions", "values", "log_probs", "new_obs", "rewards",
-             "dones", "infos", "action_masks", "lstm_states", "episode_starts")  # fmt: skip
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[Any] = []
-        self.events: list[str] = []
-
-    def _on_step(self) -> bool:
-        venv = self.model.get_vec_normalize_env()
-        original = None if venv is None else venv.get_original_reward().copy()
-        local = {name: self.locals[name] for name in self.NAMES if name in self.locals}
-        kinds = {name: f"{type(each).__name__} {getattr(each, 'dtype', '')}" for name, each in local.items()}
-        position = self.locals["rollout_buffer"].pos
-        self.seen.append(
-            {"num_timesteps": self.num_timesteps, "original": original, "kinds": kinds, "pos": position, **plain(local)}
-        )
-        return True
-
-    def _on_rollout_start(self) -> None:
-        self.events.append(f"start {self.model.num_timesteps}")
-
-    def _on_rollout_end(self) -> None:
-        self.events.append(f"end {self.model.num_timesteps}")
-
-    def _on_training_end(self) -> None:
-        self.events.append("training end")
-
-
-def plain(value: Any) -> Any:
-    """Copies, without tensors and without the time that episodes took."""
-    if isinstance(value, dict):
-        return {name: plain(each) for name, each in value.items() if name != "t"}
-    if isinstance(value, (list, tuple)):
-        return [plain(each) for each in value]
-    if isinstance(value, th.Tensor):
-        return value.numpy().copy()
-    return value.copy() if isinstance(value, np.ndarray) else value
-
-
-def differences(a: Any, b: Any, path: str = "") -> list[str]:
-    """Paths at which two nested values differ."""
-    if isinstance(a, dict) and isinstance(b, dict):
-        names = a.keys() | b.keys()
-        return [line for name in sorted(names) for line in differences(a.get(name), b.get(name), f"{path}/{name}")]
-    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
-        return [line for i, pair in enumerate(zip(a, b, strict=True)) for line in differences(*pair, f"{path}/{i}")]
-    is_equal = a == b if isinstance(a, str) else np.array_equal(a, b)
-    return [] if is_equal else [path]
-
-
 def state_of(model: Any) -> dict[str, Any]:
     venv = model.get_vec_normalize_env()
     statistics = [] if venv is None else [venv.ret_rms.mean, venv.ret_rms.var, venv.ret_rms.count]
@@ -183,7 +131,7 @@ def state_of(model: Any) -> dict[str, Any]:
 def test_without_lag_the_numbers_are_those_of_one_process(case: str) -> None:
     found = []
     for max_policy_lag in (None, 0):
-        model, watch = make(case, max_policy_lag=max_policy_lag), Watch()
+        model, watch = make(case, max_policy_lag=max_policy_lag), Watch(sees_original_obs=False)
         model.learn(4 * N_ENVS * N_STEPS, watch)
         model.learn(2 * N_ENVS * N_STEPS, watch, reset_num_timesteps=False)  # goes on in the middle of episodes
         found.append({"state": state_of(model), "seen": watch.seen, "events": watch.events})

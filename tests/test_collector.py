@@ -24,7 +24,8 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv,
 
 from sb3_ppo_ewma import PPOEWMA, RecurrentPPOEWMA, RemoteVecEnv
 from sb3_ppo_ewma._parallel.channel import Channel
-from tests.test_asynchronous import N_ENVS, N_STEPS, ROOT, SETTINGS, Counter, differences, state_of
+from tests.test_asynchronous import N_ENVS, N_STEPS, ROOT, SETTINGS, Counter, is_running, state_of
+from tests.watching import differences
 
 pytestmark = [
     pytest.mark.long,
