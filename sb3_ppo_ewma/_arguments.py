@@ -4,12 +4,13 @@ before anything is built.
 """
 
 import difflib
+import functools
 import inspect
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, ParamSpec, cast, get_args
 
 import numpy as np
 from stable_baselines3.common.type_aliases import Schedule
@@ -17,6 +18,7 @@ from stable_baselines3.common.utils import ConstantSchedule, FloatSchedule
 
 from sb3_ppo_ewma._parallel.process_group import check_data_parallel
 
+Arguments = ParamSpec("Arguments")
 # clip_range=None as a number, which SB3 can make a schedule of and YAML files of the zoo can hold.
 CLIP_OFF = -1.0
 KlEstimator = Literal["sample", "analytic"]
@@ -82,12 +84,7 @@ def bind_arguments(
     :raises TypeError: if the arguments do not fit the parameters; suggests the nearest name for a misspelled one
     """
     signature = merged_signature(base)
-    unknown = [name for name in kwargs if name not in signature.parameters]
-    if unknown:
-        known = [name for name in merged_signature(cls).parameters if name != unknown[0]]
-        close = difflib.get_close_matches(unknown[0], known, n=1)
-        hint = f". Did you mean {close[0]!r}?" if close else ""
-        raise TypeError(f"{cls.__name__}() got an unexpected keyword argument {unknown[0]!r}{hint}")
+    check_names(cls.__name__, [*kwargs], [*signature.parameters], [*merged_signature(cls).parameters])
     try:
         bound = signature.bind(*args, **kwargs)
     except TypeError as error:
@@ -95,6 +92,35 @@ def bind_arguments(
     given = dict(bound.arguments)
     bound.apply_defaults()
     return given, dict(bound.arguments)
+
+
+def check_names(called: str, given: Sequence[str], known: Sequence[str], suggested: Sequence[str] = ()) -> None:
+    """
+    :param called: name of what is called, for the error message
+    :param given: names of the keyword arguments
+    :param known: names that they may have
+    :param suggested: names to suggest instead of a misspelled one; empty: the known ones
+    :raises TypeError: for a name that is not known; suggests the nearest one
+    """
+    for name in given:
+        if name not in known:
+            close = difflib.get_close_matches(name, [each for each in suggested or known if each != name], n=1)
+            hint = f". Did you mean {close[0]!r}?" if close else ""
+            raise TypeError(f"{called}() got an unexpected keyword argument {name!r}{hint}")
+
+
+def naming_misspelled(init: Callable[Arguments, None]) -> Callable[Arguments, None]:
+    """
+    :param init: an ``__init__`` without ``**kwargs``
+    :return: the same, whose error for a misspelled keyword argument suggests the nearest one
+    """
+
+    @functools.wraps(init)
+    def checked(*args: Arguments.args, **kwargs: Arguments.kwargs) -> None:
+        check_names(type(args[0]).__name__, list(kwargs), [*inspect.signature(init).parameters][1:])
+        init(*args, **kwargs)
+
+    return checked
 
 
 def is_clip_off(clip_range: Any) -> bool:

@@ -666,6 +666,13 @@ def test_groups_without_environments_are_refused(n_envs: int, n_processes: int) 
         GroupedVecEnv([partial(Counting, number) for number in range(n_envs)], n_processes=n_processes)
 
 
+def test_wrong_arguments_of_groups_are_named() -> None:
+    with pytest.raises(TypeError, match=r"GroupedVecEnv\(\) got .* 'n_proceses'. Did you mean 'n_processes'\?"):
+        GroupedVecEnv([partial(Counting, 0)], n_proceses=1)  # type: ignore[call-arg]
+    with pytest.raises(ValueError, match=r"start_method must be one of .*, got 'thread'"):
+        GroupedVecEnv([partial(Counting, 0)], start_method="thread")
+
+
 # ---------------------------------------------------------------------- the command line
 
 

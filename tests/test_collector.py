@@ -610,3 +610,30 @@ def test_errors_of_functions_come_from_the_process() -> None:
         RemoteVecEnv([make])
     with pytest.raises(ValueError, match=r"start_method must be one of .*, got 'thread'"):
         RemoteVecEnv([make], start_method="thread")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (
+            {"start_methode": "fork"},
+            TypeError,
+            r"RemoteVecEnv\(\) .*'start_methode'. Did you mean 'start_method'",
+        ),
+        (
+            {"vec_env_cls": SubprocVecEnv, "vec_env_kwargs": {"startmethod": "fork"}},
+            TypeError,
+            r"SubprocVecEnv\(\) .*'startmethod'. Did you mean 'start_method'",
+        ),
+        (
+            {"vec_env_cls": "subproc"},
+            TypeError,
+            "vec_env_cls must be a class .*, got 'subproc'",
+        ),
+        ({"env_fns": []}, ValueError, r"env_fns must make at least one environment, got \[\]"),
+        ({"env_fns": [3]}, TypeError, "env_fns must be functions that make environments, got 3"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        RemoteVecEnv(**{"env_fns": [lambda: gym.make("CartPole-v1")], **arguments})

@@ -12,7 +12,7 @@ from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import CloudpickleWrapper
 from stable_baselines3.common.vec_env.patch_gym import _patch_env
 
-from sb3_ppo_ewma._arguments import check_integer
+from sb3_ppo_ewma._arguments import check_choice, check_integer, naming_misspelled
 
 
 class GroupedVecEnv(SubprocVecEnv):
@@ -28,10 +28,11 @@ class GroupedVecEnv(SubprocVecEnv):
     :param n_processes: number of processes, among which the environments are divided evenly; ``None``: one for each
         core, but not more than environments
     :param start_method: how processes start, as for ``SubprocVecEnv``
-    :raises TypeError: if ``n_processes`` is not an integer
-    :raises ValueError: if there are no environments, or more processes than environments
+    :raises TypeError: for an unknown argument, or if ``n_processes`` is not an integer
+    :raises ValueError: if there are no environments, more processes than environments, or no such start method
     """
 
+    @naming_misspelled
     def __init__(
         self,
         env_fns: list[Callable[[], gym.Env[Any, Any]]],
@@ -46,8 +47,10 @@ class GroupedVecEnv(SubprocVecEnv):
         check_integer("n_processes", n_processes, minimum=1)
         if n_processes > n_envs:
             raise ValueError(f"n_processes must be at most the number of environments, {n_envs}, got {n_processes}")
+        methods = multiprocessing.get_all_start_methods()
         if start_method is None:
-            start_method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+            start_method = "forkserver" if "forkserver" in methods else "spawn"
+        check_choice("start_method", start_method, tuple(methods), "None")
         context: Any = multiprocessing.get_context(start_method)
         self.waiting = self.closed = False
         self.remotes, self.work_remotes = zip(*(context.Pipe() for _ in range(n_envs)), strict=True)

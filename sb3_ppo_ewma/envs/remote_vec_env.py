@@ -1,5 +1,6 @@
 """A vectorised environment in another process, which can also collect rollouts there."""
 
+import inspect
 import multiprocessing
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -16,7 +17,7 @@ from stable_baselines3.common.vec_env.base_vec_env import (
     VecEnvStepReturn,
 )
 
-from sb3_ppo_ewma._arguments import check_choice
+from sb3_ppo_ewma._arguments import check_choice, check_names, naming_misspelled
 from sb3_ppo_ewma._parallel.worker import Worker
 from sb3_ppo_ewma._parallel.worker_process import WorkerProcess
 
@@ -40,12 +41,14 @@ class RemoteVecEnv(VecEnv):
     :param start_method: ``"forkserver"``, ``"spawn"`` or ``"fork"``; ``None``: the first of them that the system has
     :param vec_env_cls: class of vectorised environments to make in the process
     :param vec_env_kwargs: further arguments of that class
-    :raises ValueError: for a start method that the system lacks
+    :raises TypeError: for an unknown argument, also in ``vec_env_kwargs``, or one of the wrong type
+    :raises ValueError: for a start method that the system lacks, or without environments
     :raises Exception: what a function raised in the process
     """
 
     actions: np.ndarray
 
+    @naming_misspelled
     def __init__(
         self,
         env_fns: Sequence[Callable[[], gym.Env[Any, Any]]],
@@ -56,7 +59,7 @@ class RemoteVecEnv(VecEnv):
         methods = [name for name in ("forkserver", "spawn", "fork") if name in multiprocessing.get_all_start_methods()]
         if start_method is not None:
             check_choice("start_method", start_method, tuple(methods), "None")
-        make = CloudpickleWrapper(partial(vec_env_cls, list(env_fns), **(vec_env_kwargs or {})))
+        make = CloudpickleWrapper(_checked_call(env_fns, vec_env_cls, vec_env_kwargs or {}))
         # An algorithm with max_policy_lag collects in it.
         self.worker_process = WorkerProcess(start_method or methods[0], _run, (make, _TIMEOUT), _TIMEOUT)
         super().__init__(*self.worker_process.description)
@@ -159,6 +162,21 @@ class RemoteVecEnv(VecEnv):
         """
         result: Sequence[np.ndarray | None] = self._call("get_images")
         return result
+
+
+def _checked_call(env_fns: Any, vec_env_cls: Any, vec_env_kwargs: dict[str, Any]) -> Callable[[], VecEnv]:
+    env_fns = list(env_fns)
+    if not env_fns:
+        raise ValueError("env_fns must make at least one environment, got []")
+    for each in env_fns:
+        if not callable(each):
+            raise TypeError(f"env_fns must be functions that make environments, got {each!r}")
+    if not callable(vec_env_cls):
+        raise TypeError(f"vec_env_cls must be a class of vectorised environments, got {vec_env_cls!r}")
+    parameters = inspect.signature(vec_env_cls).parameters
+    if not any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
+        check_names(getattr(vec_env_cls, "__name__", "vec_env_cls"), [*vec_env_kwargs], [*parameters])
+    return partial(vec_env_cls, env_fns, **vec_env_kwargs)
 
 
 def _run(
