@@ -13,69 +13,14 @@ from stable_baselines3.common.buffers import RolloutBuffer
 _ALIGNMENT = 64
 # Where a file is memory, on Linux; it may be small, as in containers
 _MEMORY_DIR = "/dev/shm"
-
-
-class SharedArrays:
-    """
-    Arrays that processes share. A pickle of them, opened in another process, has the same memory.
-
-    :param like: by name, arrays with the shapes and dtypes to allocate; their values are not copied
-    """
-
-    def __init__(self, like: Mapping[str, np.ndarray]) -> None:
-        self._layout: dict[str, tuple[int, tuple[int, ...], np.dtype[Any]]] = {}
-        size = 0
-        for name, array in like.items():
-            self._layout[name] = size, array.shape, array.dtype
-            size += -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT
-        self._path = _make_file(max(size, 1))
-        self._map()
-
-    def _map(self) -> None:
-        with open(self._path, "r+b") as file:
-            memory = mmap.mmap(file.fileno(), 0)
-        self.arrays = {
-            name: np.frombuffer(memory, dtype, int(np.prod(shape, dtype=np.int64)), offset).reshape(shape)
-            for name, (offset, shape, dtype) in self._layout.items()
-        }
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_layout": self._layout, "_path": self._path}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._map()
-
-    def unlink(self) -> None:
-        """Delete the file, when all have opened it: the memory is then freed with the last process that uses it."""
-        with contextlib.suppress(OSError):  # Windows keeps it as long as somebody uses it
-            os.unlink(self._path)
-
-
-def _make_file(size: int) -> str:
-    """
-    :param size: bytes
-    :return: path of a new file, in memory if there is room
-    """
-    for folder in (_MEMORY_DIR, tempfile.gettempdir()):
-        with contextlib.suppress(OSError):
-            descriptor, path = tempfile.mkstemp(prefix="sb3-ppo-ewma-", dir=folder)
-            try:
-                os.truncate(descriptor, size)
-                if hasattr(os, "posix_fallocate"):
-                    os.posix_fallocate(descriptor, 0, size)  # raises an error where writing would kill the process
-                return path
-            except OSError:
-                os.unlink(path)
-                raise
-            finally:
-                os.close(descriptor)
-    raise MemoryError(f"there is no room for {size} bytes of shared memory in {_MEMORY_DIR} or {tempfile.gettempdir()}")
+# Windows refuses to delete a file that somebody uses, unless all have opened it in this way
+_DELETED_WHEN_CLOSED = getattr(os, "O_TEMPORARY", 0)
 
 
 class SharedMemory:
     """
-    Rollouts, the policies that collect them, and a counter.
+    Rollouts, the policies that collect them, and a counter. A pickle of it, opened in another process, has the same
+    memory.
 
     :param buffer: rollout buffer with the shapes of the rollouts
     :param tensors: arrays with the shapes of a policy's tensors
@@ -86,18 +31,41 @@ class SharedMemory:
         self.n_slots = n_slots
         rollout, policy = arrays_of(buffer), {str(i): array for i, array in enumerate(tensors)}
         self._rollout_shapes, self._policy_shapes = _shapes(rollout), _shapes(policy)
-        counters = {"n_steps": np.zeros(1, np.int64)}
-        slots = {
-            f"{kind}/{slot}/{name}": array
-            for slot in range(n_slots)
-            for kind, arrays in (("rollout", rollout), ("policy", policy))
-            for name, array in arrays.items()
+        arrays = {"n_steps": np.zeros(1, np.int64)}
+        for slot in range(n_slots):
+            arrays |= {f"rollout/{slot}/{name}": array for name, array in rollout.items()}
+            arrays |= {f"policy/{slot}/{name}": array for name, array in policy.items()}
+        # By name, where each array begins, its shape and its dtype
+        self._layout: dict[str, tuple[int, tuple[int, ...], np.dtype[Any]]] = {}
+        size = 0
+        for name, array in arrays.items():
+            self._layout[name] = size, array.shape, array.dtype
+            size += -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT
+        self._path = _make_file(size)
+        self._map()
+
+    def _map(self) -> None:
+        descriptor = os.open(self._path, os.O_RDWR | _DELETED_WHEN_CLOSED)
+        try:
+            memory = mmap.mmap(descriptor, 0)
+        finally:
+            os.close(descriptor)
+        self._arrays = {
+            name: np.frombuffer(memory, dtype, int(np.prod(shape, dtype=np.int64)), offset).reshape(shape)
+            for name, (offset, shape, dtype) in self._layout.items()
         }
-        self._shared = SharedArrays({**counters, **slots})
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_arrays"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._map()
 
     def unlink(self) -> None:
-        """To be called when the other process has opened the memory."""
-        self._shared.unlink()
+        """To be called when the other process has opened the memory. The last process that uses it frees it."""
+        with contextlib.suppress(OSError):  # Windows, which deletes the file when the last process closes it
+            os.unlink(self._path)
 
     # ------------------------------------------------------------------ counter
 
@@ -106,11 +74,11 @@ class SharedMemory:
         """
         :return: number of steps that the environments have made
         """
-        return int(self._shared.arrays["n_steps"][0])
+        return int(self._arrays["n_steps"][0])
 
     def count_step(self) -> None:
         """Add one to :attr:`n_steps`."""
-        self._shared.arrays["n_steps"][0] += 1
+        self._arrays["n_steps"][0] += 1
 
     # ------------------------------------------------------------------ policies
 
@@ -132,7 +100,7 @@ class SharedMemory:
         :param version: number of a policy that was written, and none ``n_slots`` later
         :return: its tensors, in the shared memory
         """
-        return [self._shared.arrays[f"policy/{version % self.n_slots}/{name}"] for name, *_ in self._policy_shapes]
+        return [self._arrays[f"policy/{version % self.n_slots}/{name}"] for name, *_ in self._policy_shapes]
 
     # ------------------------------------------------------------------ rollouts
 
@@ -161,7 +129,7 @@ class SharedMemory:
 
     def _with_slot(self, number: int, buffer: RolloutBuffer) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for name, array in arrays_of(buffer).items():
-            yield self._shared.arrays[f"rollout/{number % self.n_slots}/{name}"], array
+            yield self._arrays[f"rollout/{number % self.n_slots}/{name}"], array
 
 
 def _shapes(arrays: Mapping[str, np.ndarray]) -> list[tuple[str, tuple[int, ...], np.dtype[Any]]]:
@@ -180,3 +148,22 @@ def arrays_of(buffer: RolloutBuffer) -> dict[str, np.ndarray]:
         elif isinstance(value, dict) and all(isinstance(each, np.ndarray) for each in value.values()):
             found |= {f"{name}/{key}": each for key, each in value.items()}
     return found
+
+
+def _make_file(size: int) -> str:
+    """
+    :param size: bytes
+    :return: path of a new file, in memory if there is room
+    """
+    for folder in (_MEMORY_DIR, tempfile.gettempdir()):
+        with contextlib.suppress(OSError):
+            descriptor, path = tempfile.mkstemp(prefix="sb3-ppo-ewma-", dir=folder)
+            with contextlib.ExitStack() as undo:
+                undo.callback(os.unlink, path)
+                with open(descriptor, "r+b") as file:
+                    file.truncate(size)
+                    if hasattr(os, "posix_fallocate"):
+                        os.posix_fallocate(descriptor, 0, size)  # raises an error where writing would kill the process
+                undo.pop_all()
+                return path
+    raise MemoryError(f"there is no room for {size} bytes of shared memory in {_MEMORY_DIR} or {tempfile.gettempdir()}")
