@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -481,6 +482,27 @@ class Mean(BaseFeaturesExtractor):
 
 
 # === The beginning ===
+
+
+def test_forking_beside_threads_warns_of_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    fork = os.fork
+
+    def as_in_python_3_12() -> int:
+        pid = fork()
+        if pid:
+            message = "is multi-threaded, use of fork() may lead to deadlocks in the child."
+            warnings.warn(f"This process (pid={os.getpid()}) {message}", DeprecationWarning, stacklevel=1)
+        return pid
+
+    monkeypatch.setattr(os, "fork", as_in_python_3_12)
+    env = make_vec_env("CartPole-v1", 1)
+    model = PPOEWMA("MlpPolicy", env, max_policy_lag=1, **SETTINGS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DeprecationWarning)
+        filters = list(warnings.filters)
+        model.learn(N_STEPS)
+        assert warnings.filters == filters
+    env.close()
 
 
 def in_a_pool(_: int) -> str:

@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
@@ -28,6 +29,8 @@ _SECONDS_WITHOUT_WORD = 5
 _SECONDS_WITHOUT_STEP = 10
 _SECONDS_FOR_LOCKS = 5
 _KINDS = ("rollout", "result", "stack")
+_FORK = threading.Lock()
+_FORK_WARNING = r"This process \(pid=\d+\) is multi-threaded, use of fork\(\)"
 
 
 class WorkerProcess:
@@ -67,7 +70,7 @@ class WorkerProcess:
                 "max_policy_lag=None"
             )
         own, theirs = context.Pipe()
-        with _common_locks() if is_forked else contextlib.ExitStack() as held:
+        with _ready_to_fork() if is_forked else contextlib.ExitStack() as held:
             arguments = (held, run, theirs, own, *args) if is_forked else (theirs, None, *args)
             process = context.Process(target=_run_forked if is_forked else run, args=arguments, name="collector")
             process.start()
@@ -253,7 +256,7 @@ def _other_threads() -> list[str]:
 
 
 @contextlib.contextmanager
-def _common_locks() -> Iterator[contextlib.ExitStack]:
+def _ready_to_fork() -> Iterator[contextlib.ExitStack]:
     """
     Within this context, this thread holds locks that another one may hold often: of the global random numbers, of
     logging and of progress bars. A process that is forked here can open its copies of them, which belong to its thread.
@@ -264,6 +267,11 @@ def _common_locks() -> Iterator[contextlib.ExitStack]:
     if "tqdm" in sys.modules:
         locks.append(getattr(sys.modules["tqdm"].tqdm.get_lock(), "th_lock", None))
     with contextlib.ExitStack() as held:
+        held.enter_context(_FORK)  # other threads' forks change the filters of warnings, too
+        held.enter_context(warnings.catch_warnings())
+        # From Python 3.12 on, every fork beside other threads warns of the locks that they may hold. Here these are
+        # held, a process that waits for another one is started again, and the error at last names the threads.
+        warnings.filterwarnings("ignore", _FORK_WARNING, DeprecationWarning)
         for lock in locks:
             if lock is not None and lock.acquire(timeout=_SECONDS_FOR_LOCKS):
                 held.callback(_release, lock)
