@@ -362,6 +362,48 @@ def differing(folder: Path, rank: int, world_size: int) -> tuple[str, dict[str, 
     return "", {}
 
 
+class ChangesInOneRank(BaseCallback):
+    """In the second process, something of the model changes in the second rollout."""
+
+    def __init__(self, change: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self._change = change
+
+    def _on_step(self) -> bool:
+        if dist.get_rank() == 1 and self.n_calls == 40:
+            self._change(self.model)
+        return True
+
+
+def changes_in_one_rank(folder: Path, rank: int, world_size: int) -> dict[str, Any]:
+    """By what changes: engine, parameters and what is against the fastest engine; or the error."""
+    del folder, rank, world_size
+    changes: dict[str, tuple[Any, Callable[[Any], Any]]] = {
+        "hook": (PPOEWMA, lambda model: model.policy.action_net.register_forward_hook(lambda *_: None)),
+        "hook, phasic": (
+            sb3_ppo_ewma.PPGEWMA,
+            lambda model: model.policy.value_net.register_forward_hook(lambda *_: None),
+        ),
+        "method": (PPOEWMA, lambda model: setattr(model.policy, "evaluate_actions", model.policy.evaluate_actions)),
+        "n_epochs": (PPOEWMA, lambda model: setattr(model, "n_epochs", 3)),
+        "frozen": (PPOEWMA, lambda model: model.policy.action_net.requires_grad_(False)),
+    }
+    found: dict[str, Any] = {}
+    phases = {"n_policy_iterations": 2, "n_aux_epochs": 1}
+    for name, (algorithm, change) in changes.items():
+        settings = {"n_steps": 32, "batch_size": 32, "n_epochs": 2, "seed": 0, "device": "cpu"}
+        settings |= phases if algorithm is not PPOEWMA else {}
+        model = algorithm("MlpPolicy", make_vec_env("CartPole-v1", 2), **settings)
+        try:
+            model.learn(4 * 128, ChangesInOneRank(change))
+        except ValueError as error:
+            found[name] = str(error)
+        else:
+            (reason, _) = model._engines.choice.declined.get("dense", ("", ""))
+            found[name] = model.current_engine, digest(parameters_of(model)), reason
+    return found
+
+
 def resuming(folder: Path, rank: int, world_size: int) -> dict[str, Any]:
     """From a checkpoint with the rollouts of a phase, then from one in which those of a process are missing."""
     del world_size
@@ -583,7 +625,17 @@ def short(folder: Path, rank: int, world_size: int) -> dict[str, Any]:
     """One after the other, since it takes longer to start processes."""
     return {
         each.__name__: each(folder, rank, world_size)
-        for each in (stopping, differing, resuming, sequences, families, buffers, collectors, refusals)
+        for each in (
+            stopping,
+            differing,
+            changes_in_one_rank,
+            resuming,
+            sequences,
+            families,
+            buffers,
+            collectors,
+            refusals,
+        )
     }
 
 

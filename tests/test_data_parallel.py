@@ -176,6 +176,20 @@ def test_settings_must_agree(short: dict[str, list[Any]]) -> None:
         assert (settings["n_envs"], settings["batch_size"], settings["n_steps"]) == (4, 64, 32)
 
 
+def test_what_changes_in_one_rank_is_agreed_on_or_refused(short: dict[str, list[Any]]) -> None:
+    first, second = short["changes_in_one_rank"]
+    for name, engine in (("hook", "standard"), ("hook, phasic", "standard"), ("method", "fused")):
+        assert first[name][0] == second[name][0] == engine
+        assert first[name][1] == second[name][1]  # parameters
+        assert first[name][2] == f"{second[name][2]} (in rank 1)"
+    for name, what in (
+        ("n_epochs", "n_epochs: rank 0 has 2, rank 1 has 3"),
+        ("frozen", "requires_grad of the policy's action_net.weight: rank 0 has True, rank 1 has False"),
+    ):
+        message = f"all processes of a data-parallel training need the same {what}"
+        assert first[name] == second[name] == message
+
+
 def test_a_phase_goes_on_from_a_checkpoint(short: dict[str, list[Any]]) -> None:
     first, second = short["resuming"]
     for rank in (first, second):

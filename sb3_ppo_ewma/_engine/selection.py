@@ -226,16 +226,49 @@ def choose(question: Question) -> Choice:
     found: dict[int, str | None] = {}
     declined: dict[str, tuple[str, str]] = {}
     for engine, requirements in ENGINES:
-        for requirement in requirements:
-            if id(requirement) not in found:
-                found[id(requirement)] = requirement.missing(question)
-            reason = found[id(requirement)]
-            if reason is not None:
-                declined[engine.name] = (reason, requirement.remedy)
-                break
-        else:
+        reason = _reason_against(requirements, question, found)
+        if reason is None:
             break
+        declined[engine.name] = reason
     return Choice(engine, declined)
+
+
+def choose_together(question: Question, process_group: Any) -> Choice:
+    """
+    :param question: everything the choice depends on in this process
+    :param process_group: processes that train together, which all call this: each engine exchanges other tensors
+    :return: the fastest engine that recognises everything it relies on in all of them
+    """
+    found: dict[int, str | None] = {}
+    by_rank = process_group.gather([_reason_against(needed, question, found) for _, needed in ENGINES])
+    declined: dict[str, tuple[str, str]] = {}
+    for index, (engine, _) in enumerate(ENGINES):
+        others = (
+            (f"{each[index][0]} (in rank {rank})", each[index][1]) for rank, each in enumerate(by_rank) if each[index]
+        )
+        reason = by_rank[process_group.rank][index] or next(others, None)
+        if reason is None:
+            break
+        declined[engine.name] = reason
+    return Choice(engine, declined)
+
+
+def _reason_against(
+    requirements: tuple[Requirement, ...], question: Question, found: dict[int, str | None]
+) -> tuple[str, str] | None:
+    """
+    :param requirements: of an engine
+    :param question: everything the choice depends on
+    :param found: what was missing of requirements of the same question, by identity
+    :return: the first thing that is missing, and its remedy; ``None`` if nothing is
+    """
+    for requirement in requirements:
+        if id(requirement) not in found:
+            found[id(requirement)] = requirement.missing(question)
+        reason = found[id(requirement)]
+        if reason is not None:
+            return reason, requirement.remedy
+    return None
 
 
 class EngineSelector:
@@ -259,7 +292,9 @@ class EngineSelector:
         :param is_auxiliary: whether it is an auxiliary phase
         :return: the engine that makes its steps
         """
-        choice = self.choose(model, iteration, optimizers, is_auxiliary)
+        question = self._question(model, iteration, optimizers, is_auxiliary)
+        group = iteration.process_group
+        choice = choose(question) if group is None else choose_together(question, group)
         engine: Engine
         if not issubclass(choice.engine, CompiledEngine):
             engine = choice.engine(iteration)
@@ -274,17 +309,19 @@ class EngineSelector:
             self.choice = choice
         return engine
 
-    def choose(
-        self, model: Any, iteration: Iteration, optimizers: list[th.optim.Optimizer], is_auxiliary: bool = False
-    ) -> Choice:
+    def choose(self, model: Any, iteration: Iteration, optimizers: list[th.optim.Optimizer]) -> Choice:
         """
         :param model: the algorithm, whose ``engine`` and ``torch_compile`` are read
         :param iteration: what a training works with
         :param optimizers: the optimisers that will step
-        :param is_auxiliary: whether it is an auxiliary phase
-        :return: the choice, with reasons
+        :return: the choice of this process alone, with reasons
         """
-        return choose(Question(iteration, optimizers, model.engine, model.torch_compile, self._graphs, is_auxiliary))
+        return choose(self._question(model, iteration, optimizers, is_auxiliary=False))
+
+    def _question(
+        self, model: Any, iteration: Iteration, optimizers: list[th.optim.Optimizer], is_auxiliary: bool
+    ) -> Question:
+        return Question(iteration, optimizers, model.engine, model.torch_compile, self._graphs, is_auxiliary)
 
     def collecting(self, model: Any) -> AbstractContextManager[None]:
         """

@@ -22,7 +22,7 @@ from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.type_aliases import MaybeCallback
 
 from sb3_ppo_ewma._parallel.normalization import Statistics, pooled, set_statistics, statistics_of
-from sb3_ppo_ewma._parallel.process_group import ProcessGroup, check_data_parallel
+from sb3_ppo_ewma._parallel.process_group import ProcessGroup, check_data_parallel, check_equal
 
 # Constructor arguments that may differ between processes
 _LOCAL_ARGUMENTS = {"env", "policy", "seed", "verbose", "device", "tensorboard_log", "data_parallel",
@@ -133,6 +133,7 @@ class DataParallel:
 
         :param continues: False if a callback of this process ended the collection
         :return: False if a callback of any process did
+        :raises ValueError: in every process, if a callback has changed settings in some of them
         """
         model, venv = self._model, self._model.get_vec_normalize_env()
         report: dict[str, Any] = {
@@ -140,8 +141,10 @@ class DataParallel:
             "episodes": list(model.ep_info_buffer),
             "successes": list(model.ep_success_buffer),
             "statistics": None if venv is None else statistics_of(venv),
+            "settings": _shared_settings(model),
         }
         reports = self.group.gather(report)
+        check_equal([each["settings"] for each in reports])
         self._episodes = [episode for each in reports for episode in each["episodes"]]
         self._successes = [success for each in reports for success in each["successes"]]
         if venv is not None and self._statistics is not None:
@@ -229,13 +232,15 @@ def _shared_settings(model: Any) -> dict[str, Any]:
     names = inspect.signature(type(model)).parameters.keys() - _LOCAL_ARGUMENTS
     arguments = {name: getattr(model, name, None) for name in names}
     simple = {name: each for name, each in arguments.items() if isinstance(each, int | float | str | None)}
-    venv = model.get_vec_normalize_env()
+    venv, parameters = model.get_vec_normalize_env(), dict(model.policy.named_parameters())
     return {
         "algorithm": type(model).__name__,
         "n_envs": model.n_envs,
         "num_timesteps": model.num_timesteps,
-        "policy": {name: tuple(each.shape) for name, each in model.policy.named_parameters()},
+        "optimizer": type(model.policy.optimizer).__name__,
         "VecNormalize": None if venv is None else sorted(statistics_of(venv)),
+        **{f"shape of the policy's {name}": tuple(each.shape) for name, each in parameters.items()},
+        **{f"requires_grad of the policy's {name}": each.requires_grad for name, each in parameters.items()},
         **simple,
     }
 

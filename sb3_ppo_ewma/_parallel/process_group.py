@@ -229,15 +229,7 @@ class ProcessGroup:
         :param values: by name, values that must be equal in all processes
         :raises ValueError: in every process, if a value differs
         """
-        by_rank = self.gather(dict(values))
-        for number, others in enumerate(by_rank[1:], 1):
-            for name in by_rank[0].keys() | others.keys():
-                first, other = by_rank[0].get(name), others.get(name)
-                if first != other:
-                    raise ValueError(
-                        f"all processes of a data-parallel training need the same {name}: rank 0 has {first!r}, "
-                        f"rank {number} has {other!r}"
-                    )
+        check_equal(self.gather(dict(values)))
 
     def seed_generators_apart(self) -> None:
         """
@@ -341,6 +333,21 @@ class ProcessGroup:
 
     def _count(self, key: str, n: int) -> int:
         return int(self._store.add(key, n))
+
+
+def check_equal(by_rank: Sequence[Mapping[str, Any]]) -> None:
+    """
+    :param by_rank: of every process, values by name
+    :raises ValueError: if a value differs
+    """
+    first = by_rank[0]
+    for rank, others in enumerate(by_rank[1:], 1):
+        for name in [*first, *(each for each in others if each not in first)]:
+            if first.get(name) != others.get(name):
+                raise ValueError(
+                    f"all processes of a data-parallel training need the same {name}: rank 0 has {first.get(name)!r}, "
+                    f"rank {rank} has {others.get(name)!r}"
+                )
 
 
 def _generator_state() -> str:
