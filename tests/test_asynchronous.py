@@ -403,6 +403,179 @@ def test_attributes_that_both_processes_change_are_those_of_one_process() -> Non
     assert differences(*found) == []
 
 
+class Bounded:
+    """No class of environments."""
+
+    maximum = np.inf
+
+    def bound(self, maximum: float) -> None:
+        self.maximum = maximum
+
+
+class Curriculum(Bounded, VecEnvWrapper):
+    """Rewards that depend on arrays, containers and objects, some of which it changes itself."""
+
+    def __init__(self, venv: VecEnv) -> None:
+        super().__init__(venv)
+        self.weights = np.ones(venv.num_envs, np.float32)
+        self.levels, self.bonus, self.shape = [0.0], {"done": 0.0}, Shape(1.0)
+        self.shared = self.levels  # the same list
+        self.n_done = np.zeros(venv.num_envs)
+
+    def reset(self) -> Any:
+        return self.venv.reset()
+
+    def step_wait(self) -> Any:
+        observations, rewards, dones, infos = self.venv.step_wait()
+        self.n_done += dones
+        rewards = self.shape(rewards) * self.weights + self.bonus["done"] * dones + sum(self.shared) + self.n_done
+        return observations, np.minimum(rewards, self.maximum).astype(np.float32), dones, infos
+
+
+class Shape:
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+
+    def __call__(self, rewards: np.ndarray) -> np.ndarray:
+        return self.factor * rewards
+
+
+class Teaches(BaseCallback):
+    """Changes a curriculum, in place and with new objects."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Any] = []
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_rollout_end(self) -> None:
+        env: Any = self.training_env
+        self.seen.append(env.n_done.copy())
+        n = len(self.seen)
+        env.weights[n % 2] = 2.0 + n
+        env.levels.append(0.25)
+        env.bonus["done"] -= 1.0
+        if n == 2:
+            env.shape, env.weights = Shape(0.5), env.weights * 2
+        env.bound(10.0 - n)
+
+
+def test_what_callbacks_change_of_wrappers_acts_as_in_one_process() -> None:
+    found = []
+    for lag in (None, 0):
+        env = Curriculum(make_vec_env("CartPole-v1", N_ENVS, seed=0))
+        model, teaches = PPOEWMA("MlpPolicy", env, max_policy_lag=lag, **SETTINGS), Teaches()
+        model.learn(4 * N_ENVS * N_STEPS, teaches)
+        own = {
+            name: plain(getattr(env, name)) for name in ("weights", "levels", "shared", "bonus", "n_done", "maximum")
+        }
+        found.append({"seen": teaches.seen, "env": own, "rewards": model.rollout_buffer.rewards, **state_of(model)})
+        env.close()
+    assert differences(*found) == []
+
+
+@pytest.mark.parametrize("cls", [DummyVecEnv, RemoteVecEnv])
+def test_with_lag_what_callbacks_change_of_wrappers_acts_a_rollout_later(cls: Any) -> None:
+    class Sets(BaseCallback):
+        def _on_step(self) -> bool:
+            return True
+
+        def _on_rollout_end(self) -> None:
+            env: Any = self.training_env
+            rewards.append(self.model.rollout_buffer.rewards.mean(axis=0))  # type: ignore[attr-defined]
+            env.weights[:] = [10.0, 20.0]
+            env.levels[:] = [100.0]
+
+    rewards: list[np.ndarray] = []
+    env = Curriculum(cls([NeverEnds] * N_ENVS))
+    model = PPOEWMA("MlpPolicy", env, max_policy_lag=1, learning_rate=0.0, **SETTINGS)
+    model.learn(4 * N_ENVS * N_STEPS, Sets())
+    env.close()
+    expected = [[1.0, 1.0]] * 2 + [[110.0, 120.0]] * 2
+    np.testing.assert_allclose(rewards, expected)
+
+
+class Counts(VecEnvWrapper):
+    """Counts its steps in attributes of several kinds."""
+
+    def __init__(self, venv: VecEnv) -> None:
+        super().__init__(venv)
+        self.n_steps, self.by_env, self.marks = 0, np.zeros(venv.num_envs, np.int64), [0]
+
+    def reset(self) -> Any:
+        return self.venv.reset()
+
+    def step_wait(self) -> Any:
+        self.n_steps += 1
+        self.by_env += 1
+        self.marks[0] += 1
+        return self.venv.step_wait()
+
+
+def test_what_is_set_here_replaces_what_the_worker_has_changed_meanwhile() -> None:
+    class Sets(BaseCallback):
+        def _on_step(self) -> bool:
+            return True
+
+        def _on_rollout_end(self) -> None:
+            env: Any = self.training_env
+            seen.append([env.n_steps, env.by_env.tolist(), list(env.marks)])
+            if len(seen) == 2:
+                env.n_steps, env.marks = 1000, [1000]
+                env.by_env[:] = 1000
+
+    seen: list[Any] = []
+    env = Counts(DummyVecEnv([NeverEnds] * N_ENVS))
+    model = PPOEWMA("MlpPolicy", env, max_policy_lag=1, **SETTINGS)
+    with pytest.warns(UserWarning, match="of Counts was set here while the process that collects") as warned:
+        model.learn(6 * N_ENVS * N_STEPS, Sets())
+    # After two rollouts the worker has begun the third one, in which it did not know of 1000.
+    numbers = [N_STEPS, 2 * N_STEPS, 1000, 1000 + N_STEPS, 1000 + 2 * N_STEPS, 1000 + 3 * N_STEPS]
+    assert seen == [[n, [n] * N_ENVS, [n]] for n in numbers]
+    assert len([each for each in warned if "was set here" in str(each.message)]) == 3
+    env.close()
+
+
+def test_what_the_worker_did_in_vain_is_taken_back() -> None:
+    class StopsInTheMiddle(BaseCallback):
+        def _on_step(self) -> bool:
+            return self.n_calls < N_STEPS + 3
+
+    env = Counts(DummyVecEnv([NeverEnds] * N_ENVS))
+    model = PPOEWMA("MlpPolicy", env, max_policy_lag=2, **SETTINGS)
+    model.learn(10_000, StopsInTheMiddle())
+    model.learn(3 * N_ENVS * N_STEPS, reset_num_timesteps=False)
+    assert (env.n_steps, env.by_env.tolist(), env.marks) == (5 * N_STEPS, [5 * N_STEPS] * N_ENVS, [5 * N_STEPS])
+    env.close()
+
+
+def test_objects_that_cannot_be_sent_are_named() -> None:
+    env: Any = Counts(DummyVecEnv([NeverEnds] * N_ENVS))
+    model = PPOEWMA("MlpPolicy", env, max_policy_lag=1, **SETTINGS)
+    model.learn(N_ENVS * N_STEPS)
+    env.guard = threading.Lock()
+    with pytest.raises(TypeError, match=r"guard=.* of a wrapper cannot be sent to the process with the environments"):
+        model.learn(N_ENVS * N_STEPS)
+    env.guard = None
+    model.learn(N_ENVS * N_STEPS)
+    env.close()
+
+
+class NeverEnds(gym.Env):  # type: ignore[type-arg]
+    """Rewards of 1."""
+
+    observation_space = gym.spaces.Box(-1, 1, (1,))
+    action_space = gym.spaces.Discrete(2)
+
+    def reset(self, **kwargs: Any) -> Any:
+        return np.zeros(1, dtype=np.float32), {}
+
+    def step(self, action: Any) -> Any:
+        return np.zeros(1, dtype=np.float32), 1.0, False, False, {}
+
+
 def test_expanded_and_empty_buffers_reach_the_worker() -> None:
     env = make_vec_env("CartPole-v1", N_ENVS, seed=0)
     model = PPOEWMA("MlpPolicy", env, max_policy_lag=0, prox_decay=None, **SETTINGS)

@@ -354,6 +354,56 @@ def test_closing_waits_for_a_slow_step_and_closes(tmp_path: Path) -> None:
     assert (tmp_path / f"closed-{worker}").exists()
 
 
+HANGS = """
+import os, sys, time
+from pathlib import Path
+import gymnasium as gym
+from stable_baselines3.common.vec_env import SubprocVecEnv
+from sb3_ppo_ewma import PPOEWMA, RemoteVecEnv
+
+class Hangs(gym.Wrapper):
+    n_steps = 0
+
+    def step(self, action):
+        self.n_steps += 1
+        if self.n_steps == 40:
+            Path(sys.argv[2], str(os.getpid())).touch()
+            time.sleep(1000)
+        return super().step(action)
+
+functions, fork = [lambda: Hangs(gym.make("CartPole-v1"))] * 2, {"start_method": "fork"}
+if sys.argv[1] == "subproc":
+    env = SubprocVecEnv(functions, **fork)
+else:
+    env = RemoteVecEnv(functions, "fork", SubprocVecEnv, fork)
+model = PPOEWMA("MlpPolicy", env, n_steps=32, batch_size=32, max_policy_lag=1, device="cpu", collector_timeout=100.0)
+model.learn(64)
+model.collector_timeout = 5.0
+model.learn(10**6)
+"""
+
+
+@pytest.mark.parametrize("kind", ["subproc", "remote"])
+def test_hanging_processes_of_environments_end_with_a_killed_training(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "hanging").mkdir()
+    command = [sys.executable, "-c", HANGS, kind, str(tmp_path / "hanging")]
+    with (tmp_path / "errors").open("w") as errors:
+        process = subprocess.Popen(command, cwd=ROOT, stderr=errors)
+    hanging: list[int] = []
+    deadline = time.monotonic() + 60
+    while len(hanging) < 2 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+        hanging = [int(path.name) for path in (tmp_path / "hanging").iterdir()]
+    process.kill()
+    process.wait()
+    assert len(hanging) == 2, (tmp_path / "errors").read_text()
+    assert all(map(is_running, hanging))
+    deadline = time.monotonic() + 30
+    while any(map(is_running, hanging)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(map(is_running, hanging))
+
+
 class TwoArguments(Exception):  # noqa: N818
     def __init__(self, first: int, second: int) -> None:
         super().__init__(first)
@@ -438,6 +488,35 @@ def test_where_a_process_hangs_is_said(tmp_path: Path) -> None:
     model = PPOEWMA("MlpPolicy", env, max_policy_lag=1, collector_timeout=3.0, **SETTINGS)
     with pytest.raises(RuntimeError, match=r"no step for 3 seconds \(collector_timeout\)[^$]*in sleeps"):
         model.learn(1024)
+
+
+@pytest.mark.parametrize("kind", ["dummy", "remote"])
+def test_a_timeout_that_is_changed_counts_at_once(kind: str, tmp_path: Path) -> None:
+    def sleeps() -> None:
+        time.sleep(1000)
+
+    env = KINDS[kind](lambda: Steps(tmp_path, sleeps))
+    model = PPOEWMA("MlpPolicy", env, max_policy_lag=1, collector_timeout=300.0, **SETTINGS)
+    model.learn(N_ENVS * N_STEPS)
+    model.collector_timeout = 3.0
+    with pytest.raises(RuntimeError, match="no step for 3 seconds"):
+        model.learn(1024)
+
+
+@pytest.mark.parametrize("kind", ["dummy", "remote"])
+def test_closing_waits_as_long_as_the_timeout_says(kind: str, tmp_path: Path) -> None:
+    class Stops(BaseCallback):
+        def _on_step(self) -> bool:
+            return False
+
+    env = KINDS[kind](lambda: Steps(tmp_path, lambda: time.sleep(1000)))
+    model = PPOEWMA("MlpPolicy", env, max_policy_lag=1, **{**SETTINGS, "n_steps": 16, "batch_size": 16})
+    model.learn(2 * N_ENVS * 16)
+    model.collector_timeout = 1.0
+    model.learn(1024, Stops())  # the worker is in a step of the next rollout that does not end
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        env.close()
 
 
 def test_large_observations_and_an_interrupted_call(tmp_path: Path) -> None:

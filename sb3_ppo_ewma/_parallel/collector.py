@@ -52,6 +52,7 @@ class Collector:
 
     def __init__(self, model: Any) -> None:
         self._env, self._lag, self._mode = model.env, model.max_policy_lag, model.lag_mode
+        self._owns_process = not hasattr(model.env.unwrapped, "worker_process")
         # Without lag, only one of the processes draws random numbers at a time: both then draw from one sequence.
         self._generators: GeneratorStates | None = model.generators if self._lag == 0 else None
         self._generators_of_worker: StateDict | None = None
@@ -65,7 +66,8 @@ class Collector:
         self._rest: bytes | None = None
         self._memory = SharedMemory(model.rollout_buffer, tensors, self._lag + 1)
         self._model = weakref.ref(model)
-        self._shared = SharedState(model, with_innermost=True)
+        # Innermost environments of two kinds have nothing in common.
+        self._shared = SharedState(model, with_innermost=self._owns_process, prevails=True)
         # What calls have changed, with the number of rollouts before: the environments may be ahead of the model
         self._ahead: deque[tuple[int, Changes]] = deque()
         try:
@@ -80,7 +82,6 @@ class Collector:
 
     def _start(self, model: Any) -> WorkerProcess:
         remote = getattr(model.env.unwrapped, "worker_process", None)
-        self._owns_process = remote is None
         if remote is None:
             if "fork" not in multiprocessing.get_all_start_methods():
                 raise ValueError(
@@ -134,6 +135,7 @@ class Collector:
         return self._memory.fits(empty)
 
     def _begin(self, model: Any) -> None:
+        self._send_changes(model)
         has_abandoned = self._drain() or self._has_lost
         self._has_lost = False
         if has_abandoned:
@@ -141,7 +143,7 @@ class Collector:
             model._last_obs = None
             self._ahead = deque((number, each._replace(statistics=None)) for number, each in self._ahead)
             self._take_changes(model)
-            self._shared.forget_statistics()
+            self._shared.forget()
         if self._lag == 0:
             return
         kept = model.collector_generators
@@ -259,6 +261,7 @@ class Collector:
         self._has_lost = True
         rollout: CollectedRollout = pickle.loads(cast(bytes, data))
         self._has_lost = False
+        self._send_changes(model)  # what is set here must not be taken for what it was before
         self._shared.take(model, rollout.changes)
         self._take_changes(model)
         if self._generators is None:
@@ -296,9 +299,8 @@ class Collector:
         return result.value
 
     def _send_changes(self, model: Any) -> None:
-        changes = self._shared.changes(model)
-        if changes.attributes or changes.statistics is not None:
-            self._process.send("changes", changes)
+        self._process.timeout = model.collector_timeout
+        self._process.send("changes", self._shared.changes(model))
 
     def _take_changes(self, model: Any) -> None:
         while self._ahead and self._ahead[0][0] <= self._n_received:
@@ -384,7 +386,7 @@ def _run_forked(
     timeout: float,
 ) -> None:
     worker = Worker(connection, model.env, timeout)
-    worker.attach(model, memory, shares_generators)
+    worker.attach(model, memory, shares_generators, with_innermost=True)
     worker.run(parent_connection)
 
 

@@ -48,9 +48,9 @@ def _public_methods(cls: type) -> set[str]:
     :param cls: class of environments
     :return: names of the methods that another process has to call
     """
-    classes = [each for each in cls.__mro__ if issubclass(each, VecEnv)]
-    found = {name: value for each in reversed(classes) for name, value in vars(each).items()}
-    return {name for name, value in found.items() if callable(value) and not name.startswith("_")} - _LOCAL
+    found = {name: value for each in reversed(cls.__mro__) for name, value in vars(each).items()}
+    methods = {name for name, value in found.items() if callable(value) and not isinstance(value, type)}
+    return {name for name in methods if not name.startswith("_")} - _LOCAL
 
 
 def _remote(call: Callable[..., Any], depth: int, name: str) -> Callable[..., Any]:

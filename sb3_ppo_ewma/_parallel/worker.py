@@ -13,7 +13,7 @@ import traceback
 from collections import deque
 from functools import partial
 from multiprocessing.connection import Connection
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, NoReturn, cast
 
 import numpy as np
 import torch as th
@@ -168,11 +168,11 @@ class Worker:
 
     :param connection: the worker's end of a pipe
     :param env: environments; or a function without arguments that makes them
-    :param timeout: seconds that a hanging environment gets after the end of the process that trains
+    :param timeout: seconds that a hanging environment gets after the end of the process that trains, without a model
     """
 
     def __init__(self, connection: "Connection[Any, Any]", env: Any, timeout: float) -> None:
-        self._connection, self._env, self._timeout = connection, env, timeout
+        self._connection, self._env, self._own_timeout = connection, env, timeout
         self._messages: deque[tuple[str, Any]] = deque()
         self._generators = GeneratorStates(th.device("cpu"))
         self._shares_generators = False
@@ -182,11 +182,12 @@ class Worker:
         # Rollouts with numbers below this one need not be collected, or collected to their end
         self.n_abandoned = 0
 
-    def attach(self, model: Any, memory: SharedMemory, shares_generators: bool) -> None:
+    def attach(self, model: Any, memory: SharedMemory, shares_generators: bool, with_innermost: bool) -> None:
         """
         :param model: the algorithm to collect for, which then belongs to this process
         :param memory: shared memory
         :param shares_generators: whether results carry the states of the random number generators
+        :param with_innermost: whether both processes have the same innermost environments
         """
         self._model, self._memory, self._env = model, memory, model.env
         self._shares_generators = shares_generators
@@ -195,7 +196,12 @@ class Worker:
         model.ep_info_buffer, model.ep_success_buffer = deque(maxlen=1), deque(maxlen=1)
         model.device = model.rollout_buffer.device = th.device("cpu")
         model.set_logger(Logger(folder=None, output_formats=[]))
-        self._shared = SharedState(model, with_innermost=False)
+        self._shared = SharedState(model, with_innermost, prevails=False)
+
+    @property
+    def _timeout(self) -> float:
+        own = self._own_timeout if self._shared is None else self._model.collector_timeout
+        return float(min(own, threading.TIMEOUT_MAX))
 
     def run(self, parent_connection: "Connection[Any, Any] | None" = None) -> None:
         """
@@ -229,10 +235,7 @@ class Worker:
         if word.startswith(ABANDON):
             self.n_abandoned = int(word[len(ABANDON) :])
         elif word == KILL:
-            for process in getattr(getattr(self._env, "unwrapped", None), "processes", ()):
-                with contextlib.suppress(Exception):  # not a child of this process
-                    process.kill()
-            os._exit(1)
+            self._exit_at_once()
         elif word == STACK:
             frame = sys._current_frames()[self._main_thread]
             channel.send(("stack", "".join(traceback.format_stack(frame))))
@@ -246,7 +249,14 @@ class Worker:
         while not self.is_closing.wait(POLL_SECONDS):
             if os.getppid() != starter or (trainer is not None and not trainer.is_alive()):
                 self.is_closing.set()
-        time.sleep(min(self._timeout, threading.TIMEOUT_MAX))  # ends with the process
+        time.sleep(self._timeout)  # ends with the process
+        self._exit_at_once()
+
+    def _exit_at_once(self) -> NoReturn:
+        """End this process while it hangs, and those of its environments, which may be the reason."""
+        for process in getattr(getattr(self._env, "unwrapped", None), "processes", ()):
+            with contextlib.suppress(Exception):  # of a kind that cannot be killed
+                process.kill()
         os._exit(1)
 
     def _serve(self) -> None:
@@ -258,7 +268,8 @@ class Worker:
             kind, content = self._messages.popleft()
             if kind == "attach":
                 data, memory, shares_generators = content
-                self.attach(load_for_collection(data, self._env.unwrapped), memory, shares_generators)
+                model = load_for_collection(data, self._env.unwrapped)
+                self.attach(model, memory, shares_generators, with_innermost=False)
                 self._channel.send(("result", (ATTACHED, True, dumps(None))))
             elif kind == "call":
                 self._answer_call(content)

@@ -45,7 +45,7 @@ class WorkerProcess:
     """
 
     def __init__(self, start_method: str, run: Callable[..., None], args: tuple[Any, ...], timeout: float) -> None:
-        self.timeout = min(timeout, threading.TIMEOUT_MAX)
+        self._timeout = min(timeout, threading.TIMEOUT_MAX)
         # How many steps the environments have made
         self.progress: Callable[[], int] = int
         is_forked = start_method == "fork"
@@ -81,9 +81,26 @@ class WorkerProcess:
         self._has_warned = self._has_failed = False
         self._n_calls = 0
         self._answers: dict[str, deque[Any]] = {kind: deque() for kind in _KINDS}
-        self._finalizer = multiprocessing.util.Finalize(
-            self, _end, args=(process, self._channel, self.timeout), exitpriority=100
-        )
+        self._finalize()
+
+    def _finalize(self) -> None:
+        arguments = self._process, self._channel, self._timeout
+        self._finalizer = multiprocessing.util.Finalize(self, _end, args=arguments, exitpriority=100)
+
+    @property
+    def timeout(self) -> float:
+        """
+        :return: seconds without an answer or a step of the environments after which the process is killed
+        """
+        return self._timeout
+
+    @timeout.setter
+    def timeout(self, seconds: float) -> None:
+        seconds = min(seconds, threading.TIMEOUT_MAX)
+        if seconds != self._timeout and self.is_alive:
+            self._timeout = seconds
+            self._finalizer.cancel()
+            self._finalize()
 
     @property
     def is_alive(self) -> bool:
