@@ -1,6 +1,7 @@
 """Rollouts from another process: the numbers of collection in this one, what callbacks see, errors, and no leaks."""
 
 import copy
+import csv
 import gc
 import json
 import multiprocessing
@@ -19,10 +20,12 @@ import numpy as np
 import pytest
 import torch as th
 from sb3_contrib.common.envs import InvalidActionEnvDiscrete
+from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback, EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import SimpleMultiObsEnv
 from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.logger import configure
 from stable_baselines3.common.utils import set_random_seed
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecEnvWrapper, VecNormalize
 
@@ -30,6 +33,7 @@ from sb3_ppo_ewma import (
     PPGEWMA,
     PPOEWMA,
     EnvPoolVecEnv,
+    EwmaMixin,
     MaskablePPG,
     MaskablePPOEWMA,
     MaskableRecurrentPPGEWMA,
@@ -514,6 +518,128 @@ class Counts(VecEnvWrapper):
         return self.venv.step_wait()
 
 
+class Novelty(VecEnvWrapper):
+    """Adds what a network says, which callbacks train; another one changes in the worker."""
+
+    def __init__(self, venv: VecEnv) -> None:
+        super().__init__(venv)
+        th.manual_seed(0)
+        self.network, self.counter = th.nn.Linear(4, 1), th.nn.BatchNorm1d(4)
+
+    def reset(self) -> Any:
+        return self.venv.reset()
+
+    @th.no_grad()
+    def step_wait(self) -> Any:
+        observations, rewards, dones, infos = self.venv.step_wait()
+        self.counter(th.as_tensor(observations))
+        return observations, rewards + self.network(th.as_tensor(observations)).numpy().flatten(), dones, infos
+
+
+class TrainsNovelty(BaseCallback):
+    """Trains the network in place, then grows it, then replaces it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Any] = []
+
+    def _on_step(self) -> bool:
+        return True
+
+    @th.no_grad()
+    def _on_rollout_end(self) -> None:
+        env: Any = self.training_env
+        self.seen.append(plain(dict(env.counter.state_dict())))
+        if len(self.seen) == 2:
+            env.network = th.nn.Sequential(env.network)
+        if len(self.seen) == 3:
+            env.network.append(th.nn.Linear(1, 1))
+        for parameter in env.network.parameters():
+            parameter.data += 0.1
+
+
+def test_networks_of_wrappers_are_those_of_one_process() -> None:
+    found = []
+    for lag in (None, 0):
+        env = Novelty(make_vec_env("CartPole-v1", N_ENVS, seed=0))
+        model, trains = PPOEWMA("MlpPolicy", env, max_policy_lag=lag, **SETTINGS), TrainsNovelty()
+        th.manual_seed(0)
+        model.learn(5 * N_ENVS * N_STEPS, trains)
+        found.append({"seen": trains.seen, "rewards": model.rollout_buffer.rewards, **state_of(model)})
+        env.close()
+    assert differences(*found) == []
+
+
+class Predicts(PPO):
+    """A loop of its own, with a network that training changes, a list and a log."""
+
+    def _setup_model(self) -> None:
+        super()._setup_model()
+        self.network, self.levels = th.nn.Linear(4, 1), [0.0]
+
+    @th.no_grad()
+    def collect_rollouts(self, env: Any, callback: Any, rollout_buffer: Any, n_rollout_steps: int) -> bool:
+        continues = super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
+        predicted = self.network(th.as_tensor(rollout_buffer.observations)).numpy()[..., 0]
+        rollout_buffer.advantages += predicted + sum(self.levels)
+        self.logger.record("rollout/predicted", predicted.mean())
+        self.logger.record_mean("rollout/level", sum(self.levels))
+        return continues
+
+
+class PredictsEWMA(EwmaMixin, Predicts):
+    @th.no_grad()
+    def train(self) -> None:
+        super().train()
+        self.levels.append(0.5)
+        for parameter in self.network.parameters():
+            parameter += 0.1
+
+
+def test_a_loop_of_an_algorithm_below_logs_and_has_what_training_changes(tmp_path: Path) -> None:
+    found = []
+    for lag in (None, 0):
+        env = make_vec_env("CartPole-v1", N_ENVS, seed=0)
+        model = PredictsEWMA("MlpPolicy", env, max_policy_lag=lag, **SETTINGS)
+        model.set_logger(configure(str(tmp_path / str(lag)), ["csv"]))
+        model.learn(4 * N_ENVS * N_STEPS)
+        with (tmp_path / str(lag) / "progress.csv").open() as file:
+            log = [{name: row[name] for name in row if not name.startswith("time/")} for row in csv.DictReader(file)]
+        assert len({row["rollout/predicted"] for row in log}) == len({row["rollout/level"] for row in log}) == 4
+        found.append({"log": log, "advantages": model.rollout_buffer.advantages, **state_of(model)})
+        env.close()
+    assert differences(*found) == []
+
+
+def test_infos_that_environments_use_again_are_those_of_the_step() -> None:
+    class Reuses(VecEnvWrapper):
+        def __init__(self, venv: VecEnv) -> None:
+            super().__init__(venv)
+            self.n_steps, self.array = 0, np.zeros(1)
+            self.infos = tuple({} for _ in range(venv.num_envs))  # type: ignore[var-annotated]
+
+        def reset(self) -> Any:
+            return self.venv.reset()
+
+        def step_wait(self) -> Any:
+            observations, rewards, dones, infos = self.venv.step_wait()
+            self.n_steps += 1
+            self.array += 1
+            for own, info in zip(self.infos, infos, strict=True):
+                own.clear()
+                own.update(info, n_steps=self.n_steps, array=self.array)
+            return observations, rewards, dones, self.infos
+
+    found = []
+    for lag in (None, 0):
+        env = Reuses(make_vec_env("CartPole-v1", N_ENVS, seed=0))
+        watch = Watch()
+        PPOEWMA("MlpPolicy", env, max_policy_lag=lag, **SETTINGS).learn(2 * N_ENVS * N_STEPS, watch)
+        found.append(watch.seen)
+        env.close()
+    assert differences(*found) == []
+
+
 def test_what_is_set_here_replaces_what_the_worker_has_changed_meanwhile() -> None:
     class Sets(BaseCallback):
         def _on_step(self) -> bool:
@@ -556,7 +682,7 @@ def test_objects_that_cannot_be_sent_are_named() -> None:
     model = PPOEWMA("MlpPolicy", env, max_policy_lag=1, **SETTINGS)
     model.learn(N_ENVS * N_STEPS)
     env.guard = threading.Lock()
-    with pytest.raises(TypeError, match=r"guard=.* of a wrapper cannot be sent to the process with the environments"):
+    with pytest.raises(TypeError, match=r"guard=.* cannot be sent to the process with the environments"):
         model.learn(N_ENVS * N_STEPS)
     env.guard = None
     model.learn(N_ENVS * N_STEPS)

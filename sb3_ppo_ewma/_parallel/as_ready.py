@@ -345,7 +345,7 @@ class _Subsets:
         with self._only(indices):
             observations, rewards, dones, infos = self._env.step_wait()
             originals = tuple((each.old_obs, each.old_reward) for each in self._normalizing)
-        return _Stepped((observations, rewards, dones, originals), list(infos))
+        return _Stepped((observations, rewards, dones, originals), infos)
 
     def wait(self, is_blocking: bool = True) -> list[int]:
         """
@@ -477,11 +477,11 @@ class _Stepped(NamedTuple):
 
     :param arrays: observations, rewards, dones, (batch, ...) each, and, of each ``VecNormalize``, observations and
         rewards before it
-    :param infos: one for each
+    :param infos: a list or tuple with one for each
     """
 
     arrays: tuple[Any, Any, Any, tuple[tuple[Any, Any], ...]]
-    infos: list[Any]
+    infos: Any
 
 
 class _Acted(NamedTuple):
@@ -631,7 +631,8 @@ class _Rows:
         self._row += 1
         observations, rewards, dones, originals = _gathered(places, "arrays")
         self._subsets.set_originals(originals)
-        return observations, rewards, dones, [batch.infos[place] for batch, place in places]
+        infos = type(places[0][0].infos)([batch.infos[place] for batch, place in places])
+        return observations, rewards, dones, infos
 
     # ------------------------------------------------------------------ the environments' own steps
 

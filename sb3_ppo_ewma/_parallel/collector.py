@@ -220,6 +220,8 @@ class Collector:
         self._request_rollouts(max(n_missing, 1), model, n_rollout_steps, args, kwargs)
         idle_since = time.perf_counter()
         rollout = self._receive_rollout(model)
+        for name, logged in rollout.log.items():
+            getattr(model.logger, name).update(logged)
         model.logger.record("time/learner_idle_s", time.perf_counter() - idle_since)
         model.logger.record("time/collector_idle_s", rollout.idle_seconds)
         model.logger.record("time/policy_lag", self._version - rollout.version)

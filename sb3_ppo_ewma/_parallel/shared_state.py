@@ -5,6 +5,7 @@ from collections import deque
 from typing import Any, NamedTuple, cast
 
 import numpy as np
+import torch as th
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
 
 from sb3_ppo_ewma._arguments import warn_caller
@@ -62,7 +63,7 @@ class _Known(NamedTuple):
 
     :param value: its value
     :param is_copied: whether other content is a change, else only another object is
-    :param content: copy of the value, if it is copied
+    :param content: copy of the value, of a network its tensors by name, if it is copied
     """
 
     value: Any
@@ -156,6 +157,8 @@ class SharedState:
         for name, value in vars(holder).items():
             if name in _OWN_ATTRIBUTES or (is_simple and not isinstance(value, _SIMPLE)) or _is_method(holder, name):
                 continue
+            if owner == "model" and name == "policy":  # is sent in its own way
+                continue
             known = _known(value)
             if known.is_copied or (self._prevails and owner != "model"):
                 found[name] = known
@@ -190,8 +193,14 @@ def _is_method(owner: Any, name: str) -> bool:
 
 
 def _known(value: Any) -> _Known:
+    if isinstance(value, th.nn.Module):
+        return _Known(value, True, {name: tensor.detach().cpu().clone() for name, tensor in _tensors(value).items()})
     is_copied = _size(value) <= _MOST_BYTES
     return _Known(value, is_copied, copy.deepcopy(value) if is_copied else None)
+
+
+def _tensors(network: th.nn.Module) -> dict[str, th.Tensor]:
+    return {**dict(network.named_parameters()), **dict(network.named_buffers())}
 
 
 def _size(value: Any, level: int = 0) -> float:
@@ -222,18 +231,38 @@ def _changed(before: dict[str, _Known], known: dict[str, _Known]) -> dict[str, C
     for name, now in known.items():
         old = before.get(name)
         is_same_object = old is not None and old.value is now.value
-        is_comparable = old is not None and old.is_copied and now.is_copied
-        if not (_differ(old.content, now.value) if is_comparable else not is_same_object):  # type: ignore[union-attr]
-            continue
-        if not now.is_copied:
-            try:
-                dumps(now.value)
-            except TypeError as error:
-                raise TypeError(
-                    f"{name}={now.value!r} of a wrapper cannot be sent to the process with the environments: {error}"
-                ) from None
-        changed[name] = Change(now.value, is_in_place=is_same_object)
+        if old is None or not (old.is_copied and now.is_copied):
+            has_changed = not is_same_object
+        else:
+            has_changed = _differ(old.content, now.content)
+            if isinstance(now.value, th.nn.Module):
+                is_same_object = is_same_object and _shapes(old.content) == _shapes(now.content)
+        if has_changed:
+            changed[name] = Change(_sendable(name, now, is_same_object), is_in_place=is_same_object)
     return changed
+
+
+def _sendable(name: str, now: _Known, is_in_place: bool) -> Any:
+    """
+    :param name: of an attribute
+    :param now: the attribute
+    :param is_in_place: whether the other process has the same object, with other content
+    :return: what to send of it
+    :raises TypeError: if it cannot be pickled
+    """
+    is_network = isinstance(now.value, th.nn.Module)
+    if now.is_copied and (is_in_place or not is_network):
+        return now.content
+    try:
+        value = copy.deepcopy(now.value).cpu() if is_network else now.value
+        dumps(value)
+    except Exception as error:
+        raise TypeError(f"{name}={now.value!r} cannot be sent to the process with the environments: {error}") from None
+    return value
+
+
+def _shapes(tensors: dict[str, th.Tensor]) -> dict[str, Any]:
+    return {name: (each.shape, each.dtype) for name, each in tensors.items()}
 
 
 def _differ(a: Any, b: Any) -> bool:
@@ -241,6 +270,8 @@ def _differ(a: Any, b: Any) -> bool:
         return False
     if type(a) is not type(b):
         return True
+    if isinstance(a, th.Tensor):
+        return a.dtype != b.dtype or not th.equal(a, b)
     if isinstance(a, np.ndarray):
         is_equal = a.dtype == b.dtype and np.array_equal(a, b, equal_nan=a.dtype.kind in "fcmM")
         return not is_equal
@@ -258,6 +289,11 @@ def _put(attributes: dict[str, Any], name: str, change: Change) -> None:
     :param change: how another process has changed it
     """
     value, present = change.value, cast(Any, attributes.get(name))
+    if change.is_in_place and isinstance(present, th.nn.Module):
+        with th.no_grad():
+            for key, tensor in _tensors(present).items():
+                tensor.copy_(value[key])
+        return
     can_be_changed = change.is_in_place and type(present) is type(value)
     if (
         can_be_changed

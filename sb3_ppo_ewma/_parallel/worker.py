@@ -36,6 +36,8 @@ _RECORDED = ("actions", "clipped_actions", "action_masks", "rewards", "dones")
 STARTED, ATTACHED = -2, -1
 # Signals that a group of processes gets as a whole, and a program may handle, as by saving its model
 _SIGNALS = ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
+# What a logger keeps until its next dump
+LOGGED = ("name_to_value", "name_to_count", "name_to_excluded")
 # Words to a worker: end; end at once; say where you are; abandon rollouts below a number
 CLOSE, KILL, STACK, ABANDON = "close", "kill", "stack", "abandon "
 
@@ -120,6 +122,7 @@ class CollectedRollout(NamedTuple):
     :param state: from :func:`collection_state`, after the last step
     :param changes: what collecting has changed
     :param generators: states of the random number generators after the last step
+    :param log: what collecting has logged, by attribute of the logger
     """
 
     number: int
@@ -132,6 +135,7 @@ class CollectedRollout(NamedTuple):
     state: dict[str, Any]
     changes: Changes
     generators: StateDict
+    log: dict[str, dict[str, Any]]
 
 
 def collection_state(model: Any) -> dict[str, Any]:
@@ -353,7 +357,13 @@ class Worker:
             collection_state(model),
             shared.changes(model),
             self._generators.state_dict(),
+            self._take_log(),
         )
+
+    def _take_log(self) -> dict[str, dict[str, Any]]:
+        logged = {name: dict(getattr(self._model.logger, name)) for name in LOGGED}
+        self._model.logger.dump()
+        return logged
 
     def _close_environments(self) -> None:
         if not isinstance(self._env, VecEnv):
@@ -411,10 +421,16 @@ class _StepRecorder(BaseCallback):
             if isinstance(self.locals.get(name), np.ndarray):
                 # SB3 adds the value of the last observation to the rewards of truncated episodes, in place.
                 self.recorded.setdefault(name, []).append(np.array(self.locals[name]))
-        self.infos.append(self.locals["infos"])
+        infos = self.locals["infos"]
+        self.infos.append(type(infos)([_copy_of(info) for info in infos]))
         if self._venv is not None:
             self.original_rewards.append(self._venv.get_original_reward())
         return True
+
+
+def _copy_of(info: dict[str, Any]) -> dict[str, Any]:
+    # Environments may use one dictionary for all steps, or arrays in it.
+    return {name: value.copy() if isinstance(value, np.ndarray) else value for name, value in info.items()}
 
 
 def _check_unchanged(policy: th.nn.Module, buffers: dict[str, th.Tensor]) -> None:
