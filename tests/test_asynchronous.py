@@ -86,6 +86,12 @@ CASES: dict[str, Any] = {
     "stale": lambda: (PPOEWMA, "MlpPolicy", make_vec_env("Acrobot-v1", N_ENVS, seed=0), {"staleness": 1}),
     "phasic": lambda: (PPGEWMA, "MlpPolicy", normalized("CartPole-v1"), PHASES),
     "recurrent": lambda: (RecurrentPPOEWMA, "MlpLstmPolicy", make_vec_env("CartPole-v1", N_ENVS, seed=0), {}),
+    "recurrent, reference": lambda: (
+        RecurrentPPOEWMA,
+        "MlpLstmPolicy",
+        make_vec_env("CartPole-v1", N_ENVS, seed=0),
+        {**LSTM, "engine": "reference"},  # whose minibatches leave arrays of sequences in the rollout buffer
+    ),
     "maskable": lambda: (MaskablePPOEWMA, "MlpPolicy", masked(), {}),
     "maskable, phasic": lambda: (MaskablePPG, "MlpPolicy", masked(), PHASES),
     "recurrent, phasic": lambda: (RecurrentPPG, "MlpLstmPolicy", normalized("CartPole-v1"), {**LSTM, **PHASES}),

@@ -505,17 +505,20 @@ def test_a_timeout_that_is_changed_counts_at_once(kind: str, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("kind", ["dummy", "remote"])
 def test_closing_waits_as_long_as_the_timeout_says(kind: str, tmp_path: Path) -> None:
-    class Stops(BaseCallback):
+    class StopsWhenItHangs(BaseCallback):
         def _on_step(self) -> bool:
+            deadline = time.monotonic() + 60
+            while n_steps_in(tmp_path) < 50 + 49 and time.monotonic() < deadline:
+                time.sleep(0.05)
             return False
 
     env = KINDS[kind](lambda: Steps(tmp_path, lambda: time.sleep(1000)))
     model = PPOEWMA("MlpPolicy", env, max_policy_lag=1, **{**SETTINGS, "n_steps": 16, "batch_size": 16})
     model.learn(2 * N_ENVS * 16)
-    model.collector_timeout = 1.0
-    model.learn(1024, Stops())  # the worker is in a step of the next rollout that does not end
+    model.collector_timeout = 4.0
+    model.learn(1024, StopsWhenItHangs())  # the worker is in a step of the next rollout that does not end
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+        warnings.simplefilter("error")  # it would warn before it waits for long
         env.close()
 
 

@@ -1,6 +1,7 @@
 """Memory that the process that trains and the process that collects both read and write."""
 
 import contextlib
+import copy
 import mmap
 import os
 import tempfile
@@ -29,7 +30,8 @@ class SharedMemory:
 
     def __init__(self, buffer: RolloutBuffer, tensors: Sequence[np.ndarray], n_slots: int) -> None:
         self.n_slots = n_slots
-        rollout, policy = arrays_of(buffer), {str(i): array for i, array in enumerate(tensors)}
+        self._names = _names(buffer)
+        rollout, policy = self._rollout_of(buffer), {str(i): array for i, array in enumerate(tensors)}
         self._rollout_shapes, self._policy_shapes = _shapes(rollout), _shapes(policy)
         arrays = {"n_steps": np.zeros(1, np.int64)}
         for slot in range(n_slots):
@@ -109,7 +111,7 @@ class SharedMemory:
         :param buffer: rollout buffer
         :return: whether its arrays have the shapes and dtypes of the slots
         """
-        return _shapes(arrays_of(buffer)) == self._rollout_shapes
+        return _shapes(self._rollout_of(buffer)) == self._rollout_shapes
 
     def write_rollout(self, number: int, buffer: RolloutBuffer) -> None:
         """
@@ -128,12 +130,30 @@ class SharedMemory:
             array[...] = slot_array
 
     def _with_slot(self, number: int, buffer: RolloutBuffer) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        for name, array in arrays_of(buffer).items():
+        for name, array in self._rollout_of(buffer).items():
             yield self._arrays[f"rollout/{number % self.n_slots}/{name}"], array
+
+    def _rollout_of(self, buffer: RolloutBuffer) -> dict[str, np.ndarray]:
+        arrays = arrays_of(buffer)
+        return {name: arrays[name] for name in self._names if name in arrays}
 
 
 def _shapes(arrays: Mapping[str, np.ndarray]) -> list[tuple[str, tuple[int, ...], np.dtype[Any]]]:
     return [(name, each.shape, each.dtype) for name, each in arrays.items()]
+
+
+def _names(buffer: RolloutBuffer) -> list[str]:
+    """
+    :param buffer: rollout buffer
+    :return: names of its arrays, without those that a training has left, as the starts of a recurrent one's sequences
+    """
+    arrays, empty = arrays_of(buffer), copy.copy(buffer)
+    for name in {name.partition("/")[0] for name in arrays}:
+        delattr(empty, name)
+    with contextlib.suppress(AttributeError):  # of a buffer that makes its arrays elsewhere
+        empty.reset()
+        return [name for name in arrays_of(empty) if name in arrays]
+    return list(arrays)
 
 
 def arrays_of(buffer: RolloutBuffer) -> dict[str, np.ndarray]:
