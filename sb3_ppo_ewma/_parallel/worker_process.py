@@ -96,6 +96,9 @@ class WorkerProcess:
 
     @timeout.setter
     def timeout(self, seconds: float) -> None:
+        """
+        :param seconds: its new value, which also counts for an end that comes later
+        """
         seconds = min(seconds, threading.TIMEOUT_MAX)
         if seconds != self._timeout and self.is_alive:
             self._timeout = seconds
