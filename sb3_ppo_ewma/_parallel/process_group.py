@@ -263,10 +263,19 @@ class ProcessGroup:
             if self._has_queue and flat[0].device.type == "cuda":
                 self._wait_for_queue(is_read)
             else:
-                while not self._is_over():
-                    self.check_others()
+                self._wait()
         finally:
             self._work = None  # the traceback of an error would hold it, and its tensors
+
+    def _wait(self) -> None:
+        while not self._is_over():
+            try:
+                self.check_others()
+            except RuntimeError:
+                # The other process may have failed by what this exchange has told it, as all do where settings differ.
+                if not self._is_over():
+                    raise
+                return
 
     def _is_over(self) -> bool:
         """
