@@ -258,6 +258,11 @@ class ResumableMixin(SavedStateMixin):
             _restore_callbacks([each for each, _ in self._callbacks], states)
         return result
 
+    def __getstate__(self) -> dict[str, Any]:
+        # What belongs to the learn() that goes on, which a copy is not in the middle of
+        own = ("_rollout_start", "_collection", "_due_checkpoint", "_callbacks")
+        return {name: value for name, value in super().__getstate__().items() if name not in own}
+
     def _excluded_save_params(self) -> list[str]:
         own = ("_rollout_start", "_collection", "_in_progress", "_due_checkpoint", "_continues_run")
         return [*super()._excluded_save_params(), *own, "_callbacks", "_callback_states"]
