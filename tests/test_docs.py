@@ -21,6 +21,7 @@ import sb3_ppo_ewma
 from sb3_ppo_ewma import PPG, PPGEWMA, PPOEWMA, PPGPolicy
 from sb3_ppo_ewma._engine.selection import ENGINES
 from sb3_ppo_ewma.networks import FEATURES_EXTRACTORS
+from sb3_ppo_ewma.zoo import options
 from sb3_ppo_ewma.zoo.algorithms import ALGORITHMS, BASELINES
 from sb3_ppo_ewma.zoo.command_line import SCRIPTS
 from sb3_ppo_ewma.zoo.search_space import SEARCH_SPACES
@@ -234,7 +235,7 @@ def source_of(module: str) -> str:
 def test_zoo_commands_have_the_options_of_their_scripts(page: Path) -> None:
     for script, *arguments in zoo_commands(page):
         source = source_of(SCRIPTS[script][0])
-        if script == "train":
+        if script in options.SCRIPTS:
             source += source_of("sb3_ppo_ewma.zoo.options")
         if script == "n-envs":
             source += source_of("sb3_ppo_ewma.zoo.rescaling")

@@ -72,7 +72,7 @@ def equal(one: Any, other: Any) -> bool:
         ("Taxi-v3", 16, {}),
         ("MiniGrid-Empty-5x5-v0", 40, {"max_episode_steps": 30}),
         ("Breakout-v5", 60, {"episodic_life": True, "reward_clip": True}),
-        pytest.param("CoinrunEasy-v0", 16, {"max_episode_steps": 100}, marks=needs_procgen),
+        pytest.param("CoinrunEasy-v0", 16, {}, marks=needs_procgen),
     ],
 )
 def test_everything_equals_the_raw_interface(task_id: str, n_episodes: int, options: dict[str, Any]) -> None:
@@ -112,6 +112,65 @@ def test_everything_equals_the_raw_interface(task_id: str, n_episodes: int, opti
     assert sum(lengths) + env._lengths.sum() == n_steps
     assert lengths
     env.close()
+
+
+# EnvPool ends episodes at the limit in the first three, and ignores it in the others.
+@pytest.mark.parametrize(
+    "task_id",
+    [
+        "CartPole-v1",
+        "Taxi-v3",
+        "MiniGrid-Empty-5x5-v0",
+        "Catch-v0",
+        "CliffWalking-v1",
+        "Game2048-v1",
+        "LaneKeeping-v0",
+        pytest.param("HeistEasy-v0", marks=needs_procgen),
+    ],
+)
+def test_the_limit_ends_episodes_in_every_family(task_id: str) -> None:
+    env = make_envpool_vec_env(task_id, 3, seed=0, max_episode_steps=5)
+    env.reset()
+    env.action_space.seed(0)
+    lengths = []
+    for _ in range(11):
+        _, _, dones, infos = env.step(np.array([env.action_space.sample() for _ in range(3)]))
+        for i in np.flatnonzero(dones):
+            assert infos[i]["TimeLimit.truncated"] == (infos[i]["elapsed_step"] == 5)
+            assert "terminal_observation" in infos[i]
+            assert env.reset_infos[i]["elapsed_step"] == 0
+            lengths.append(infos[i]["episode"]["l"])
+    assert lengths.count(5) >= 3
+    assert max(lengths) == 5
+    env.close()
+
+
+def test_an_end_of_the_game_is_none_of_the_limit() -> None:
+    # Catch ends after 9 steps. EnvPool counts that as a truncation, since it is after the limit.
+    pool = raw_pool("Catch-v0", num_envs=1, max_episode_steps=5)
+    pool.reset()
+    truncated = [bool(pool.step(np.array([1]))[3][0]) for _ in range(9)]
+    assert truncated == [False] * 8 + [True], "EnvPool works now"
+    env = make_envpool_vec_env("Catch-v0", 1, max_episode_steps=20)
+    env.reset()
+    ends = [env.step(np.array([1]))[2:] for _ in range(9)]
+    assert [bool(dones[0]) for dones, _ in ends] == [False] * 8 + [True]
+    assert ends[-1][1][0]["TimeLimit.truncated"] is False
+
+
+def test_a_level_with_its_own_limit_ends_truly_when_it_is_solved() -> None:
+    env = make_envpool_vec_env("BabyAI-GoToRedBallNoDists-v0", 8, seed=0)
+    assert env.spec.max_episode_steps is None
+    env.reset()
+    env.action_space.seed(0)
+    ends: dict[bool, list[bool]] = {True: [], False: []}
+    while not (ends[True] and ends[False]):
+        actions = np.array([0 if i < 4 else env.action_space.sample() for i in range(8)])  # half of them only turn
+        _, rewards, dones, infos = env.step(actions)
+        for i in np.flatnonzero(dones):
+            ends[bool(rewards[i] > 0)].append(infos[i]["TimeLimit.truncated"])
+    assert not any(ends[True])
+    assert all(ends[False])
 
 
 @pytest.mark.parametrize("task_id", ["CartPole-v1", "Pendulum-v1", "Acrobot-v1", "MountainCar-v0"])
@@ -377,6 +436,7 @@ def test_actions_that_do_not_belong_to_the_space_are_refused(actions: np.ndarray
         ({"num_envs": 0}, "num_envs must be >= 1, got 0"),
         ({"render_mode": "ansi"}, "render_mode must be one of 'rgb_array', 'human', None, got 'ansi'"),
         ({"max_episode_step": 3}, "no option 'max_episode_step'. Did you mean 'max_episode_steps'"),
+        ({"max_episode_steps": 0}, "max_episode_steps must be >= 1, got 0"),
         ({"batch_size": 1}, "batch_size is not an option here"),
         ({"task_id": "TicTacToe-v1"}, "several players"),
         ({"task_id": "Maze-v0"}, "no dicts within dicts"),

@@ -98,7 +98,7 @@ def test_without_a_known_script(arguments, capsys):
         (["train", "--algo", "ppo_emwa"], "invalid choice: 'ppo_emwa'"),
         (["train", "--algo", "ppo_ewma", "--env", "CartPol-v1"], "maybe meant CartPole-v1?"),
         (["train", "--algo", "ppo_ewma", "--env", "MinAtar/Pong-v1"], "--gym-packages"),
-        ([*TRAIN, "--gym-packages", "no_such_package"], "pip install no_such_package"),
+        ([*TRAIN, "--gym-packages", "no_such_package"], "No module named 'no_such_package'"),
         ([*TRAIN, "-conf", "missing.yml"], "missing.yml: No such file"),
         ([*TRAIN, "-i", "missing.zip"], "must be a valid path to a .zip file"),
         ([*TRAIN, "--trial-id", "0"], "--trial-id 0 needs --storage and --study-name"),

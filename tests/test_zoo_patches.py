@@ -21,9 +21,11 @@ from typing import Any
 import gymnasium as gym
 import huggingface_hub
 import huggingface_sb3
+import numpy as np
 import optuna
 import pytest
 import rl_zoo3.utils
+import torch as th
 import yaml
 from huggingface_hub.errors import EntryNotFoundError
 from optuna.storages import JournalStorage
@@ -313,6 +315,87 @@ def test_defect_hub_missing_file(upstream, monkeypatch, tmp_path):
     assert error is EntryNotFoundError, works("hub_missing_file")
 
 
+def test_defect_class_names(upstream):
+    named = [lambda: exp_manager.get_class_by_name("Counter"), lambda: exp_manager.get_class_by_name("os.Counter")]
+    assert [raised_by(each) for each in named] == [ValueError, AttributeError], works("class_names")
+    with pytest.raises(ValueError, match=r".") as error:
+        named[0]()
+    assert str(error.value) == "Empty module name", works("class_names")
+
+
+def test_defect_dotted_names(upstream, tmp_path):
+    manager = new_manager(tmp_path, hyperparams={"policy_kwargs": "dict(activation_fn=torch.nn.ReLU)"})
+    assert raised_by(manager.setup_experiment) is NameError, works("dotted_names")
+
+
+def test_defect_observation_spaces(upstream):
+    class Texts(gym.Env):
+        observation_space = gym.spaces.Dict(text=gym.spaces.Text(3))
+        action_space = gym.spaces.Discrete(2)
+
+    assert raised_by(lambda: DummyVecEnv([Texts])) is TypeError, works("observation_spaces")
+
+
+def test_defect_policy_names(upstream, tmp_path):
+    manager = new_manager(tmp_path, hyperparams={"policy": "MlpPolcy"})
+    with pytest.raises(ValueError, match=r".") as error:
+        manager.setup_experiment()
+    assert str(error.value) == "Policy MlpPolcy unknown", works("policy_names")
+
+
+def test_defect_python_config(upstream, tmp_path):
+    Path("conf.py").write_text("class Own: ...\nhyperparams = {'CartPole-v1': {'own': Own}}")
+    hyperparams, _ = new_manager(tmp_path, config="conf.py").read_hyperparameters()
+    assert hyperparams["own"].__module__ == "builtins", works("python_config")
+
+
+def test_defect_saved_objects(upstream, tmp_path):
+    policy_kwargs = {"activation_fn": lambda: th.nn.ReLU()}
+    manager = new_manager(tmp_path, hyperparams={"n_envs": 1, "policy_kwargs": policy_kwargs})
+    manager.setup_experiment()
+    saved = Path(manager.params_path, "config.yml").read_text()
+    assert raised_by(lambda: yaml.unsafe_load(saved)) is yaml.constructor.ConstructorError, works("saved_objects")
+
+
+def test_defect_integer_options(upstream, monkeypatch):
+    arguments = [
+        "--algo",
+        "ppo",
+        "-n",
+        "8",
+        "--eval-freq",
+        "-1",
+        "--log-interval",
+        "0",
+        "-f",
+        "logs",
+        "--device",
+        "cpu",
+    ]
+    params = ["-params", "n_envs:1", "n_steps:8", "batch_size:8"]
+    error = raised_by(lambda: run_script("train", *arguments, *params, monkeypatch=monkeypatch))
+    assert error is ZeroDivisionError, works("integer_options")
+
+
+def test_defect_unfound_runs(upstream, monkeypatch):
+    pytest.importorskip("seaborn")
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    Path("logs/ppo/other").mkdir(parents=True)
+    arguments = ["-a", "ppo", "-e", "ns/X-v0", "-f", "logs"]
+    error = raised_by(lambda: run_script("plots.plot_train", *arguments, monkeypatch=monkeypatch))
+    assert error is type(None), works("unfound_runs")
+
+
+def test_defect_unequal_runs(upstream, monkeypatch):
+    pytest.importorskip("seaborn")
+    run = Path("logs/ppo/X-v0_1")
+    run.mkdir(parents=True)
+    np.savez(run / "evaluations.npz", timesteps=[10, 20], results=[[1.0], [2.0]])
+    arguments = ["-a", "ppo", "-e", "X-v0", "-f", "logs", "--no-display"]
+    error = raised_by(lambda: run_script("plots.all_plots", *arguments, monkeypatch=monkeypatch))
+    assert issubclass(error, IndexError), works("unequal_runs")  # numpy's AxisError
+
+
 def commands_of_scripts(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """:return: what benchmark and record_training start first, for an agent that need not exist"""
     commands: list[list[str]] = []
@@ -362,7 +445,16 @@ def test_every_patch_is_applied_where_upstream_needs_it(name, upstream):
 
 
 @pytest.mark.parametrize(
-    "name", ["unregistered_env", "bare_words", "schedule_none", "strict_yaml", "generate_metadata", "action_masker"]
+    "name",
+    [
+        "unregistered_env",
+        "bare_words",
+        "schedule_none",
+        "strict_yaml",
+        "generate_metadata",
+        "action_masker",
+        "class_names",
+    ],
 )
 def test_a_function_that_works_is_not_patched(name):
     # The patched one works.
@@ -391,6 +483,14 @@ def test_a_function_that_works_is_not_patched(name):
         ("hub_missing_file", "requests.exceptions", "huggingface_hub.errors"),
         ("child_commands", '"python"', "sys.executable"),
         ("ffmpeg_status", "os.system(", "self.run("),
+        ("dotted_names", "= eval(hyperparams[kwargs_key])", "= self.evaluate(hyperparams[kwargs_key])"),
+        ("observation_spaces", "np.zeros((self.num_envs, *tuple(shapes[k]))", "self.new_buffer(k)"),
+        ("policy_names", 'unknown")', 'unknown, must be one of {names}")'),
+        ("python_config", "exec(", "runpy.run_path("),
+        ("saved_objects", "yaml.dump(saved_hyperparams, f)", "yaml.dump(self.checked(saved_hyperparams), f)"),
+        ("integer_options", "default=5, type=int)", "default=5, type=positive)"),
+        ("unfound_runs", "env", "folder"),
+        ("unequal_runs", ".squeeze()", ""),
     ],
 )
 def test_a_version_without_the_defect_is_not_patched(name, defect, repaired, monkeypatch):

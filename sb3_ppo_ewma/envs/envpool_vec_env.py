@@ -125,7 +125,7 @@ class EnvPoolVecEnv(VecEnv):
             raise ValueError(f"{task_id} has several players, which SB3 does not support")
         self.spec = EnvSpec(
             task_id,
-            max_episode_steps=getattr(pool_spec.config, "max_episode_steps", None),
+            max_episode_steps=getattr(pool_spec.config, "max_episode_steps", 0) or None,
             reward_threshold=getattr(pool_spec.config, "reward_threshold", None),
         )
         # SB3 opens the window itself and needs images.
@@ -260,8 +260,10 @@ class EnvPoolVecEnv(VecEnv):
         if not self._is_stepping:
             raise RuntimeError("step_wait() was called before step_async()")
         observations, rewards, terminated, truncated, info = self._receive()
-        dones = terminated | truncated
-        infos = self._split_infos({**info, "TimeLimit.truncated": truncated & ~terminated})
+        ended_by_pool = terminated | truncated
+        truncated = self._truncated(rewards, ended_by_pool, truncated & ~terminated, info)
+        dones = ended_by_pool | truncated
+        infos = self._split_infos({**info, "TimeLimit.truncated": truncated})
         self._returns += info["reward"] if self._reports_games else rewards
         self._lengths += 1
         if dones.any():
@@ -271,13 +273,48 @@ class EnvPoolVecEnv(VecEnv):
                 infos[index]["terminal_observation"] = _row(observations, index)
                 if over[index]:
                     self._record_episode(index, infos[index])
+            self._begin_episodes(observations, np.flatnonzero(ended_by_pool), np.flatnonzero(dones & ~ended_by_pool))
+        return observations, rewards.astype(np.float32, copy=False), dones, infos
+
+    def _truncated(
+        self, rewards: np.ndarray, ended: np.ndarray, truncated: np.ndarray, info: dict[str, Any]
+    ) -> np.ndarray:
+        """
+        EnvPool counts every end at or after ``max_episode_steps`` as a truncation, also in families that do not end
+        episodes there, and the end of an Atari game.
+
+        :param rewards: (num_envs,)
+        :param ended: whether EnvPool ended the episode, (num_envs,)
+        :param truncated: whether EnvPool says that the limit ended it, (num_envs,)
+        :param info: arrays by name, (num_envs, …)
+        :return: whether the limit ends the episode, (num_envs,)
+        """
+        if self._reports_games:
+            truncated = truncated & ~info["terminated"].astype(bool)
+        limit = self.spec.max_episode_steps
+        if limit is None:  # BabyAI: every level has its own, unknown here. Whatever is rewarded has reached its goal.
+            return truncated & (rewards <= 0)
+        elapsed_steps: np.ndarray = info["elapsed_step"]
+        return truncated | (~ended & (elapsed_steps >= limit))
+
+    def _begin_episodes(self, observations: Any, ended: np.ndarray, cut: np.ndarray) -> None:
+        """
+        :param observations: (num_envs, …), changed in place
+        :param ended: indices of the environments whose episodes EnvPool ended
+        :param cut: indices of the environments whose episodes EnvPool would continue
+        """
+        begun = []
+        if ended.size:
             # A step after the end of an episode only resets the environment and ignores the action. EnvPool's reset()
             # would instead end an Atari game that continues after a lost life.
-            first, _, _, _, reset_info = self._pool.step(self.actions[ended], ended)
-            for index, each in zip(ended.tolist(), self._split_infos(reset_info), strict=True):
+            first, _, _, _, info = self._pool.step(self.actions[ended], ended)
+            begun.append((ended, first, info))
+        if cut.size:
+            begun.append((cut, *self._pool.reset(cut)))
+        for indices, first, info in begun:
+            _set_rows(observations, indices, first)
+            for index, each in zip(indices.tolist(), self._split_infos(info), strict=True):
                 self.reset_infos[index] = each
-            _set_rows(observations, ended, first)
-        return observations, rewards.astype(np.float32, copy=False), dones, infos
 
     def _receive(self) -> Any:
         self._is_stepping = False
@@ -441,6 +478,8 @@ def _make_spec(envpool: Any, task_id: str, options: dict[str, Any], num_envs: in
         if name in _RESERVED_OPTIONS:
             raise ValueError(f"{name} is not an option here: {_RESERVED_OPTIONS[name]}")
     known = {*envpool.make_spec(task_id).config._fields, *_RENDER_OPTIONS}
+    if "max_episode_steps" in options:
+        check_integer("max_episode_steps", options["max_episode_steps"], minimum=1)
     unknown = [name for name in options if name not in known]
     if unknown:
         near = difflib.get_close_matches(unknown[0], known, n=1)

@@ -9,6 +9,8 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+from sb3_ppo_ewma.zoo import options
+
 
 @contextlib.contextmanager
 def redirect_child_scripts() -> Iterator[None]:
@@ -31,5 +33,6 @@ def redirect_child_scripts() -> Iterator[None]:
 def _redirected(command: Any) -> Any:
     match command:
         case ["python" | sys.executable, "-m", str(module), *arguments] if module.startswith("rl_zoo3."):
-            return [sys.executable, "-m", "sb3_ppo_ewma.zoo", module.removeprefix("rl_zoo3."), *arguments]
+            packages = ["--gym-packages", *options.current.gym_packages] if options.current.gym_packages else []
+            return [sys.executable, "-m", "sb3_ppo_ewma.zoo", module.removeprefix("rl_zoo3."), *arguments, *packages]
     return command

@@ -8,9 +8,11 @@ import runpy
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import gymnasium as gym
+
+from sb3_ppo_ewma.zoo import rendering
 
 PROG = "sb3-ppo-ewma"
 TRACEBACK_VARIABLE = "SB3_PPO_EWMA_TRACEBACK"
@@ -38,7 +40,8 @@ _REQUIRED_OPTIONS = {
     "plot_from_file": [("-i", "--input")],
 }
 
-# The extra of this package that installs a module. Other modules have the name of their package.
+# The extra of this package that installs a module. Others may be the user's own, and a package of that name a
+# stranger's.
 _EXTRAS = {
     **dict.fromkeys(
         (
@@ -55,13 +58,17 @@ _EXTRAS = {
     ),
     **dict.fromkeys(("seaborn", "rliable", "scipy", "matplotlib"), "plots"),
     **dict.fromkeys(("moviepy", "pygame"), "video"),
+    **dict.fromkeys(("minigrid", "minatar", "mujoco", "Box2D"), "envs"),
+    **dict.fromkeys(("ale_py", "cv2"), "atari"),
+    **dict.fromkeys(("onnx", "onnxruntime", "onnxscript"), "export"),
+    "envpool": "envpool",
     "tensorboard": "tensorboard",
 }
 
 # Errors of the user's input or machine get one sentence. Any other error is a bug and keeps its traceback.
-_EXPECTED_ERRORS = (ImportError, ValueError, AssertionError, OSError, gym.error.Error)
+_EXPECTED_ERRORS = (ImportError, ValueError, AssertionError, NotImplementedError, OSError, gym.error.Error)
 _HTTP_PACKAGES = {"httpx", "httpx2", "requests"}
-_EXPECTED_FROM = {"optuna", "sqlalchemy", "yaml", "huggingface_hub", *_HTTP_PACKAGES}
+_EXPECTED_FROM = {"optuna", "sqlalchemy", "yaml", "huggingface_hub", *_HTTP_PACKAGES, *rendering.LIBRARIES}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -74,7 +81,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     script = _parser().parse_args(arguments[:1]).script
     process_arguments, sys.argv = sys.argv, [f"{PROG} {script}", *arguments[1:]]
     try:
-        _run(script, arguments[1:])
+        with _current_folder_on_path():
+            _run(script, arguments[1:])
     except Exception as error:
         if os.environ.get(TRACEBACK_VARIABLE) or not _is_expected(error):
             raise
@@ -84,6 +92,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(f"{PROG} {script}: {explain(error)}{hint}")
     finally:
         sys.argv = process_arguments
+
+
+@contextlib.contextmanager
+def _current_folder_on_path() -> Iterator[None]:
+    """Within the context, modules of the current folder can be imported: by the console script as by ``python -m``."""
+    folder = os.getcwd()
+    if getattr(sys.flags, "safe_path", False) or {"", folder} & set(sys.path):
+        yield
+        return
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        sys.path.remove(folder)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -106,7 +128,17 @@ def _parser() -> argparse.ArgumentParser:
 def _run(script: str, arguments: list[str]) -> None:
     importlib.import_module("rl_zoo3")  # first: without it, name it rather than a package that it would install
     # Imported here, so that --help works without rl_zoo3.
-    from sb3_ppo_ewma.zoo import action_masks, child_processes, data_parallel, hub, options, registration, vec_envs
+    from sb3_ppo_ewma.zoo import (
+        action_masks,
+        child_processes,
+        data_parallel,
+        hub,
+        options,
+        plots,
+        registration,
+        trained_agents,
+        vec_envs,
+    )
     from sb3_ppo_ewma.zoo.patches import ffmpeg_status, script_patches
 
     registration.register()
@@ -120,7 +152,8 @@ def _run(script: str, arguments: list[str]) -> None:
     warnings.filterwarnings("ignore", message=".*found in sys.modules after import of package", module="runpy")
     with contextlib.ExitStack() as stack:
         stack.enter_context(child_processes.redirect_child_scripts())
-        stack.enter_context(script_patches())
+        if SCRIPTS[script][0].startswith("rl_zoo3."):
+            stack.enter_context(script_patches())
         stack.enter_context(action_masks.script())
         if script == "train" and not wants_help:
             stack.enter_context(data_parallel.process_group())
@@ -130,6 +163,9 @@ def _run(script: str, arguments: list[str]) -> None:
                 stack.callback(lambda: print(f"\n{options.help_text(script, sys.argv[0])}"))
             elif options.current.vec_env == options.ENVPOOL:
                 vec_envs.register_tasks()
+            trained_agents.import_gym_packages(options.current.gym_packages)
+        if script == "plot_train":
+            stack.enter_context(plots.saved_or_shown())
         runpy.run_module(SCRIPTS[script][0], run_name="__main__")
 
 
@@ -151,9 +187,9 @@ def explain(error: Exception) -> str:
     """
     message = str(error)
     if isinstance(error, ModuleNotFoundError) and error.name is not None:
-        module = error.name.partition(".")[0]
-        package = f"'sb3-ppo-ewma[{_EXTRAS[module]}]'" if module in _EXTRAS else module
-        return f"the package {module} is not installed: pip install {package}"
+        return _explain_missing_module(message, error.name)
+    if _packages(error) & rendering.LIBRARIES:
+        return rendering.explain(error)
     if _packages(error) & _HTTP_PACKAGES:
         return f"the request to the Hugging Face Hub failed: {message}"
     if isinstance(error, OSError) and error.filename is not None:
@@ -168,6 +204,16 @@ def explain(error: Exception) -> str:
             "with pip install 'sb3-ppo-ewma[envs]', Atari with pip install 'sb3-ppo-ewma[atari]'."
         )
     return message
+
+
+def _explain_missing_module(message: str, name: str) -> str:
+    package = name.partition(".")[0]
+    is_missing = sys.modules.get(package) is None or name in sys.modules  # not only a part that it never had
+    if package in _EXTRAS and is_missing:
+        return f"the package {package} is not installed: pip install 'sb3-ppo-ewma[{_EXTRAS[package]}]'"
+    if name.endswith(".py") or os.sep in name:
+        return f"{message}: give the name of a module, such as my_envs or my_package.envs, not of a file"
+    return f"{message}. Python looks in the current folder, in those of PYTHONPATH, and among installed packages"
 
 
 def _packages(error: Exception) -> set[str]:

@@ -10,8 +10,10 @@ from rl_zoo3.utils import StoreDict
 
 ENVPOOL = "envpool"
 VEC_ENVS = ("dummy", "subproc", ENVPOOL)
-# Scripts that make environments
-SCRIPTS = ("train", "enjoy", "record_video", "export")
+# Scripts with a choice of vectorised environments, those to which --gym-packages is added, and all with own options
+_VEC_ENV = ("train", "enjoy", "record_video", "export")
+_GYM_PACKAGES = ("record_video", "record_training", "benchmark", "push_to_hub")
+SCRIPTS = (*_VEC_ENV, *_GYM_PACKAGES, "plot_train")
 
 
 @dataclass
@@ -23,6 +25,8 @@ class Options:
     :param checkpoint_every: steps between checkpoints of the whole run; ``None``: none
     :param resume: whether to go on with a run that the same command has begun
     :param vec_env: kind of vectorised environment; ``None`` leaves the choice to the script
+    :param gym_packages: modules to import because they register environments, in scripts that lack the option
+    :param output: file for the plot of ``plot_train``; ``None``: show it
     """
 
     n_envs: int | None = None
@@ -31,6 +35,8 @@ class Options:
     vec_env: str | None = None
     checkpoint_every: int | None = None
     resume: bool = False
+    gym_packages: Sequence[str] = ()
+    output: str | None = None
 
 
 # Options of the running script. A global, because upstream's scripts cannot pass them to its ExperimentManager.
@@ -46,12 +52,22 @@ def parser(script: str, prog: str) -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(prog=prog, add_help=False, allow_abbrev=False)
     result.set_defaults(**vars(Options()))
     group = result.add_argument_group("options of sb3-ppo-ewma")
-    group.add_argument(
-        "--vec-env",
-        choices=VEC_ENVS,
-        help="VecEnv type; envpool: tasks of EnvPool, stepped in C++ threads"
-        + ("" if script == "train" else " (default: the one used in training)"),
-    )
+    if script in _VEC_ENV:
+        group.add_argument(
+            "--vec-env",
+            choices=VEC_ENVS,
+            help="VecEnv type; envpool: tasks of EnvPool, stepped in C++ threads"
+            + ("" if script == "train" else " (default: EnvPool's if training used it, else dummy or subproc)"),
+        )
+    if script in _GYM_PACKAGES:
+        group.add_argument(
+            "--gym-packages",
+            nargs="+",
+            metavar="MODULE",
+            help="modules to import because they register environments, beside those that training imported",
+        )
+    if script == "plot_train":
+        group.add_argument("-o", "--output", metavar="FILE", help="save the plot (.png, .pdf, .svg) and show none")
     if script != "train":
         return result
     group.add_argument(

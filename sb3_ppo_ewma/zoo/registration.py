@@ -9,7 +9,7 @@ from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
 from rl_zoo3.utils import ALGOS
 
 from sb3_ppo_ewma.networks import FEATURES_EXTRACTORS
-from sb3_ppo_ewma.zoo import action_masks, data_parallel, experiment, resuming, vec_envs
+from sb3_ppo_ewma.zoo import action_masks, data_parallel, experiment, resuming, trained_agents, vec_envs
 from sb3_ppo_ewma.zoo.algorithms import ALGORITHMS, BASELINES
 from sb3_ppo_ewma.zoo.patches import apply_patches
 from sb3_ppo_ewma.zoo.search_space import SEARCH_SPACES
@@ -27,6 +27,7 @@ def register() -> None:
         HYPERPARAMS_CONVERTER.setdefault(name, converter)
     apply_patches()
     experiment.install_hooks()
+    trained_agents.install_hooks()
     vec_envs.install_hooks()
     action_masks.install_hooks()  # after the algorithms are in ALGOS
     resuming.install_hooks()

@@ -24,6 +24,7 @@ from sb3_ppo_ewma._arguments import check_integer
 from sb3_ppo_ewma.batch_scaling import Rescaled, Strategy, rescale, with_defaults
 from sb3_ppo_ewma.zoo.algorithms import ALGORITHMS
 from sb3_ppo_ewma.zoo.patches.strict_yaml import Dumper
+from sb3_ppo_ewma.zoo.python_values import evaluate
 
 # Hyper-parameters that the zoo evaluates as Python if they are text
 _EVALUATED = ("policy_kwargs", "replay_buffer_kwargs", "replay_buffer_class", "monitor_kwargs", "normalize")
@@ -48,7 +49,7 @@ def rescaled(
     entry = {name: value for name, value in entry.items() if name != "tuned_for_n_envs"}
     written = complete.get("policy_kwargs")
     if isinstance(written, str):
-        complete["policy_kwargs"] = eval(written, vars(exp_manager))  # as upstream does later
+        complete["policy_kwargs"] = evaluate(written, vars(exp_manager))
     ratio = Fraction(n_envs, complete["n_envs"])
     complete.pop("tuned_for_n_envs", None)
     result = rescale(complete, ratio, strategy=strategy, adam_betas=adam_betas)

@@ -1,6 +1,6 @@
 """
-``--vec-env envpool``: run the zoo's scripts with environments of EnvPool. The zoo makes Gymnasium's environments with
-``make_vec_env`` and wraps the result; with this option, ``make_vec_env`` returns EnvPool's environments.
+``--vec-env``. With ``envpool``, the zoo's scripts run with environments of EnvPool: the zoo makes Gymnasium's
+environments with ``make_vec_env`` and wraps the result; with this option, ``make_vec_env`` returns EnvPool's.
 """
 
 import contextlib
@@ -8,17 +8,16 @@ import contextvars
 import functools
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import rl_zoo3.utils
-import yaml
 from rl_zoo3 import exp_manager
 from rl_zoo3.exp_manager import ExperimentManager
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
 
 from sb3_ppo_ewma.envs import envpool_env
 from sb3_ppo_ewma.envs.envpool_vec_env import EnvPoolVecEnv, check_task, import_envpool
-from sb3_ppo_ewma.zoo import options
+from sb3_ppo_ewma.zoo import options, rendering, trained_agents
 from sb3_ppo_ewma.zoo.patches._replace import AnyFunction, replace_function
 
 _ATARI = "envpool.atari"
@@ -97,23 +96,23 @@ def _create_envs(upstream: AnyFunction, manager: Any, *args: Any, **kwargs: Any)
 
 
 def _create_test_env(upstream: AnyFunction, env_id: str, *args: Any, **kwargs: Any) -> Any:
+    if kwargs.get("should_render", True) and (kwargs.get("env_kwargs") or {}).get("render_mode", "human") == "human":
+        rendering.check_screen(env_id)
     task = None
     if options.current.vec_env == options.ENVPOOL:
         hyperparams = kwargs["hyperparams"]
         task = _task_with_options(env_id, hyperparams.get("env_wrapper"), hyperparams.get("frame_stack") or None)
         if "stack_num" in task[1]:
             hyperparams["frame_stack"] = 0
+    elif options.current.vec_env is not None:
+        kwargs["vec_env_cls"] = {"dummy": DummyVecEnv, "subproc": SubprocVecEnv}[options.current.vec_env]
     with _making(task):
         return upstream(env_id, *args, **kwargs)
 
 
 def _get_model_path(upstream: AnyFunction, exp_id: int, folder: str, algo: str, env_name: Any, *args: Any) -> Any:
     result = upstream(exp_id, folder, algo, env_name, *args)
-    arguments = Path(result[2], env_name, "args.yml")
-    if (
-        arguments.is_file()
-        and yaml.load(arguments.read_text(), Loader=yaml.UnsafeLoader).get("vec_env") == options.ENVPOOL
-    ):
+    if trained_agents.saved_arguments(result[2], env_name).get("vec_env") == options.ENVPOOL:
         register_tasks()
         # Without the option, use the kind of environment that the agent was trained in.
         if options.current.vec_env is None:

@@ -17,17 +17,24 @@ from sb3_ppo_ewma.zoo.patches import (
     bare_words,
     checkpoint_statistics,
     child_commands,
+    class_names,
     constructor_errors,
     continued_statistics,
+    dotted_names,
     env_kwargs,
     failed_run_folder,
     ffmpeg_status,
     generate_metadata,
     hub_missing_file,
     ignored_options,
+    integer_options,
     missing_trial,
     no_completed_trial,
+    observation_spaces,
     policy_kwargs,
+    policy_names,
+    python_config,
+    saved_objects,
     schedule_none,
     search_run_folder,
     search_unknown_hyperparams,
@@ -36,6 +43,8 @@ from sb3_ppo_ewma.zoo.patches import (
     trial_normalization,
     trial_zero,
     unchecked_entry,
+    unequal_runs,
+    unfound_runs,
     unregistered_env,
 )
 
@@ -61,11 +70,18 @@ PATCHES = (
     search_run_folder,
     constructor_errors,
     no_completed_trial,
+    class_names,
+    dotted_names,
+    observation_spaces,
+    policy_names,
+    python_config,
+    saved_objects,  # after python_config, which makes more objects savable
     generate_metadata,
     hub_missing_file,
 )
-# These replace functions of the standard library, so they apply only while a script of the zoo runs.
-SCRIPT_PATCHES = (child_commands, ffmpeg_status)
+# These replace functions of the standard library and others, so they apply only while a script of the zoo runs. The
+# last three check its arguments, in this order.
+SCRIPT_PATCHES = (child_commands, ffmpeg_status, integer_options, unfound_runs, unequal_runs)
 
 
 @functools.cache  # once

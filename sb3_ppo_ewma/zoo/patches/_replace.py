@@ -1,9 +1,11 @@
 """Tools for changing functions of another library at run time."""
 
+import argparse
+import contextlib
 import functools
 import importlib.util
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,3 +53,46 @@ def script_source(module: str) -> str:
     """
     spec = importlib.util.find_spec(module)
     return Path(spec.origin).read_text(encoding="utf-8") if spec is not None and spec.origin is not None else ""
+
+
+@contextlib.contextmanager
+def parsed_arguments(check: Callable[[argparse.ArgumentParser, argparse.Namespace], None]) -> Iterator[None]:
+    """
+    Within the context, call a function with what the first parser has parsed: a script parses its arguments before it
+    does anything else.
+
+    :param check: called with the parser and its result, which it may change or refuse
+    """
+    parse_args = argparse.ArgumentParser.parse_args
+    is_first = True
+
+    def checked(parser: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> Any:
+        nonlocal is_first
+        arguments = parse_args(parser, *args, **kwargs)
+        if is_first:
+            is_first = False
+            check(parser, arguments)
+        return arguments
+
+    argparse.ArgumentParser.parse_args = checked  # type: ignore[assignment,method-assign]  # overloads
+    try:
+        yield
+    finally:
+        argparse.ArgumentParser.parse_args = parse_args  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def replaced(owner: Any, name: str, replacement: AnyFunction) -> Iterator[None]:
+    """
+    Within the context, :func:`replace_function`.
+
+    :param owner: class or module that holds the function
+    :param name: name of the method or function
+    :param replacement: called in place of ``owner.name``, with the original in front of its arguments
+    """
+    before = inspect.getattr_static(owner, name)
+    replace_function(owner, name, replacement)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)

@@ -15,6 +15,7 @@ import yaml
 from rl_zoo3.utils import StoreDict
 
 from sb3_ppo_ewma.zoo.patches._replace import AnyFunction, replace_function
+from sb3_ppo_ewma.zoo.python_values import evaluate
 
 _WORD = re.compile(r"~|[-+]?\.[A-Za-z]+|[A-Za-z_][\w+-]*")
 # Python, such as nn.ReLU, or else text, such as lin_0.1 or my_package.MyCallback
@@ -58,11 +59,12 @@ def _read_pair(action: argparse.Action, pair: str) -> tuple[str, object]:
         raise argparse.ArgumentError(action, f"expected NAME:VALUE, got {pair!r}")
     if _WORD.fullmatch(text):
         return name, _read_word(text)
+    is_dotted = _DOTTED.fullmatch(text)
     try:
         # Like upstream: Python, in upstream's namespace
-        return name, eval(text, vars(rl_zoo3.utils))
+        return name, (eval if is_dotted else evaluate)(text, vars(rl_zoo3.utils))
     except Exception as error:
-        if isinstance(error, NameError | SyntaxError) and _DOTTED.fullmatch(text):
+        if isinstance(error, NameError | SyntaxError) and is_dotted:
             return name, text
         raise argparse.ArgumentError(action, f"cannot read the value of {pair!r}: {error}") from error
 

@@ -14,6 +14,7 @@ from rl_zoo3 import exp_manager
 from rl_zoo3.exp_manager import ExperimentManager
 
 from sb3_ppo_ewma.zoo.patches._replace import AnyFunction, replace_function, upstream_source
+from sb3_ppo_ewma.zoo.python_values import evaluate
 
 
 def is_needed() -> bool:
@@ -77,5 +78,5 @@ class _SearchedHyperparams(dict[str, Any]):
 
 def _evaluated(policy_kwargs: Any) -> dict[str, Any]:
     if isinstance(policy_kwargs, str):
-        policy_kwargs = eval(policy_kwargs, vars(exp_manager))  # as upstream does later
+        policy_kwargs = evaluate(policy_kwargs, vars(exp_manager))
     return dict(policy_kwargs or {})
