@@ -20,6 +20,7 @@ from sb3_ppo_ewma._arguments import (
     warn_caller,
 )
 from sb3_ppo_ewma._engine.iteration import AuxiliaryCoefficients, make_iteration
+from sb3_ppo_ewma._finite import naming_broken_tensors
 from sb3_ppo_ewma.auxiliary_phase import AuxiliaryPhase, PhaseProgress
 from sb3_ppo_ewma.following import make_optimizer
 from sb3_ppo_ewma.policies import AuxiliaryHeadMixin, PPGCnnPolicy, PPGImpalaPolicy, PPGMultiInputPolicy, PPGPolicy
@@ -179,7 +180,8 @@ class AuxiliaryPhaseMixin(EwmaMixin):
             AuxiliaryCoefficients(self.beta_clone, self.vf_true_coef, self.vf_aux_coef),
             self.aux_batch_size or default_aux_batch_size(self.n_steps * self.n_envs),
         )
-        phase.train(buffer, self.n_aux_epochs, self._phase_progress)
+        with naming_broken_tensors(self):
+            phase.train(buffer, self.n_aux_epochs, self._phase_progress)
         log_phase(self, iteration, learning_rate)
 
     # ------------------------------------------------------------------ learning and saving

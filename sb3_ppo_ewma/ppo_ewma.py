@@ -33,6 +33,7 @@ from sb3_ppo_ewma._arguments import (
 )
 from sb3_ppo_ewma._engine.iteration import Engine, Iteration, Objective, make_iteration
 from sb3_ppo_ewma._engine.selection import EngineSelector
+from sb3_ppo_ewma._finite import check_trained_tensors, naming_broken_tensors
 from sb3_ppo_ewma._parallel.as_ready import collect_as_ready
 from sb3_ppo_ewma._parallel.collector import Collector, ending_collection
 from sb3_ppo_ewma._parallel.data_parallel import DataParallel, reporting_errors
@@ -317,19 +318,20 @@ class EwmaMixin(ResumableMixin):
         iteration = make_iteration(self, rollout)
         advantage_std = iteration.normalizer.include(rollout.buffer.advantages)
         engine = self._engines.engine_for(self, iteration, optimizers)
-        try:
-            for index, objective in enumerate(self._objectives()):
-                if index > 0 and self.recompute_advantages:
-                    engine.synchronize()
-                    iteration.recompute_advantages(rollout)
-                finished = self._train_epoch(engine, iteration, objective)
-                self._n_updates += objective.policy
-                if not finished:
-                    break
-        finally:
-            engine.synchronize()
-            if self.policy_ewma is not None:
-                self.policy_ewma.remember()
+        with naming_broken_tensors(self):
+            try:
+                for index, objective in enumerate(self._objectives()):
+                    if index > 0 and self.recompute_advantages:
+                        engine.synchronize()
+                        iteration.recompute_advantages(rollout)
+                    finished = self._train_epoch(engine, iteration, objective)
+                    self._n_updates += objective.policy
+                    if not finished:
+                        break
+            finally:
+                engine.synchronize()
+                if self.policy_ewma is not None:
+                    self.policy_ewma.remember()
         self._engines.report(self, iteration)
         log_training(self, iteration, rollout, advantage_std)
         self._end_iteration(rollout)
@@ -379,8 +381,8 @@ class EwmaMixin(ResumableMixin):
         change_env(self, env, force_reset, super().set_env)
 
     def _setup_learn(self, *args: Any, **kwargs: Any) -> Any:
-        # load() and attributes set by hand bypass the constructor.
         check_built_parameters(self)
+        check_trained_tensors(self)
         check_fits(self)
         self._data_parallel = DataParallel.start(self)
         self._collector = Collector.prepare(self)

@@ -40,6 +40,7 @@ import numpy as np
 import torch as th
 from stable_baselines3.common.utils import explained_variance
 
+from sb3_ppo_ewma._finite import broken_tensor, lost
 from sb3_ppo_ewma.distributions import standard_deviation
 from sb3_ppo_ewma.ewma import center_of_mass_from_decay
 from sb3_ppo_ewma.losses import AuxiliaryLossStats
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
 
 # Whether the gradient step of a minibatch could be made: a number that is finite where it could
 STEP = "step"
+_FROM_OBSERVATIONS = "from observations with NaN or Inf, "
 # Names for error messages, by the statistic that was not finite
 BLAME = {
     "approx_kl": "log-probabilities",
@@ -98,14 +100,20 @@ class TrainingStatistics:
         """
         return any(name in block for block, _ in self._blocks)
 
-    def check_finite(self, names: Mapping[str, str], when: str) -> None:
+    def check_steps(self, names: Mapping[str, str], when: str, broken: str | None) -> None:
         """
         :param names: by statistic, what a NaN or Inf in it is called in the message; the first one found is named
         :param when: when it happened, for the message
+        :param broken: the trained tensor that has a NaN or Inf now, from an earlier step, ``None``: all are finite
         :raises ValueError: if the gradient step of a minibatch was not made
         """
         if STEP not in self or bool(np.isfinite(self.values(STEP)).all()):
             return
+        state = (
+            "the parameters are finite and without it"
+            if broken is None
+            else f"but {broken} has NaN or Inf: load parameters that were saved earlier"
+        )
         for block, _ in self._blocks:
             made = th.isfinite(block.get(STEP, th.zeros(()))).reshape(-1)
             if bool(made.all()):
@@ -117,9 +125,23 @@ class TrainingStatistics:
                 if key in block and not bool(th.isfinite(block[key].reshape(-1)[index]))
             )
             raise ValueError(
-                f"NaN or Inf in {next(found, 'gradients')} {when}: the update was not made, the parameters are the "
-                "last good ones. A smaller learning rate or max_grad_norm may help."
+                f"NaN or Inf in {next(found, 'gradients')} {when}: the update was not made, {state}. "
+                "A smaller learning rate or max_grad_norm may help."
             )
+
+
+def check_result(model: Any, statistics: TrainingStatistics, found: str = "") -> None:
+    """
+    :param model: an algorithm that was trained
+    :param statistics: statistics of the training
+    :param found: what else is known of the cause, for the message
+    :raises ValueError: if a gradient step could not be made, or left a NaN or Inf in what was trained
+    """
+    broken = broken_tensor(model)
+    when = f"{found}after {model._n_updates} epochs and {model.num_timesteps} steps"
+    statistics.check_steps(BLAME, when, broken)
+    if broken is not None:
+        raise lost(model, broken)
 
 
 def log_training(model: Any, iteration: "Iteration", rollout: Rollout, advantage_std: float) -> None:
@@ -130,11 +152,10 @@ def log_training(model: Any, iteration: "Iteration", rollout: Rollout, advantage
     :param iteration: what the training worked with
     :param rollout: the rollout that was trained on
     :param advantage_std: from ``AdvantageNormalizer.include``
-    :raises ValueError: if a gradient step of it could not be made
+    :raises ValueError: if a gradient step of it could not be made, or left a NaN or Inf behind
     """
     record, statistics, coefficients = model.logger.record, iteration.statistics, iteration.coefficients
-    found = "" if is_finite(rollout.buffer.observations) else "from observations with NaN or Inf, "
-    statistics.check_finite(BLAME, f"{found}after {model._n_updates} epochs and {model.num_timesteps} steps")
+    check_result(model, statistics, "" if is_finite(rollout.buffer.observations) else _FROM_OBSERVATIONS)
     for name in ("entropy_loss", "policy_gradient_loss", "value_loss", "approx_kl_prox", "importance_ess"):
         record(f"train/{name}", np.mean(statistics.values(name)))
     # SB3 logs the mean of the last epoch
@@ -167,10 +188,10 @@ def log_phase(model: Any, iteration: "Iteration", learning_rate: float) -> None:
     :param model: the algorithm, for its logger and counters
     :param iteration: what the phase worked with
     :param learning_rate: learning rate of the phase
-    :raises ValueError: if a step of it could not be made
+    :raises ValueError: if a step of it could not be made, or left a NaN or Inf behind
     """
     statistics = iteration.statistics
-    statistics.check_finite(BLAME, f"after {model._n_updates} epochs and {model.num_timesteps} steps")
+    check_result(model, statistics)
     model.logger.record("aux/learning_rate", learning_rate)
     for name in AuxiliaryLossStats._fields:
         model.logger.record(f"aux/{name}", statistics.values(name).mean())

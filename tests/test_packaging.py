@@ -57,7 +57,7 @@ LAYERS: list[tuple[set[str], set[str]]] = [
         {"stable_baselines3", "gymnasium"},
     ),
     ({"checkpointing.environment_states", "envs.env_state"}, set()),
-    ({"checkpointing.conversion", "_parallel.portable", "_parallel.shared_state"}, set()),
+    ({"_finite", "checkpointing.conversion", "_parallel.portable", "_parallel.shared_state"}, set()),
     (
         {
             "networks",

@@ -267,12 +267,13 @@ def test_warning_points_to_the_callers_line(tmp_path):
     assert caught[0].filename == __file__
 
 
-def test_nan_in_the_auxiliary_phase_is_named():
+def test_nan_in_the_auxiliary_head_is_named_before_the_first_step():
     model = make()
     with th.no_grad():
         model.policy.aux_value_net.weight.fill_(np.nan)
-    with pytest.raises(ValueError, match="NaN or Inf in auxiliary values"):
+    with pytest.raises(ValueError, match=r"NaN or Inf in the policy's parameter 'aux_value_net\.weight'"):
         model.learn(3 * ROLLOUT)
+    assert model.num_timesteps == 0
 
 
 def test_without_auxiliary_epochs_there_is_no_phase():
