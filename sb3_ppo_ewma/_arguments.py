@@ -1,6 +1,6 @@
 """
-Constructor arguments: classes pass SB3's on without repeating them, ``help`` still shows them, and all are checked
-before anything is built.
+Constructor arguments: classes pass SB3's on without repeating them, ``help`` still shows them. Checks of numbers,
+schedules and choices, from which ``_rules`` has one for each argument.
 """
 
 import difflib
@@ -8,15 +8,14 @@ import functools
 import inspect
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Real
-from typing import Any, Literal, ParamSpec, cast, get_args
+from typing import Any, Literal, ParamSpec, cast
 
 import numpy as np
+import torch as th
 from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.utils import ConstantSchedule, FloatSchedule
-
-from sb3_ppo_ewma._parallel.process_group import check_data_parallel
 
 Arguments = ParamSpec("Arguments")
 # clip_range=None as a number, which SB3 can make a schedule of and YAML files of the zoo can hold.
@@ -28,7 +27,14 @@ EngineChoice = Literal["auto", "reference"]
 CompileMode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 
 _LOGGING_DEFAULTS = {"log_interval": 1, "tb_log_name": None}
-_PACKAGES = ("sb3_ppo_ewma", "stable_baselines3", "sb3_contrib")
+PACKAGES = ("sb3_ppo_ewma", "stable_baselines3", "sb3_contrib")
+# SB3, NumPy and torch count in 64 bits
+LARGEST_INTEGER = 2**63 - 1
+# Learning rates and ranges above it overflow in single precision.
+_LARGEST_SETTING = 1e30
+# Integers up to this one are floats, too
+_LARGEST_EXACT = 2**53
+_LONGEST_VALUE = 200
 
 
 class SB3ArgumentError(ValueError, AssertionError):
@@ -104,8 +110,7 @@ def check_names(called: str, given: Sequence[str], known: Sequence[str], suggest
     """
     for name in given:
         if name not in known:
-            close = difflib.get_close_matches(name, [each for each in suggested or known if each != name], n=1)
-            hint = f". Did you mean {close[0]!r}?" if close else ""
+            hint = did_you_mean(name, (each for each in suggested or known if each != name))
             raise TypeError(f"{called}() got an unexpected keyword argument {name!r}{hint}")
 
 
@@ -132,50 +137,6 @@ def is_clip_off(clip_range: Any) -> bool:
     return isinstance(schedule, ConstantSchedule) and schedule.val < 0
 
 
-def check_sb3_arguments(arguments: dict[str, Any], advantage_decay: float | None) -> None:
-    """
-    :param arguments: SB3's constructor arguments by name, with defaults
-    :param advantage_decay: decay of the advantages' moments, or ``None``
-    :raises TypeError: if an argument has the wrong type
-    :raises ValueError: if an argument is out of range
-    """
-    if advantage_decay is not None:
-        check_normalization(advantage_decay, arguments["normalize_advantage"])
-    batch_size = arguments["batch_size"]
-    if batch_size is not None:
-        check_integer("batch_size", batch_size, minimum=1)
-        if batch_size == 1 and arguments["normalize_advantage"] and advantage_decay is None:
-            raise SB3ArgumentError(
-                "batch_size must be greater than 1 to normalise advantages per minibatch, got 1; "
-                "advantage_decay=0.0 normalises over the rollout and allows 1"
-            )
-    check_integer("n_steps", arguments["n_steps"], minimum=1)
-    check_update_limits(arguments["n_epochs"], arguments["max_grad_norm"], arguments["target_kl"])
-    for name in ("gamma", "gae_lambda"):
-        check_number(name, arguments[name], 0, 1, closed=True)
-    check_number("ent_coef", arguments["ent_coef"], -math.inf)
-    check_number("vf_coef", arguments["vf_coef"], 0)
-    checked_clip_range(arguments["clip_range"])
-    clip_range_vf = arguments["clip_range_vf"]
-    if isinstance(clip_range_vf, Real) and not float(clip_range_vf) > 0:
-        raise SB3ArgumentError(f"clip_range_vf must be positive, or None for no clipping, got {clip_range_vf}")
-
-
-def check_policy_class(model: Any, needed: type, reason: str) -> None:
-    """
-    :param model: an algorithm that is about to build its policy
-    :param needed: class that the policy must be derived from
-    :param reason: what that class has
-    :raises ValueError: if the policy is not derived from it
-    """
-    if not (isinstance(model.policy_class, type) and issubclass(model.policy_class, needed)):
-        base = next(iter(model.policy_aliases.values())).__name__
-        raise ValueError(
-            f"policy must be one of {', '.join(map(repr, model.policy_aliases))} or a class derived from {base}, "
-            f"{reason}, got {model.policy_class}"
-        )
-
-
 def logging_arguments(
     model: Any, learn: Any, log_interval: int | None, tb_log_name: str | None
 ) -> dict[str, int | str | None]:
@@ -187,66 +148,139 @@ def logging_arguments(
     :return: arguments of that method
     """
     given: dict[str, int | str | None] = {"log_interval": log_interval, "tb_log_name": tb_log_name}
-    if learn.__module__.partition(".")[0] in _PACKAGES:
+    if learn.__module__.partition(".")[0] in PACKAGES:
         return {**given, "tb_log_name": type(model).__name__ if tb_log_name is None else tb_log_name}
     return {name: value for name, value in given.items() if value != _LOGGING_DEFAULTS[name]}
 
 
-def check_update_limits(n_epochs: Any, max_grad_norm: Any, target_kl: Any) -> None:
+def did_you_mean(name: str, known: Iterable[str]) -> str:
     """
-    :param n_epochs: number of epochs
-    :param max_grad_norm: norm that gradients are clipped to, ``float("inf")``: no clipping
-    :param target_kl: divergence that ends an iteration, or ``None``
-    :raises TypeError: if one has the wrong type
-    :raises ValueError: if one is out of range
+    :param name: a name that is not known
+    :param known: those that are
+    :return: end of an error message: the nearest one, or nothing
     """
-    check_integer("n_epochs", n_epochs, minimum=1)
-    check_number("max_grad_norm", max_grad_norm, 0, closed=True)
-    if target_kl is not None:
-        check_number("target_kl", target_kl, 0)
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f". Did you mean {close[0]!r}?" if close else ""
 
 
-def check_normalization(advantage_decay: float, normalize_advantage: bool) -> None:
+def shown(value: Any) -> str:
     """
-    :param advantage_decay: decay of the advantages' moments
-    :param normalize_advantage: SB3's parameter
-    :raises ValueError: if the two contradict each other
+    :param value: any value
+    :return: how error messages show it, in one line
     """
-    if not normalize_advantage:
-        raise ValueError(
-            f"advantage_decay={advantage_decay} normalises advantages and contradicts normalize_advantage=False: "
-            "use advantage_decay=None"
-        )
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:  # integers with very many digits, and objects that are broken
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}…"
 
 
-def checked_clip_range(clip_range: Any) -> float | Schedule:
+def plain(value: Any) -> Any:
     """
-    :param clip_range: the user's argument
+    :param value: any value
+    :return: Python's number for one of NumPy or torch, or an array or tensor of shape (); all else as it is
+    """
+    if isinstance(value, np.generic | np.ndarray | th.Tensor) and value.ndim == 0:
+        return value.item()
+    return value
+
+
+def checked_clip_range(name: str, value: Any) -> float | Schedule:
+    """
+    :param name: ``"clip_range"``
+    :param value: the user's argument
     :return: the clip range in a form that SB3 accepts
-    :raises TypeError: if ``clip_range`` is not a number, a schedule or ``None``
+    :raises TypeError: if it is not a number, a schedule or ``None``
     :raises ValueError: if it is 1 or above, or a schedule that starts below 0
     """
-    if clip_range is None:
+    if value is None:
         return CLIP_OFF
-    if isinstance(clip_range, str) or not (callable(clip_range) or isinstance(clip_range, Real)):
-        raise TypeError(f"clip_range must be a number below 1, a schedule or None, got {clip_range!r}")
-    value = float(clip_range(1.0) if callable(clip_range) else clip_range)
-    if value < 0 and callable(clip_range) and not is_clip_off(clip_range):
-        raise ValueError(f"clip_range must start at 0 or above, got a schedule that starts at {value}; None: no clip")
-    if not value < 1:
+    start = schedule_start(name, value, "a number below 1, a schedule or None")
+    if start < 0 and callable(value) and not is_clip_off(value):
+        raise ValueError(f"{name} must start at 0 or above, got a schedule that starts at {start}; None: no clip")
+    if not -math.inf < start < 1:
         raise ValueError(
-            f"clip_range must be below 1 (the ratio is clipped to [1 - clip_range, 1 + clip_range]), got {value}"
+            f"{name} must be below 1 (the ratio is clipped to [1 - clip_range, 1 + clip_range]), got {start}; "
+            "None or a negative number: no clip"
         )
-    return cast(Schedule, clip_range) if callable(clip_range) else value
+    return cast(Schedule, value) if callable(value) else start
 
 
-def check_number(name: str, value: Any, low: float, high: float = math.inf, *, closed: bool = False) -> None:
+def checked_clip_range_vf(name: str, value: Any) -> float | Schedule | None:
+    """
+    :param name: ``"clip_range_vf"``
+    :param value: the user's argument
+    :return: the range in a form that SB3 accepts
+    :raises TypeError: if it is not a number, a schedule or ``None``
+    :raises ValueError: if it is not positive, a schedule that does not start above 0, or too large for single precision
+    """
+    if value is None:
+        return None
+    start = schedule_start(name, value, "a positive number, a schedule or None")
+    if not 0 < start <= _LARGEST_SETTING:
+        kind = "a schedule that starts at " if callable(value) else ""
+        raise SB3ArgumentError(
+            f"{name} must be positive and at most {_LARGEST_SETTING}, or None for no clipping, got {kind}{start}"
+        )
+    return cast(Schedule, value) if callable(value) else start
+
+
+def schedule_start(name: str, value: Any, allowed: str) -> float:
+    """
+    :param name: name of the parameter, for the error message
+    :param value: number or schedule
+    :param allowed: what it may be, for the error message
+    :return: the number, or what the schedule starts with
+    :raises TypeError: if it is neither a number nor a function of the remaining progress that returns one
+    """
+    if callable(value) and not isinstance(value, type):
+        return schedule_value(name, value, 1.0)
+    number = plain(value)
+    if isinstance(number, bool) or not isinstance(number, Real):
+        raise TypeError(f"{name} must be {allowed}, got {shown(value)}")
+    return as_float(number)
+
+
+def schedule_value(name: str, schedule: Schedule, progress: float) -> float:
+    """
+    :param name: name of the parameter, for the error message
+    :param schedule: its schedule
+    :param progress: remaining progress
+    :return: its value
+    :raises TypeError: if it is not a number
+    :raises ValueError: if the schedule raises one
+    """
+    try:
+        value = plain(schedule(progress))
+    except (TypeError, ValueError) as error:
+        raise (TypeError if isinstance(error, TypeError) else ValueError)(
+            f"{name} must be a number or a function of the remaining progress that returns one, "
+            f"{shown(schedule)} fails: {error}"
+        ) from error
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"the schedule of {name} must give a number, got {shown(value)} at progress {progress:.3f}")
+    return as_float(value)
+
+
+def as_float(number: Real) -> float:
+    """
+    :param number: a real number
+    :return: the same as a float, infinite where it is too large for one
+    """
+    try:
+        return float(number)
+    except OverflowError:
+        return math.copysign(math.inf, number)
+
+
+def check_number(name: str, value: Any, low: float, high: float = math.inf, *, closed: bool = False) -> float:
     """
     :param name: name of the parameter, for the error message
     :param value: value of the parameter
     :param low: smallest allowed value
     :param high: upper bound of the allowed values
     :param closed: whether ``high`` itself is allowed
+    :return: the value as a number of Python
     :raises TypeError: if the value is not a real number
     :raises ValueError: if the value is out of range or NaN
     """
@@ -254,24 +288,28 @@ def check_number(name: str, value: Any, low: float, high: float = math.inf, *, c
         allowed = f"in [{low}, {high}{']' if closed else ')'}"
     else:
         allowed = f">= {low}" if low > -math.inf else "finite"
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a number ({allowed}), got {value!r}")
-    number = float(value)
-    if not (low <= number < high or (closed and number == high)):
-        raise ValueError(f"{name} must be {allowed}, got {value}")
+    plain_value = plain(value)
+    is_integer = isinstance(plain_value, int)
+    if isinstance(plain_value, bool) or not isinstance(plain_value, Real):
+        raise TypeError(f"{name} must be a number ({allowed}), got {shown(value)}")
+    number = as_float(plain_value)
+    if not (low <= number < high or (closed and number == high)) or number == -math.inf:
+        raise ValueError(f"{name} must be {allowed}, got {shown(plain_value)}")
+    return int(number) if is_integer and abs(number) <= _LARGEST_EXACT else number
 
 
-def check_schedule(name: str, value: Any) -> None:
+def check_schedule(name: str, value: Any) -> float | Schedule:
     """
-    :param name: name of the parameter, for the error message
+    :param name: name of a learning rate, for the error message
     :param value: number or schedule
+    :return: the number as one of Python, or the schedule
     :raises TypeError: if the value is neither
-    :raises ValueError: if the number, or the start of the schedule, is below 0
+    :raises ValueError: if the number, or the start of the schedule, is below 0 or so large that steps overflow
     """
-    if callable(value):
-        check_number(f"{name} at the start", value(1.0), 0)
-    else:
-        check_number(name, value, 0)
+    checked = check_learning_rate(name, value)
+    if callable(checked):
+        check_learning_rate(f"{name} at the start", schedule_value(name, checked, 1.0))
+    return checked
 
 
 def scheduled(model: Any, name: str, schedule: Schedule) -> float:
@@ -280,13 +318,45 @@ def scheduled(model: Any, name: str, schedule: Schedule) -> float:
     :param name: name of the parameter, for the error message
     :param schedule: its schedule
     :return: its value now, at least 0
+    :raises TypeError: if it is not a number
     :raises ValueError: if it is NaN or Inf
     """
     progress = model._current_progress_remaining
-    value = schedule(progress)
+    value = schedule_value(name, schedule, progress)
     if not math.isfinite(value):
-        raise ValueError(f"the schedule of {name} gives {value} at progress {progress:.3f}")
+        raise ValueError(f"the schedule of {name} gives {value} at progress {progress:.3f}, which must be finite")
     return max(value, 0.0)
+
+
+def scheduled_learning_rate(model: Any, name: str, schedule: Schedule) -> float:
+    """
+    :param model: an algorithm
+    :param name: name of the parameter, for the error message
+    :param schedule: its schedule
+    :return: its value now, at least 0
+    :raises TypeError: if it is not a number
+    :raises ValueError: if it is NaN, or so large that steps overflow
+    """
+    value = scheduled(model, name, schedule)
+    if value > _LARGEST_SETTING:
+        raise ValueError(f"the schedule of {name} gives {value}, which must be at most {_LARGEST_SETTING}")
+    return value
+
+
+def check_learning_rate(name: str, value: Any) -> float | Schedule:
+    """
+    :param name: name of the parameter, for the error message
+    :param value: number or schedule, which is not asked: one that counts would change
+    :return: the number as one of Python, or the schedule
+    :raises TypeError: if the value is neither
+    :raises ValueError: if the number is below 0, or so large that steps overflow
+    """
+    if callable(value) and not isinstance(value, type):
+        return cast(Schedule, value)
+    number = check_number(name, value, 0)
+    if number > _LARGEST_SETTING:
+        raise ValueError(f"{name} must be at most {_LARGEST_SETTING}, got {number}")
+    return number
 
 
 def warn_caller(message: str) -> None:
@@ -296,96 +366,54 @@ def warn_caller(message: str) -> None:
     :param message: text of the warning
     """
     level, frame = 1, inspect.currentframe()
-    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _PACKAGES:
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in PACKAGES:
         level, frame = level + 1, frame.f_back
     warnings.warn(message, stacklevel=level)
 
 
-def check_integer(name: str, value: Any, minimum: int) -> None:
+def check_integer(name: str, value: Any, minimum: int, maximum: int = LARGEST_INTEGER) -> int:
     """
     :param name: name of the parameter, for the error message
     :param value: value of the parameter
     :param minimum: smallest allowed value
+    :param maximum: largest allowed value
+    :return: the value as an integer of Python
     :raises TypeError: if the value is not an integer
-    :raises ValueError: if the value is below the minimum
+    :raises ValueError: if the value is out of range
     """
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"{name} must be an integer >= {minimum}, got {value!r}")
-    if value < minimum:
-        raise SB3ArgumentError(f"{name} must be >= {minimum}, got {value}")
+    number = plain(value)
+    if isinstance(number, bool) or not isinstance(number, int):
+        raise TypeError(f"{name} must be an integer >= {minimum}, got {shown(value)}")
+    if number < minimum:
+        raise SB3ArgumentError(f"{name} must be >= {minimum}, got {number}")
+    if number > maximum:
+        raise ValueError(f"{name} must be in [{minimum}, {maximum}], got {shown(number)}")
+    return number
 
 
-def check_choice(name: str, value: Any, choices: tuple[str, ...], others: str = "") -> None:
+def check_flag(name: str, value: Any) -> bool:
+    """
+    :param name: name of the parameter, for the error message
+    :param value: value of the parameter
+    :return: the value as a bool of Python
+    :raises TypeError: if the value is neither true nor false
+    """
+    flag = plain(value)
+    if not isinstance(flag, bool):
+        raise TypeError(f"{name} must be True or False, got {shown(value)}")
+    return flag
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...], others: str = "") -> str:
     """
     :param name: name of the parameter, for the error message
     :param value: value of the parameter
     :param choices: allowed values
     :param others: other allowed values in words, for the error message
+    :return: the value as a string of Python
     :raises ValueError: if the value is not one of ``choices``
     """
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         allowed = ", ".join([*map(repr, choices), *([others] if others else [])])
-        raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
-
-
-def check_ewma_parameters(model: Any) -> None:
-    """
-    :param model: an algorithm with the parameters of ``EwmaMixin``
-    :raises TypeError: if one has the wrong type
-    :raises ValueError: if one is out of its range
-    """
-    if isinstance(model.prox_decay, str):
-        check_choice("prox_decay", model.prox_decay, ("auto",), "a number in [0, 1) or None")
-    elif model.prox_decay is not None:
-        check_number("prox_decay", model.prox_decay, 0, 1)
-    check_number("kl_coef", model.kl_coef, 0)
-    check_choice("kl_estimator", model.kl_estimator, get_args(KlEstimator))
-    check_choice("staleness_mode", model.staleness_mode, get_args(StalenessMode))
-    if model.max_importance_ratio is not None:
-        check_number("max_importance_ratio", model.max_importance_ratio, 1)
-    if model.advantage_decay is not None:
-        check_number("advantage_decay", model.advantage_decay, 0, 1)
-    if model.n_epochs_value is not None:
-        check_integer("n_epochs_value", model.n_epochs_value, minimum=1)
-    check_integer("staleness", model.staleness, minimum=0)
-    check_data_parallel(model.data_parallel)
-    if model.max_policy_lag is not None:
-        check_integer("max_policy_lag", model.max_policy_lag, minimum=0)
-    check_choice("lag_mode", model.lag_mode, get_args(LagMode))
-    check_number("collector_timeout", model.collector_timeout, 0)
-    if model.collector_timeout == 0:
-        raise ValueError("collector_timeout must be > 0, got 0")
-    check_choice("collect", model.collect, ("together", "as_ready"))
-    check_choice("engine", model.engine, get_args(EngineChoice))
-    if not isinstance(model.torch_compile, bool):
-        check_choice("torch_compile", model.torch_compile, get_args(CompileMode), "True or False")
-    if not isinstance(model.recompute_advantages, bool):
-        raise TypeError(f"recompute_advantages must be True or False, got {model.recompute_advantages!r}")
-    unavailable = model._is_stale and model.staleness_mode == "behavior" and model.prox_decay is None
-    if model.kl_coef > 0 and model.kl_estimator == "analytic" and unavailable:
-        raise ValueError(
-            "kl_estimator='analytic' needs the distributions of the proximal policy, but with prox_decay=None and "
-            "staleness_mode='behavior' that is a past policy of which only log-probabilities are kept: "
-            "use kl_estimator='sample'"
-        )
-
-
-def check_built_parameters(model: Any) -> None:
-    """
-    Refuse parameters that were set by hand to impossible values, or to values that the model was not built for.
-
-    :param model: an algorithm with the parameters of ``EwmaMixin``
-    :raises TypeError: if one has the wrong type
-    :raises ValueError: if one is out of range, or the model was built for another value
-    """
-    model._check_own_parameters()
-    check_update_limits(model.n_epochs, model.max_grad_norm, model.target_kl)
-    for name, fits in model._fits_built_model().items():
-        if not fits:
-            raise ValueError(
-                f"{name} was set to {getattr(model, name)!r} by hand, but the model was built for another value: "
-                f"save it and give {name} to load()"
-            )
-    if model.advantage_moments is not None:
-        check_normalization(cast(float, model.advantage_decay), model.normalize_advantage)
-        model.advantage_moments.decay = cast(float, model.advantage_decay)
+        raise ValueError(f"{name} must be one of {allowed}, got {shown(value)}")
+    return str(value)

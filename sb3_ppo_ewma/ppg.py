@@ -11,14 +11,7 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import MaybeCallback, Schedule
 from stable_baselines3.common.utils import FloatSchedule, update_learning_rate
 
-from sb3_ppo_ewma._arguments import (
-    check_integer,
-    check_number,
-    check_policy_class,
-    check_schedule,
-    scheduled,
-    warn_caller,
-)
+from sb3_ppo_ewma._arguments import check_schedule, scheduled_learning_rate, warn_caller
 from sb3_ppo_ewma._engine.iteration import AuxiliaryCoefficients, make_iteration
 from sb3_ppo_ewma._finite import naming_broken_tensors
 from sb3_ppo_ewma.auxiliary_phase import AuxiliaryPhase, PhaseProgress
@@ -108,15 +101,9 @@ class AuxiliaryPhaseMixin(EwmaMixin):
 
     # ------------------------------------------------------------------ construction
 
-    def _check_own_parameters(self) -> None:
-        super()._check_own_parameters()
-        check_integer("n_policy_iterations", self.n_policy_iterations, minimum=1)
-        check_integer("n_aux_epochs", self.n_aux_epochs, minimum=0)
-        if self.aux_batch_size is not None:
-            check_integer("aux_batch_size", self.aux_batch_size, minimum=1)
-        check_schedule("aux_learning_rate", self.aux_learning_rate)
-        for name in ("beta_clone", "vf_true_coef", "vf_aux_coef"):
-            check_number(name, getattr(self, name), 0)
+    @classmethod
+    def _needed_policies(cls) -> dict[type, str]:
+        return {cls._head: "which has the auxiliary value head", **super()._needed_policies()}
 
     def _fits_built_model(self) -> dict[str, bool]:
         buffer = self.phase_buffer
@@ -127,7 +114,6 @@ class AuxiliaryPhaseMixin(EwmaMixin):
         }
 
     def _setup_model(self) -> None:
-        check_policy_class(self, self._head, "which has the auxiliary value head")
         super()._setup_model()
         self.aux_lr_schedule = self._make_aux_lr_schedule()
         self.aux_optimizer = make_optimizer(self.policy, self.aux_lr_schedule)
@@ -139,9 +125,7 @@ class AuxiliaryPhaseMixin(EwmaMixin):
         )
 
     def _make_aux_lr_schedule(self) -> Schedule:
-        check_schedule("aux_learning_rate", self.aux_learning_rate)
-        given = self.aux_learning_rate
-        return FloatSchedule(given if callable(given) else float(given))
+        return FloatSchedule(check_schedule("aux_learning_rate", self.aux_learning_rate))
 
     def _maybe_recommend_cpu(self, mlp_class_name: str = PPGPolicy.__name__) -> None:
         super()._maybe_recommend_cpu(mlp_class_name)
@@ -170,7 +154,7 @@ class AuxiliaryPhaseMixin(EwmaMixin):
         self.logger.record("aux/phase_progress", self._n_phase_rollouts / self.n_policy_iterations)
 
     def _train_auxiliary_phase(self, buffer: PhaseBuffer) -> None:
-        learning_rate = scheduled(self, "aux_learning_rate", self.aux_lr_schedule)
+        learning_rate = scheduled_learning_rate(self, "aux_learning_rate", self.aux_lr_schedule)
         update_learning_rate(self.aux_optimizer, learning_rate)
         iteration = make_iteration(self, None)
         phase = AuxiliaryPhase(

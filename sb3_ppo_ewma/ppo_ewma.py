@@ -23,21 +23,18 @@ from sb3_ppo_ewma._arguments import (
     LagMode,
     StalenessMode,
     bind_arguments,
-    check_built_parameters,
-    check_ewma_parameters,
-    check_sb3_arguments,
-    checked_clip_range,
     logging_arguments,
     merged_signature,
-    scheduled,
+    scheduled_learning_rate,
 )
-from sb3_ppo_ewma._engine.iteration import Engine, Iteration, Objective, make_iteration
+from sb3_ppo_ewma._engine.iteration import Engine, Iteration, Objective, make_iteration, objectives
 from sb3_ppo_ewma._engine.selection import EngineSelector
 from sb3_ppo_ewma._finite import check_trained_tensors, naming_broken_tensors
 from sb3_ppo_ewma._parallel.as_ready import collect_as_ready
 from sb3_ppo_ewma._parallel.collector import Collector, ending_collection
 from sb3_ppo_ewma._parallel.data_parallel import DataParallel, reporting_errors
 from sb3_ppo_ewma._parallel.process_group import DataParallelChoice
+from sb3_ppo_ewma._rules import building, check_built_model, check_learn_arguments, check_to_learn, checked_arguments
 from sb3_ppo_ewma.advantages import MomentsEwma
 from sb3_ppo_ewma.checkpointing.generators import preserved_generators
 from sb3_ppo_ewma.checkpointing.run_checkpoint import ResumableMixin
@@ -46,7 +43,7 @@ from sb3_ppo_ewma.ewma import ParameterEwma, decay_from_center_of_mass, default_
 from sb3_ppo_ewma.following import follow_policy, make_optimizer
 from sb3_ppo_ewma.networks import with_features_extractor
 from sb3_ppo_ewma.policies import ImpalaPolicy, copy_policy, uncompiled
-from sb3_ppo_ewma.rollouts import Rollout, StaleRollouts, naming_non_finite
+from sb3_ppo_ewma.rollouts import Rollout, StaleRollouts, check_full, naming_non_finite
 from sb3_ppo_ewma.training_log import log_training
 from sb3_ppo_ewma.tuned_settings import change_env, check_fits, fit_to_envs, quietly_about_size
 
@@ -126,6 +123,7 @@ class EwmaMixin(ResumableMixin):
     extra_loss: Any = None
     policy_evaluation: ClassVar[PolicyEvaluation] = PolicyEvaluation()
     # Rollout buffers whose minibatches are gathered on the device, with the minibatches' class
+    _has_masks: ClassVar[bool] = False  # whether it takes action masks
     samples_classes: ClassVar[Mapping[type[RolloutBuffer], type[Any]]] = {
         RolloutBuffer: RolloutBufferSamples,
         DictRolloutBuffer: DictRolloutBufferSamples,
@@ -163,8 +161,6 @@ class EwmaMixin(ResumableMixin):
         given, arguments = bind_arguments(type(self), self._sb3_class(), ppo_args, ppo_kwargs)
         given = {**self._sb3_defaults, **given}
         arguments |= given
-        if not arguments["normalize_advantage"] and advantage_decay == self._default_advantage_decay:
-            advantage_decay = None  # SB3's switch overrides a default of ours
         self.prox_decay = prox_decay
         self.kl_coef = kl_coef
         self.kl_estimator: KlEstimator = kl_estimator
@@ -182,26 +178,28 @@ class EwmaMixin(ResumableMixin):
         self.lag_mode: LagMode = lag_mode
         self.collector_timeout = collector_timeout
         self.collect = collect
-        self._check_own_parameters()
-        check_sb3_arguments(arguments, advantage_decay)
+        arguments = checked_arguments(self, given, arguments)
 
         # Only what was given is passed on: a class in between may have defaults of its own.
-        if "clip_range" in given:
-            given["clip_range"] = checked_clip_range(given["clip_range"])
+        given = {name: arguments[name] for name in given}
         if given.get("policy_kwargs"):
             given["policy_kwargs"] = with_features_extractor(given["policy_kwargs"])
-        if advantage_decay is not None:
+        if self.advantage_decay is not None:
             # SB3 refuses minibatches and rollouts of one sample, which moments over iterations allow.
             given["normalize_advantage"] = False
         with quietly_about_size() if tuned_for_n_envs is not None else nullcontext():
             super().__init__(**{**given, "_init_setup_model": False})
-        if advantage_decay is not None:
+        if self.advantage_decay is not None:
             self.normalize_advantage = True
         if arguments["_init_setup_model"]:
             self._setup_model()
 
-    def _check_own_parameters(self) -> None:
-        check_ewma_parameters(self)
+    @classmethod
+    def _needed_policies(cls) -> dict[type, str]:
+        """
+        :return: by class that the policy must be derived from, what that class has
+        """
+        return {}
 
     def _fits_built_model(self) -> dict[str, bool]:
         """
@@ -216,8 +214,9 @@ class EwmaMixin(ResumableMixin):
         }
 
     def _setup_model(self) -> None:
-        fit_to_envs(self)
-        super()._setup_model()
+        with building(self):
+            fit_to_envs(self)
+            super()._setup_model()
         self.policy_ewma = None if self.prox_decay is None else ParameterEwma(uncompiled(self.policy))
         self.advantage_moments = None if self.advantage_decay is None else MomentsEwma(self.advantage_decay)
         self.value_optimizer = make_optimizer(self.policy, self.lr_schedule) if self._has_value_epochs() else None
@@ -299,13 +298,14 @@ class EwmaMixin(ResumableMixin):
         :return: the rollout to train on, ``None`` while a queue of stale rollouts fills
         """
         rollout = self.policy_evaluation.collected_rollout(self)
+        check_full(rollout.buffer)
         with naming_non_finite(self):
             rollout.check_finite()
         return rollout if self.stale_rollouts is None else self.stale_rollouts.exchange(rollout)
 
     def train(self) -> None:
         """Update policy and value function with the next rollout; while a queue of stale rollouts fills, do nothing."""
-        check_built_parameters(self)  # a callback may have set them
+        check_built_model(self)  # a callback may have changed it
         rollout = self._next_rollout()
         self._n_rollouts += 1
         if rollout is None:
@@ -320,7 +320,7 @@ class EwmaMixin(ResumableMixin):
         engine = self._engines.engine_for(self, iteration, optimizers)
         with naming_broken_tensors(self):
             try:
-                for index, objective in enumerate(self._objectives()):
+                for index, objective in enumerate(objectives(self)):
                     if index > 0 and self.recompute_advantages:
                         engine.synchronize()
                         iteration.recompute_advantages(rollout)
@@ -350,15 +350,6 @@ class EwmaMixin(ResumableMixin):
             print(f"Early stopping at n_updates={self._n_updates} due to reaching max kl: {iteration.exceeded_kl:.2f}")
         return finished
 
-    def _objectives(self) -> list[Objective]:
-        """
-        :return: the losses of each epoch
-        """
-        if self.value_optimizer is None:
-            return [Objective(policy=True, value=True)] * self.n_epochs
-        value_epochs = [Objective(policy=False, value=True)] * cast(int, self.n_epochs_value)
-        return [*value_epochs, *[Objective(policy=True, value=False)] * self.n_epochs]
-
     def _optimizers(self) -> list[th.optim.Optimizer]:
         return [self.policy.optimizer, *([] if self.value_optimizer is None else [self.value_optimizer])]
 
@@ -366,8 +357,9 @@ class EwmaMixin(ResumableMixin):
         """Called with its rollout at the end of every training, for algorithms that do more."""
 
     def _update_learning_rate(self, optimizers: list[th.optim.Optimizer] | th.optim.Optimizer) -> None:
-        self.logger.record("train/learning_rate", scheduled(self, "learning_rate", self.lr_schedule))
-        learning_rate = scheduled(self, "learning_rate", self.lr_schedule)  # twice, as SB3: a schedule may count
+        self.logger.record("train/learning_rate", scheduled_learning_rate(self, "learning_rate", self.lr_schedule))
+        # Twice, as SB3: a schedule may count.
+        learning_rate = scheduled_learning_rate(self, "learning_rate", self.lr_schedule)
         for optimizer in optimizers if isinstance(optimizers, list) else [optimizers]:
             update_learning_rate(optimizer, learning_rate)
 
@@ -381,7 +373,7 @@ class EwmaMixin(ResumableMixin):
         change_env(self, env, force_reset, super().set_env)
 
     def _setup_learn(self, *args: Any, **kwargs: Any) -> Any:
-        check_built_parameters(self)
+        check_to_learn(self)
         check_trained_tensors(self)
         check_fits(self)
         self._data_parallel = DataParallel.start(self)
@@ -417,6 +409,7 @@ class EwmaMixin(ResumableMixin):
         kwargs |= {"reset_num_timesteps": reset_num_timesteps, "progress_bar": progress_bar}
         kwargs |= logging_arguments(self, super().learn, log_interval, tb_log_name)
         with reporting_errors(self), ending_collection(self):
+            check_learn_arguments(total_timesteps, log_interval)
             return super().learn(total_timesteps, callback, **kwargs)
 
     def dump_logs(self, iteration: int = 0) -> None:
@@ -429,7 +422,8 @@ class EwmaMixin(ResumableMixin):
             super().dump_logs(iteration)
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_engines", "_has_warned_of_restart", "_collector", "_data_parallel"]
+        own = ["_engines", "_has_warned_of_restart", "_collector", "_data_parallel", "_built_for"]
+        return [*super()._excluded_save_params(), *own]
 
 
 class PPOEWMA(EwmaMixin, PPO):

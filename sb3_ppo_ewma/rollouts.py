@@ -16,7 +16,7 @@ from gymnasium import spaces
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.type_aliases import DictRolloutBufferSamples, RolloutBufferSamples
 
-from sb3_ppo_ewma._arguments import warn_caller
+from sb3_ppo_ewma._arguments import SB3ArgumentError, warn_caller
 from sb3_ppo_ewma.checkpointing.rollout_files import OtherSizeError
 from sb3_ppo_ewma.memory import available_memory
 
@@ -108,6 +108,18 @@ class Rollout:
         scratch.compute_returns_and_advantage(last_values, self.last_dones)
         buffer.advantages = buffer.swap_and_flatten(scratch.advantages)
         buffer.returns = buffer.swap_and_flatten(scratch.returns)
+
+
+def check_full(buffer: RolloutBuffer) -> None:
+    """
+    :param buffer: rollout buffer to train on
+    :raises ValueError: if it is not full
+    """
+    if not getattr(buffer, "full", True):
+        raise SB3ArgumentError(
+            f"train() needs a whole rollout, the rollout buffer has {buffer.pos} of {buffer.buffer_size} steps: let "
+            "learn() or collect_rollouts() fill it"
+        )
 
 
 @contextlib.contextmanager

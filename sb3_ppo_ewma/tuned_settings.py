@@ -131,6 +131,7 @@ def change_env(model: Any, env: GymEnv, force_reset: bool, set_env: Callable[...
         attributes.update(before)
         raise
     attributes.update(built)
+    model._built_for |= {name: attributes[name] for name in ("n_steps", "n_envs")}
 
 
 @contextlib.contextmanager

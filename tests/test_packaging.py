@@ -60,6 +60,7 @@ LAYERS: list[tuple[set[str], set[str]]] = [
     ({"_finite", "checkpointing.conversion", "_parallel.portable", "_parallel.shared_state"}, set()),
     (
         {
+            "_rules",
             "networks",
             "rollouts",
             "callbacks.advice",

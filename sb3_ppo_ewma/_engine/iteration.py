@@ -1,7 +1,8 @@
 """What every engine works with: the objects and numbers of one training, and the protocol of engines."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain, repeat
 from typing import Any, NamedTuple, Protocol
 
 import torch as th
@@ -36,6 +37,17 @@ class Objective(NamedTuple):
 
     policy: bool
     value: bool
+
+
+def objectives(model: Any) -> Iterable[Objective]:
+    """
+    :param model: the algorithm
+    :return: the losses of each epoch of a training
+    """
+    if model.value_optimizer is None:
+        return repeat(Objective(policy=True, value=True), model.n_epochs)
+    value_epochs = repeat(Objective(policy=False, value=True), model.n_epochs_value)
+    return chain(value_epochs, repeat(Objective(policy=True, value=False), model.n_epochs))
 
 
 class Coefficients(NamedTuple):

@@ -76,7 +76,8 @@ def check_data_parallel(data_parallel: Any) -> None:
         if not dist.is_initialized():
             raise ValueError("data_parallel is a process group that was destroyed: give load() another one, or None")
     elif not (data_parallel is None or data_parallel is False):
-        if dist.is_available() and data_parallel == dist.GroupMember.NON_GROUP_MEMBER:
+        is_comparable = dist.is_available() and not hasattr(data_parallel, "__array__")
+        if is_comparable and data_parallel == dist.GroupMember.NON_GROUP_MEMBER:
             raise ValueError("data_parallel is a process group that this process does not belong to")
         raise TypeError(
             f"data_parallel must be True, False, None or a process group of torch.distributed, got {data_parallel!r}"

@@ -17,7 +17,7 @@ from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 
 from sb3_ppo_ewma._arguments import check_integer, check_number
-from sb3_ppo_ewma._engine.iteration import Iteration, Objective, make_iteration
+from sb3_ppo_ewma._engine.iteration import Iteration, Objective, make_iteration, objectives
 from sb3_ppo_ewma._engine.reference import ReferenceEngine
 from sb3_ppo_ewma.advantages import AdvantageNormalizer, MomentsEwma
 from sb3_ppo_ewma.checkpointing.generators import preserved_generators
@@ -180,7 +180,7 @@ class NoiseScaleCallback(BaseCallback):
             gradients = {
                 name: _gradients(iteration, objective)
                 for name, objective in _LOSSES.items()
-                if name != "joint" or objective in model._objectives()
+                if name != "joint" or objective in objectives(model)
             }
             return {
                 name: estimate_noise(itertools.islice(each, self.n_batches), iteration.batch_size)

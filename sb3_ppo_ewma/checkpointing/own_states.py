@@ -6,6 +6,7 @@ In a saved file they are one member of SB3's zip archive that SB3 does not read,
 """
 
 import contextlib
+import json
 import pathlib
 import zipfile
 from collections.abc import Collection, Iterable, Mapping
@@ -141,6 +142,19 @@ def read_own_states(path: SavePath) -> dict[str, StateDict]:
                 return {}
             with archive.open(_MEMBER) as member:
                 return cast(dict[str, StateDict], th.load(member, map_location="cpu", weights_only=True))
+
+
+def saved_names(path: SavePath) -> list[str]:
+    """
+    :param path: file name (``.zip`` is added if needed) or open binary file
+    :return: names of the attributes in a file of SB3, read without unpickling; none if it is not such a file
+    """
+    file = open_path(path, "r", suffix="zip")
+    with contextlib.nullcontext(file) if isinstance(path, BufferedIOBase) else file:
+        if not zipfile.is_zipfile(file):
+            return []
+        with zipfile.ZipFile(file) as archive:
+            return list(json.loads(archive.read("data"))) if "data" in archive.namelist() else []
 
 
 # ---------------------------------------------------------------------- loading

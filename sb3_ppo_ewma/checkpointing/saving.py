@@ -12,6 +12,7 @@ from stable_baselines3.common.type_aliases import GymEnv, TensorDict
 
 from sb3_ppo_ewma._arguments import CLIP_OFF, warn_caller
 from sb3_ppo_ewma._parallel.process_group import DataParallelChoice, SharedInCopies, place
+from sb3_ppo_ewma._rules import check_given_to_load
 from sb3_ppo_ewma.checkpointing.atomic import replace_atomically, with_default_suffix
 from sb3_ppo_ewma.checkpointing.conversion import CLIP_OFF_IN_FILE, convert_to_sb3, copy_to_save
 from sb3_ppo_ewma.checkpointing.generators import CollectorGenerators, GeneratorStates
@@ -22,6 +23,7 @@ from sb3_ppo_ewma.checkpointing.own_states import (
     own_state_dicts,
     present_attributes,
     read_own_states,
+    saved_names,
     split_parameters,
 )
 from sb3_ppo_ewma.checkpointing.rollout_files import (
@@ -181,7 +183,10 @@ class SavedStateMixin(OnPolicyAlgorithm):
         :param force_reset: whether to reset the environment before training
         :param kwargs: attributes to change
         :return: the model
+        :raises TypeError: for an unknown attribute or one of the wrong type
+        :raises ValueError: for a value out of its range; with ``env``, also for one in the file
         """
+        check_given_to_load(cls, env, device, kwargs, saved_names(path) if kwargs else ())
         if kwargs.get("policy_kwargs"):
             kwargs["policy_kwargs"] = with_features_extractor(kwargs["policy_kwargs"])
         changes = {**kwargs, "_states_in_file": read_own_states(path), "_given_to_load": tuple(kwargs)}

@@ -15,6 +15,7 @@ from sb3_contrib.common.maskable.buffers import (
     MaskableRolloutBuffer,
     MaskableRolloutBufferSamples,
 )
+from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
 from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
 from sb3_contrib.common.recurrent.type_aliases import RNNStates
 from stable_baselines3.common.buffers import RolloutBuffer
@@ -22,7 +23,7 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import MaybeCallback
 
-from sb3_ppo_ewma._arguments import check_policy_class, warn_caller
+from sb3_ppo_ewma._arguments import warn_caller
 from sb3_ppo_ewma.contrib import policies
 from sb3_ppo_ewma.contrib.evaluation import MaskableEvaluation, MaskableRecurrentEvaluation, RecurrentEvaluation
 from sb3_ppo_ewma.contrib.masking import MaskableCollection, checked_masks
@@ -73,12 +74,12 @@ class RecurrentMixin(EwmaMixin):
     _own_states: ClassVar[tuple[str, ...]] = ("lstm_state",)
     _silent_states: ClassVar[frozenset[str]] = EwmaMixin._silent_states | {"lstm_state"}
     policy_evaluation: ClassVar[PolicyEvaluation] = RecurrentEvaluation()
-    _has_masks: ClassVar[bool] = False
+
+    @classmethod
+    def _needed_policies(cls) -> dict[type, str]:
+        return {RecurrentActorCriticPolicy: "which has an LSTM", **super()._needed_policies()}
 
     def _setup_model(self) -> None:
-        check_policy_class(self, RecurrentActorCriticPolicy, "which has an LSTM")
-        if issubclass(cast(type, self.policy_class), policies.MaskablePolicyMixin) and not self._has_masks:
-            warn_caller(f"{type(self).__name__} takes no action masks, which its policy was made for")
         super()._setup_model()
         self.lstm_state = LstmState(self)
 
@@ -87,10 +88,16 @@ class MaskableMixin(EwmaMixin):
     """What an algorithm with action masks adds. Place it first."""
 
     policy_evaluation: ClassVar[PolicyEvaluation] = MaskableEvaluation()
+    _has_masks: ClassVar[bool] = True
+    _policy_with_masks: ClassVar[type] = MaskableActorCriticPolicy
     samples_classes: ClassVar[Mapping[type[RolloutBuffer], type[Any]]] = {
         MaskableRolloutBuffer: MaskableRolloutBufferSamples,
         MaskableDictRolloutBuffer: MaskableDictRolloutBufferSamples,
     }
+
+    @classmethod
+    def _needed_policies(cls) -> dict[type, str]:
+        return {cls._policy_with_masks: "which takes action masks", **super()._needed_policies()}
 
     def learn(  # type: ignore[override]  # as in MaskablePPO, use_masking stands before progress_bar
         self: SelfMaskable,
@@ -154,7 +161,7 @@ class MaskableRecurrentMixin(MaskableMixin, RecurrentMixin):
     """What an algorithm with LSTM policies and action masks adds. Place it first, before ``MaskableCollection``."""
 
     policy_evaluation: ClassVar[PolicyEvaluation] = MaskableRecurrentEvaluation()
-    _has_masks: ClassVar[bool] = True
+    _policy_with_masks: ClassVar[type] = policies.MaskablePolicyMixin
 
     def to_ppo(self) -> OnPolicyAlgorithm:
         """
@@ -164,10 +171,6 @@ class MaskableRecurrentMixin(MaskableMixin, RecurrentMixin):
         """
         warn_caller("RecurrentPPO takes no action masks: it collects and trains without them")
         return super().to_ppo()
-
-    def _setup_model(self) -> None:
-        check_policy_class(self, policies.MaskablePolicyMixin, "which takes action masks")
-        super()._setup_model()
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "_use_masking"]
