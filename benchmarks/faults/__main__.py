@@ -22,7 +22,7 @@ from benchmarks.metadata import metadata
 
 HERE = Path(__file__).parent
 # Parts with their numbers of trials
-PARTS: dict[str, int] = {}
+PARTS: dict[str, int] = {"files": 1800}
 N_EXAMPLES = 5
 
 
