@@ -724,6 +724,8 @@ def check_given_to_load(cls: Any, env: Any, device: Any, given: Mapping[str, Any
     RULES["policy_kwargs"]("policy_kwargs", given.get("policy_kwargs"))
     arguments = set(merged_signature(cls).parameters) - {"policy", "env", "device", "_init_setup_model"}
     attributes = {name for name in saved if name not in RULES and name != "policy"}
+    if "policy" in given:
+        raise TypeError("load() takes the policy from the file: another one is custom_objects={'policy_class': ...}")
     for name, value in given.items():
         if name not in arguments | attributes and not hasattr(cls, name):
             hint = did_you_mean(name, arguments | set(inspect.signature(cls.load).parameters))

@@ -102,12 +102,16 @@ class MomentsEwma:
         :param state_dict: from :meth:`state_dict`
         :param strict: whether all must be there
         :raises RuntimeError: if one is missing
+        :raises ValueError: if one is not finite, or negative and not the mean
         """
         missing = [name for name in _MOMENTS if name not in state_dict]
         if strict and missing:
             raise RuntimeError(f"Missing key(s) in the state of the advantages' moments: {missing}")
         for name in state_dict.keys() & set(_MOMENTS):
-            setattr(self, name, float(state_dict[name]))
+            value = float(state_dict[name])
+            if not (math.isfinite(value) and (value >= 0 or name == "mean")):
+                raise ValueError(f"the loaded moments of the advantages have {name}={value}")
+            setattr(self, name, value)
 
 
 class AdvantageNormalizer:

@@ -234,6 +234,7 @@ class ParameterEwma:
         :param state_dict: from :meth:`state_dict`; entries for buffers, which older files have, are passed over
         :param strict: whether every parameter must have an average
         :raises RuntimeError: if averages are missing or their shapes differ
+        :raises ValueError: if the total weight cannot be one
         """
         names = {f"module.{name}": average for name, average in zip(self.names, self.averages, strict=True)}
         missing = [name for name in (*names, "total_weight") if name not in state_dict]
@@ -247,5 +248,8 @@ class ParameterEwma:
                     )
                 average.copy_(state_dict[name])
         if "total_weight" in state_dict:
-            self.total_weight = float(state_dict["total_weight"])
+            total_weight = float(state_dict["total_weight"])
+            if not 1 <= total_weight < math.inf:
+                raise ValueError(f"the loaded moving average has the total weight {total_weight}, which must be >= 1")
+            self.total_weight = total_weight
         self.remember()

@@ -17,7 +17,7 @@ from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.type_aliases import DictRolloutBufferSamples, RolloutBufferSamples
 
 from sb3_ppo_ewma._arguments import SB3ArgumentError, warn_caller
-from sb3_ppo_ewma.checkpointing.rollout_files import OtherSizeError
+from sb3_ppo_ewma.checkpointing.rollout_files import OtherSizeError, Piece
 from sb3_ppo_ewma.memory import available_memory
 
 # SB3's minibatches, whose actions its buffers cast to float32; sb3-contrib does not
@@ -26,6 +26,8 @@ _CASTING_SAMPLES = (RolloutBufferSamples, DictRolloutBufferSamples)
 # Number of features that are gathered at once, if there are several minibatches of them
 _BLOCK = 2**22
 
+# Of sb3-contrib's buffers, from the last minibatch that was read from them
+_OF_MINIBATCH = ("seq_start_indices", "seq_end_indices")
 # Names of what a phase buffer stores. Keys of dictionary observations stand behind a slash.
 _RETURNS, _OBSERVATIONS = "returns", "observations"
 # Hidden and cell states of actor and critic, in the order of sb3-contrib's ``RNNStates``
@@ -91,6 +93,45 @@ class Rollout:
                 setattr(buffer, name, copy.deepcopy(value))
         return Rollout(buffer, copy.deepcopy(self.last_obs), self.last_dones.copy(), self.last_lstm_states)
 
+    def arrays(self) -> dict[str, np.ndarray]:
+        """
+        :return: arrays and numbers of the rollout by name, from which :meth:`from_arrays` makes it again
+        :raises TypeError: if the buffer has what that leaves out
+        """
+        arrays = {f"buffer/{name}": array for name, array in buffer_arrays(self.buffer).items()}
+        arrays |= _flattened("last_obs", self.last_obs)
+        arrays["last_dones"] = self.last_dones
+        if self.last_lstm_states is not None:
+            arrays["last_hidden_state"], arrays["last_cell_state"] = (
+                state.detach().cpu().numpy() for state in self.last_lstm_states
+            )
+        return arrays
+
+    @classmethod
+    def from_arrays(cls, arrays: Piece, model_buffer: RolloutBuffer) -> "Rollout":
+        """
+        :param arrays: as from :meth:`arrays`
+        :param model_buffer: the model's rollout buffer, which the rollout must fit
+        :return: the rollout
+        :raises OtherSizeError: if it does not fit
+        """
+        buffer = copy.copy(model_buffer)
+        size = tuple(arrays[f"buffer/{name}"].item() for name in ("buffer_size", "n_envs"))
+        expected = (buffer.buffer_size, buffer.n_envs)
+        if size != expected:
+            raise OtherSizeError(f"has rollouts of (n_steps, n_envs) = {size}, the model expects {expected}")
+        given = {name.removeprefix("buffer/") for name in arrays if name.startswith("buffer/")}
+        needed = set(buffer_arrays(model_buffer))
+        if given != needed:
+            raise OtherSizeError(f"has rollouts of {sorted(given)}, the model's have {sorted(needed)}")
+        for name, value in vars(model_buffer).items():
+            found = _restored(f"buffer/{name}", arrays)
+            if found is not None:
+                setattr(buffer, name, found if isinstance(value, np.ndarray | dict) else found.item())
+        states = [arrays[name] for name in ("last_hidden_state", "last_cell_state") if name in arrays]
+        last_lstm_states = tuple(map(th.as_tensor, states)) or None
+        return cls(buffer, _restored("last_obs", arrays), arrays["last_dones"], last_lstm_states)
+
     def replace_values(self, values: np.ndarray, last_values: th.Tensor) -> None:
         """
         Compute advantages and returns anew from other values, with the buffer's own GAE. Rewards stay as collected,
@@ -120,6 +161,44 @@ def check_full(buffer: RolloutBuffer) -> None:
             f"train() needs a whole rollout, the rollout buffer has {buffer.pos} of {buffer.buffer_size} steps: let "
             "learn() or collect_rollouts() fill it"
         )
+
+
+def buffer_arrays(buffer: RolloutBuffer) -> dict[str, np.ndarray]:
+    """
+    :param buffer: rollout buffer
+    :return: its arrays and numbers by name; keys of dictionaries stand behind a slash
+    :raises TypeError: if it has what is neither one of them nor the same in all rollouts, as spaces and functions are
+    """
+    arrays: dict[str, np.ndarray] = {}
+    for name, value in vars(buffer).items():
+        is_dictionary = isinstance(value, dict) and any(isinstance(each, np.ndarray) for each in value.values())
+        if name in _OF_MINIBATCH:
+            continue
+        if is_dictionary or isinstance(value, np.ndarray | bool | int | float | np.generic):
+            arrays |= _flattened(name, value)
+        elif not (callable(value) or isinstance(value, spaces.Space | th.device | str | tuple | dict | type(None))):
+            raise TypeError(
+                f"{type(buffer).__name__}.{name} is a {type(value).__name__}, which a file of kept rollouts cannot "
+                "have: make it an array"
+            )
+    return arrays
+
+
+def _flattened(name: str, value: Any) -> dict[str, np.ndarray]:
+    if isinstance(value, dict):
+        return {f"{name}/{key}": array for key, array in value.items()}
+    return {name: np.asarray(value)}
+
+
+def _restored(name: str, arrays: Piece) -> Any:
+    """
+    :param name: of a value that was an array, a number or a dictionary of arrays
+    :param arrays: by name, as from :func:`_flattened`
+    :return: the array or the dictionary; ``None`` if there is neither
+    """
+    if name in arrays:
+        return arrays[name]
+    return {key.removeprefix(f"{name}/"): array for key, array in arrays.items() if key.startswith(f"{name}/")} or None
 
 
 @contextlib.contextmanager
@@ -369,15 +448,16 @@ class StaleRollouts:
         """Drop the waiting rollouts."""
         self.waiting.clear()
 
-    def pieces(self) -> Iterator[Rollout]:
+    def pieces(self) -> Iterator[Piece]:
         """
-        :return: the waiting rollouts, oldest first
+        :return: the arrays of the waiting rollouts, oldest first
+        :raises TypeError: if a rollout buffer has what a file of arrays cannot have
         """
-        return iter(self.waiting)
+        return (rollout.arrays() for rollout in self.waiting)
 
-    def restored(self, pieces: Iterator[Any], count: int, model_buffer: RolloutBuffer) -> "StaleRollouts":
+    def restored(self, pieces: Iterator[Piece], count: int, model_buffer: RolloutBuffer) -> "StaleRollouts":
         """
-        :param pieces: waiting rollouts, oldest first
+        :param pieces: as from :meth:`pieces`
         :param count: their number
         :param model_buffer: the model's rollout buffer
         :return: a queue of them
@@ -386,16 +466,10 @@ class StaleRollouts:
         if count > self.staleness:
             raise OtherSizeError(f"has {count} waiting rollouts, staleness={self.staleness} allows fewer")
         queue = StaleRollouts(self.staleness)
-        expected = (model_buffer.buffer_size, model_buffer.n_envs)
-        for rollout in pieces:
-            size = (rollout.buffer.buffer_size, rollout.buffer.n_envs)
-            if size != expected:
-                raise OtherSizeError(f"has rollouts of (n_steps, n_envs) = {size}, the model expects {expected}")
-            rollout.buffer.device = model_buffer.device
-            queue.waiting.append(rollout)
+        queue.waiting.extend(Rollout.from_arrays(piece, model_buffer) for piece in pieces)
         return queue
 
-    def share(self, pieces: Sequence[Any], rank: int, size: int) -> Any:
+    def share(self, pieces: Sequence[Piece], rank: int, size: int) -> Piece:
         """
         :param pieces: a waiting rollout of each of the processes that wrote them
         :param rank: number of this process
@@ -511,7 +585,7 @@ class PhaseBuffer:
         """
         self._store(self._samples_of(buffer))
 
-    def _store(self, samples: dict[str, np.ndarray]) -> None:
+    def _store(self, samples: Piece) -> None:
         if self.is_full:
             raise ValueError(f"n_policy_iterations={self.n_rollouts} rollouts are stored already")
         if not self._blocks:
@@ -600,14 +674,14 @@ class PhaseBuffer:
         chosen = samples[indices].copy() if isinstance(indices, slice) else samples[indices]
         return th.as_tensor(chosen, device=device)
 
-    def pieces(self) -> Iterator[dict[str, np.ndarray]]:
+    def pieces(self) -> Iterator[Piece]:
         """
         :return: the stored rollouts
         """
         for i in range(self._n_stored):
             yield {name: block[i] for name, block in self._blocks.items()}
 
-    def share(self, pieces: Sequence[Any], rank: int, size: int) -> dict[str, np.ndarray]:
+    def share(self, pieces: Sequence[Piece], rank: int, size: int) -> Piece:
         """
         :param pieces: a rollout of each of the processes that wrote them
         :param rank: number of this process
@@ -623,7 +697,7 @@ class PhaseBuffer:
             name: np.array_split(np.concatenate([piece[name] for piece in pieces]), size)[rank] for name in pieces[0]
         }
 
-    def restored(self, pieces: Iterator[Any], count: int, model_buffer: RolloutBuffer) -> "PhaseBuffer":
+    def restored(self, pieces: Iterator[Piece], count: int, model_buffer: RolloutBuffer) -> "PhaseBuffer":
         """
         :param pieces: stored rollouts
         :param count: their number

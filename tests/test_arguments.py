@@ -305,7 +305,7 @@ def test_environments_that_are_none(env: Any, error: type[Exception]) -> None:
         ({"n_epochs": 0}, ValueError, "n_epochs must be >= 1, got 0"),
         ({"policy_kwargs": np.ones(2)}, TypeError, "policy_kwargs must be a dictionary or None, got array"),
         ({"dveice": "cpu"}, TypeError, "'dveice', got 'cpu'. Did you mean 'device'"),
-        ({"policy": "CnnPolicy"}, TypeError, "unexpected keyword argument 'policy'"),
+        ({"policy": "CnnPolicy"}, TypeError, "takes the policy from the file"),
         ({"policy_class": SACPolicy}, ValueError, "policy must be .*SACPolicy"),
         ({"n_envs": 3}, ValueError, "n_envs must be that of env, 1, got 3"),
         ({"use_sde": True}, ValueError, r"use_sde=True \(gSDE\) needs a Box action space, got Discrete\(3\)"),

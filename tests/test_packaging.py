@@ -38,7 +38,14 @@ HYPERPARAMETER_FILES = sorted((ROOT / "zoo_hyperparams").rglob("*.yml"))
 # Modules from the bottom up, each with the packages beside the standard library that its layer adds to those below.
 LAYERS: list[tuple[set[str], set[str]]] = [
     (
-        {"checkpointing.atomic", "checkpointing.plain_data", "checkpointing.simulator_states", "losses", "ewma"},
+        {
+            "checkpointing.atomic",
+            "checkpointing.plain_data",
+            "checkpointing.simulator_states",
+            "checkpointing.state_checks",
+            "losses",
+            "ewma",
+        },
         {"torch", "numpy"},
     ),
     ({"_parallel.channel"}, {"cloudpickle"}),
@@ -47,7 +54,7 @@ LAYERS: list[tuple[set[str], set[str]]] = [
         {
             "_arguments",
             "distributions",
-            "checkpointing.own_states",
+            "checkpointing.restricted_pickle",
             "checkpointing.rollout_files",
             "checkpointing.object_states",
             "checkpointing.rollout_in_progress",
@@ -57,10 +64,20 @@ LAYERS: list[tuple[set[str], set[str]]] = [
         {"stable_baselines3", "gymnasium"},
     ),
     ({"checkpointing.environment_states", "envs.env_state"}, set()),
-    ({"_finite", "checkpointing.conversion", "_parallel.portable", "_parallel.shared_state"}, set()),
+    (
+        {
+            "_finite",
+            "checkpointing.conversion",
+            "checkpointing.model_files",
+            "_parallel.portable",
+            "_parallel.shared_state",
+        },
+        set(),
+    ),
     (
         {
             "_rules",
+            "checkpointing.own_states",
             "networks",
             "rollouts",
             "callbacks.advice",

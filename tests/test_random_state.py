@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch as th
 
-from sb3_ppo_ewma.checkpointing.generators import GeneratorStates, preserved_generators
+from sb3_ppo_ewma.checkpointing.generators import CollectorGenerators, GeneratorStates, preserved_generators
 
 CPU = th.device("cpu")
 
@@ -43,11 +43,17 @@ def test_every_state_must_be_there_and_valid():
     with pytest.raises(RuntimeError, match=r"Missing key.*python"):
         states.load_state_dict({name: saved[name] for name in ("torch", "numpy")})
     first = draw()
-    invalid = {name: th.rand_like(tensor) for name, tensor in saved.items()}
-    states.load_state_dict({**invalid, "torch": saved["torch"]})
-    with pytest.warns(UserWarning, match=r"state of (numpy|python)'s random numbers is not valid"):
-        states.apply_pending()
-    assert draw()[-1] == first[-1]  # torch's was valid
+    states.load_state_dict(saved)
+    beyond = saved["numpy"].clone()
+    beyond[-3] = 625
+    invalid = {"torch": saved["torch"][:-1], "numpy": beyond, "python": th.rand_like(saved["python"])}
+    for name, tensor in invalid.items():
+        with pytest.raises(ValueError, match=f"state of {name}'s random numbers is not valid"):
+            states.load_state_dict({**saved, name: tensor})
+        with pytest.raises(ValueError, match=f"state of {name}'s random numbers is not valid"):
+            CollectorGenerators().load_state_dict({name: tensor})
+    states.apply_pending()  # those that were valid
+    assert draw() == first
 
 
 def test_part_of_a_state():

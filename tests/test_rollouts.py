@@ -1,5 +1,7 @@
 import io
 import pickle
+import random
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ from gymnasium import spaces
 from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
 from stable_baselines3.common.type_aliases import DictRolloutBufferSamples, RolloutBufferSamples
 
-from sb3_ppo_ewma.checkpointing.rollout_files import Step, read_rollouts, write_rollouts
+from sb3_ppo_ewma.checkpointing.rollout_files import OtherSizeError, Step, read_rollouts, write_rollouts
 from sb3_ppo_ewma.rollouts import (
     BufferMinibatches,
     DeviceMinibatches,
@@ -78,17 +80,21 @@ def test_restored_rollouts_are_on_the_device_of_the_model(tmp_path):
     assert restored.waiting[0].buffer.device.type == "meta"
 
 
-def test_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
+def test_interrupted_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "queue.pkl"
     write_rollouts(path, Step(16, 2), {"queue": filled_queue(1)})
 
-    def interrupted(content, file, protocol):
-        file.write(b"half")
-        raise KeyboardInterrupt
+    class Interrupted(StaleRollouts):
+        def pieces(self):
+            if self.has_begun:
+                raise KeyboardInterrupt
+            self.has_begun = True
+            return super().pieces()
 
-    monkeypatch.setattr("sb3_ppo_ewma.checkpointing.rollout_files.pickle.dump", interrupted)
+    queue = Interrupted(1)
+    queue.has_begun = False
     with pytest.raises(KeyboardInterrupt):
-        write_rollouts(path, Step(16, 2), {"queue": StaleRollouts(1)})
+        write_rollouts(path, Step(16, 2), {"queue": queue})
     assert list(tmp_path.iterdir()) == [path]
     assert read_queue(path, 1).waiting[0].buffer.rewards[0, 0] == 1.0
 
@@ -104,15 +110,75 @@ def test_files_that_do_not_fit_are_refused(tmp_path):
         read_queue(path, 2, n_envs=3)
     with pytest.raises(ValueError, match=r"has \['queue'\], the model keeps \['phase', 'queue'\]"):
         read_rollouts(path, Step(16, 2), {"queue": StaleRollouts(2), "phase": PhaseBuffer(2)}, make_rollout().buffer)
-    path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(ValueError, match=r"queue\.pkl is damaged"):
+
+
+def test_damaged_files_are_refused(tmp_path):
+    path = tmp_path / "queue.pkl"
+    write_rollouts(path, Step(16, 2), {"queue": filled_queue(2)})
+    whole = path.read_bytes()
+    generator = random.Random(0)
+    places = [*range(0, 400, 5), *(generator.randrange(len(whole)) for _ in range(60))]
+    for place in places:
+        changed = bytearray(whole)
+        changed[place] ^= 1 << generator.randrange(8)
+        path.write_bytes(changed)
+        with pytest.raises(ValueError, match=r"queue\.pkl: (damaged|not a file)"):
+            read_queue(path, 2)
+    for length in (*range(0, 400, 19), len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=r"queue\.pkl: (damaged or cut off|not a file)"):
+            read_queue(path, 2)
+    path.write_bytes(whole + b"x")
+    with pytest.raises(ValueError, match=r"queue\.pkl: damaged, there is more behind its end"):
         read_queue(path, 2)
-    path.write_bytes(path.read_bytes()[:200] + pickle.dumps(3))
-    with pytest.raises(ValueError, match=r"queue\.pkl is damaged"):
+
+
+def test_pickles_are_not_read(tmp_path):
+    path, touched = tmp_path / "queue.pkl", tmp_path / "touched"
+
+    class Hostile:
+        def __reduce__(self):
+            return touched.touch, ()
+
+    path.write_bytes(pickle.dumps(Hostile()))
+    with pytest.raises(ValueError, match=r"queue\.pkl: not a file of save_replay_buffer\(\) but a pickle"):
         read_queue(path, 2)
-    path.write_bytes(pickle.dumps({"not": "a queue"}))
-    with pytest.raises(ValueError, match="not a file of save_replay_buffer"):
+    write_rollouts(path, Step(16, 2), {"queue": filled_queue(1)})
+    whole = path.read_bytes()
+    header = io.BytesIO()
+    np.save(header, np.array([Hostile()]), allow_pickle=True)
+    start = whole.index(b"\x93NUMPY")
+    path.write_bytes(whole[:start] + header.getvalue() + whole[start:])
+    with pytest.raises(ValueError, match=r"queue\.pkl: damaged .*Object arrays cannot be loaded"):
         read_queue(path, 2)
+    assert not touched.exists()
+
+
+def test_files_of_other_runs_are_refused(tmp_path):
+    path = tmp_path / "queue.pkl"
+    run = {"algorithm": "PPOEWMA", "gamma": 0.99, "n_steps": 4, "n_envs": 2}
+    write_rollouts(path, Step(16, 2), {"queue": filled_queue(1)}, run=run)
+
+    def read(**changes):
+        return read_rollouts(
+            path, Step(16, 2), {"queue": StaleRollouts(1)}, make_rollout().buffer, run={**run, **changes}
+        )
+
+    assert len(read()["queue"]) == 1
+    with pytest.raises(ValueError, match=r"queue\.pkl: has returns of gamma=0\.99, the model has 0\.9"):
+        read(gamma=0.9)
+    with pytest.raises(ValueError, match=r"belongs to another run, algorithm is 'PPOEWMA' there and 'PPG' in"):
+        read(algorithm="PPG", n_envs=3)
+    with pytest.raises(OtherSizeError, match=r"'n_envs': 2}, the model expects .*'n_envs': 3"):
+        read(n_envs=3)
+
+
+def test_what_a_file_cannot_have_is_named(tmp_path):
+    queue = filled_queue(1)
+    queue.waiting[0].buffer.notes = ["of the user"]
+    with pytest.raises(TypeError, match=r"RolloutBuffer\.notes is a list.*make it an array"):
+        write_rollouts(tmp_path / "queue", Step(16, 2), {"queue": queue})
+    assert list(tmp_path.iterdir()) == []
 
 
 def phase_buffer(n_rollouts: int, n_stored: int) -> PhaseBuffer:
@@ -192,6 +258,25 @@ def test_phase_survives_a_file():
     returns = restored.returns(slice(None), th.device("cpu"))
     assert sorted(returns.tolist()) == EVERY_SAMPLE[:16]
     assert len(parts["phase"]) == 0
+
+
+def test_a_large_phase_is_never_in_memory_twice(tmp_path):
+    n_steps, n_rollouts = 500, 8
+    space = spaces.Box(-1, 1, (1000,))
+    phase = PhaseBuffer(n_rollouts + 1)
+    buffer = RolloutBuffer(n_steps, space, spaces.Discrete(2), "cpu")
+    buffer.observations[:] = np.arange(1000)
+    for _ in range(n_rollouts):
+        phase.add(buffer)
+    of_a_rollout = phase.nbytes / (n_rollouts + 1)
+    tracemalloc.start()
+    write_rollouts(tmp_path / "phase", Step(1, 1), {"phase": phase})
+    assert tracemalloc.get_traced_memory()[1] < 1.5 * of_a_rollout
+    tracemalloc.reset_peak()
+    restored = read_rollouts(tmp_path / "phase", Step(1, 1), {"phase": PhaseBuffer(n_rollouts + 1)}, buffer)["phase"]
+    assert tracemalloc.get_traced_memory()[1] < phase.nbytes + 2.5 * of_a_rollout
+    tracemalloc.stop()
+    assert np.array_equal(*(each.observations(slice(None), th.device("cpu")) for each in (restored, phase)))
 
 
 def test_phases_that_do_not_fit_are_refused(tmp_path):

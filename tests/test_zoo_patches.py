@@ -429,6 +429,19 @@ def test_defect_ffmpeg_status(upstream, monkeypatch, capsys):
     assert "Saving video to" in capsys.readouterr().out, works("ffmpeg_status")
 
 
+MAKE_FOLDER = "!!python/object/apply:os.mkdir [made]"
+
+
+def test_defect_unsafe_yaml(upstream, monkeypatch):
+    run = Path("logs/ppo/CartPole-v1_1")
+    (run / "CartPole-v1").mkdir(parents=True)
+    (run / "CartPole-v1.zip").touch()
+    (run / "CartPole-v1" / "args.yml").write_text(f"env_kwargs: {MAKE_FOLDER}")
+    with contextlib.suppress(Exception):  # the agent is an empty file
+        run_script("enjoy", "-f", "logs", "--no-render", monkeypatch=monkeypatch)
+    assert Path("made").exists(), works("unsafe_yaml")
+
+
 ALL = [module.name for module in pkgutil.iter_modules(patches.__path__) if not module.name.startswith("_")]
 
 
@@ -491,6 +504,7 @@ def test_a_function_that_works_is_not_patched(name):
         ("integer_options", "default=5, type=int)", "default=5, type=positive)"),
         ("unfound_runs", "env", "folder"),
         ("unequal_runs", ".squeeze()", ""),
+        ("unsafe_yaml", "yaml.UnsafeLoader", "yaml.SafeLoader"),
     ],
 )
 def test_a_version_without_the_defect_is_not_patched(name, defect, repaired, monkeypatch):
@@ -524,12 +538,29 @@ def test_child_commands_run_our_interpreter(monkeypatch, tmp_path):
 
 
 def test_script_patches_are_undone_after_an_error():
-    before = subprocess.call, os.system
+    before = subprocess.call, os.system, yaml.load
     with contextlib.suppress(ZeroDivisionError), patches.script_patches():
         assert subprocess.call is not before[0]
         assert os.system is not before[1]
+        assert yaml.load is not before[2]
         _ = 1 / 0
-    assert (subprocess.call, os.system) == before
+    assert (subprocess.call, os.system, yaml.load) == before
+
+
+@pytest.mark.parametrize("file", ["args.yml", "config.yml"])
+@pytest.mark.parametrize("script", ["enjoy", "record_video"])
+def test_files_of_a_run_cannot_run_code(script, file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = Path("logs/ppo/CartPole-v1_1")
+    ALGOS["ppo"]("MlpPolicy", "CartPole-v1", n_steps=64).save(run / "CartPole-v1")
+    (run / "CartPole-v1").mkdir()
+    (run / "CartPole-v1" / "args.yml").write_text("{env: CartPole-v1, env_kwargs: null}")
+    (run / "CartPole-v1" / file).write_text(f"env: CartPole-v1\nenv_kwargs: {MAKE_FOLDER}")
+    with pytest.raises(SystemExit) as end:
+        zoo.main([script, "-f", "logs", "--algo", "ppo", "--env", "CartPole-v1", "-n", "1"])
+    assert not Path("made").exists()
+    assert f'{file}", line 2' in str(end.value)
+    assert "an object (object/apply:os.mkdir) is not read, since it could run code" in str(end.value)
 
 
 def test_replacements_nest_and_keep_static_methods():

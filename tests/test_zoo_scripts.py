@@ -149,8 +149,9 @@ def test_continue_a_phase(tmp_path, capsys):
 def test_continue_a_phase_from_a_checkpoint(tmp_path):
     callback = "stable_baselines3.common.callbacks.CheckpointCallback"
     arguments = "{save_freq: 64, save_path: checkpoints, save_replay_buffer: true}"
-    entry = f"{{n_timesteps: 128, policy: MlpPolicy, callback: [{callback}: {arguments}]}}"
-    Path("my.yml").write_text(f"CartPole-v1: {entry}")
+    # γ and λ are those of the entry that it goes on with.
+    settings = "n_timesteps: 128, policy: MlpPolicy, gamma: 0.98, gae_lambda: 0.8"
+    Path("my.yml").write_text(f"CartPole-v1: {{{settings}, callback: [{callback}: {arguments}]}}")
     train(tmp_path, *PHASE, algo="ppg", options=("-conf", "my.yml"))
     # Where the zoo looks for it
     shutil.copy("checkpoints/rl_model_replay_buffer_64_steps.pkl", "checkpoints/replay_buffer.pkl")

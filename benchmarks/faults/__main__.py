@@ -22,7 +22,7 @@ from benchmarks.metadata import metadata
 
 HERE = Path(__file__).parent
 # Parts with their numbers of trials
-PARTS: dict[str, int] = {"arguments": 14000}
+PARTS: dict[str, int] = {"arguments": 14000, "files": 1800}
 N_EXAMPLES = 5
 
 

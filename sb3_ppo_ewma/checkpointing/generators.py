@@ -2,7 +2,6 @@
 
 import hashlib
 import random
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -53,11 +52,13 @@ class GeneratorStates:
         :param state_dict: result of :meth:`state_dict`
         :param strict: whether the state of every generator must be there, except CUDA's
         :raises RuntimeError: if one is missing
+        :raises ValueError: if one cannot be a state of its generator
         """
         current = self.state_dict()
         missing = set(current) - set(state_dict) - {"cuda"}
         if strict and missing:
             raise RuntimeError(f"Missing key(s) in the state of the random number generators: {sorted(missing)}")
+        _check_states(state_dict)
         self.pending = {**current, **state_dict}
 
     def drop_pending(self) -> None:
@@ -65,27 +66,18 @@ class GeneratorStates:
         self.pending = None
 
     def apply_pending(self) -> None:
-        """
-        Restore the states that were loaded last, if any. A state that is not valid is skipped, with a warning.
-        """
+        """Restore the states that were loaded last, if any."""
         state, self.pending = self.pending, None
         for name, tensor in (state or {}).items():
-            try:
-                self._restore(name, tensor.cpu().numpy())
-            except (ValueError, TypeError, RuntimeError) as error:
-                warnings.warn(f"The loaded state of {name}'s random numbers is not valid: {error}", stacklevel=3)
-
-    def _restore(self, name: str, values: np.ndarray) -> None:
-        if name == "torch":
-            th.set_rng_state(_bytes(values))
-        elif name == "cuda" and self.device.type == "cuda":
-            th.cuda.set_rng_state(_bytes(values), self.device)
-        elif name == "numpy":
-            keys, (position, has_gauss, cached_gaussian) = _integers(values[:-3]), values[-3:].tolist()
-            np.random.set_state(("MT19937", keys.astype(np.uint32), int(position), int(has_gauss), cached_gaussian))
-        elif name == "python":
-            internal, (version, has_gauss, gauss_next) = _integers(values[:-3]), values[-3:].tolist()
-            random.setstate((int(version), tuple(internal.tolist()), gauss_next if has_gauss else None))
+            values = tensor.cpu().numpy()
+            if name == "torch":
+                th.set_rng_state(_bytes(values))
+            elif name == "cuda" and self.device.type == "cuda":
+                th.cuda.set_rng_state(_bytes(values), self.device)
+            elif name == "numpy":
+                np.random.set_state(_numpy_state(values))
+            elif name == "python":
+                random.setstate(_python_state(values))
 
 
 class CollectorGenerators:
@@ -107,7 +99,9 @@ class CollectorGenerators:
         """
         :param state_dict: result of :meth:`state_dict`
         :param strict: has no effect; part of the interface of a module
+        :raises ValueError: if a state cannot be one of its generator
         """
+        _check_states(state_dict)
         self.states = dict(state_dict) or None
 
     def drop(self) -> None:
@@ -141,6 +135,38 @@ def derived_states(states: StateDict, purpose: str) -> StateDict:
         return GeneratorStates(cpu).state_dict()
 
 
+def _check_states(states: StateDict) -> None:
+    """
+    :param states: of generators, by name
+    :raises ValueError: if one cannot be a state of its generator
+    """
+    for name, tensor in states.items():
+        try:
+            values = tensor.cpu().numpy()
+            if name == "torch":
+                th.Generator().set_state(_bytes(values))
+            elif name == "numpy":
+                np.random.RandomState(0).set_state(_numpy_state(values))
+            elif name == "python":
+                random.Random().setstate(_python_state(values))
+            else:
+                _bytes(values)
+        except (AttributeError, ValueError, TypeError, IndexError, RuntimeError) as error:
+            raise ValueError(f"the loaded state of {name}'s random numbers is not valid: {error}") from error
+
+
+def _numpy_state(values: np.ndarray) -> tuple[str, np.ndarray, int, int, float]:
+    keys, (position, has_gauss, cached_gaussian) = _integers(values[:-3]), values[-3:].tolist()
+    if not 0 <= position <= len(keys):  # NumPy does not look, and would read beyond the keys
+        raise ValueError(f"its position is {position}")
+    return "MT19937", keys.astype(np.uint32), int(position), int(has_gauss), cached_gaussian
+
+
+def _python_state(values: np.ndarray) -> tuple[int, tuple[int, ...], float | None]:
+    internal, (version, has_gauss, gauss_next) = _integers(values[:-3]), values[-3:].tolist()
+    return int(version), tuple(internal.tolist()), gauss_next if has_gauss else None
+
+
 def _words(state: th.Tensor) -> th.Tensor:
     return th.tensor(state.numpy().view(np.uint32).astype(np.float64))
 
@@ -150,10 +176,9 @@ def _bytes(values: np.ndarray) -> th.Tensor:
 
 
 def _integers(values: np.ndarray) -> np.ndarray:
-    integers = values.astype(np.int64)
-    if not np.array_equal(integers, values):
-        raise ValueError("its entries are not integers")
-    return integers
+    if not np.all((values >= 0) & (values < 2**32) & (values == np.floor(values))):
+        raise ValueError("its entries are not integers of 32 bits")
+    return values.astype(np.int64)
 
 
 @contextmanager

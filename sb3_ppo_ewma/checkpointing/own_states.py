@@ -5,19 +5,20 @@ advantage moments, more optimisers, random number generators.
 In a saved file they are one member of SB3's zip archive that SB3 does not read, so that SB3's own classes can load it.
 """
 
-import contextlib
-import json
+import copy
 import pathlib
 import zipfile
 from collections.abc import Collection, Iterable, Mapping
-from io import BufferedIOBase, BytesIO
+from io import BytesIO
 from typing import Any, NamedTuple, Protocol, TypeAlias, cast, runtime_checkable
 
 import torch as th
-from stable_baselines3.common.save_util import load_from_zip_file, open_path
+from stable_baselines3.common.save_util import load_from_zip_file
+
+from sb3_ppo_ewma.checkpointing.model_files import SavePath, check_archive, name_of, opened
+from sb3_ppo_ewma.checkpointing.state_checks import check_optimizer, check_tensors
 
 StateDict: TypeAlias = dict[str, Any]
-SavePath: TypeAlias = str | pathlib.Path | BufferedIOBase
 
 # SB3 reads the members that end in ".pth".
 _MEMBER = "sb3_ppo_ewma_states.pt"
@@ -133,28 +134,11 @@ def read_own_states(path: SavePath) -> dict[str, StateDict]:
     :param path: file name (``.zip`` is added if needed) or open binary file
     :return: states by name, on the CPU; empty if SB3 or an earlier version of this package wrote the file
     """
-    file = open_path(path, "r", suffix="zip")
-    with contextlib.nullcontext(file) if isinstance(path, BufferedIOBase) else file:
-        if not zipfile.is_zipfile(file):
-            return {}  # SB3 refuses the file
-        with zipfile.ZipFile(file) as archive:
-            if _MEMBER not in archive.namelist():
-                return {}
-            with archive.open(_MEMBER) as member:
-                return cast(dict[str, StateDict], th.load(member, map_location="cpu", weights_only=True))
-
-
-def saved_names(path: SavePath) -> list[str]:
-    """
-    :param path: file name (``.zip`` is added if needed) or open binary file
-    :return: names of the attributes in a file of SB3, read without unpickling; none if it is not such a file
-    """
-    file = open_path(path, "r", suffix="zip")
-    with contextlib.nullcontext(file) if isinstance(path, BufferedIOBase) else file:
-        if not zipfile.is_zipfile(file):
-            return []
-        with zipfile.ZipFile(file) as archive:
-            return list(json.loads(archive.read("data"))) if "data" in archive.namelist() else []
+    with opened(path) as file, zipfile.ZipFile(file) as archive:
+        if _MEMBER not in archive.namelist():
+            return {}
+        with archive.open(_MEMBER) as member:
+            return cast(dict[str, StateDict], th.load(member, map_location="cpu", weights_only=True))
 
 
 # ---------------------------------------------------------------------- loading
@@ -170,16 +154,49 @@ def split_parameters(
     :param known: names of own states in dictionaries and in files of earlier versions, which had them beside SB3's
     :param device: device for SB3's tensors
     :return: SB3's parameters and own states, by name
+    :raises ValueError: if the file is damaged or has more than tensors, which is not read
     """
     if isinstance(path_or_parameters, dict):
         parameters, own = path_or_parameters, {}
     else:
+        check_archive(path_or_parameters, name_of(path_or_parameters))
         parameters = cast(
             dict[str, StateDict], load_from_zip_file(path_or_parameters, load_data=False, device=device)[1]
         )
         own = read_own_states(path_or_parameters)
     sb3s = {name: state for name, state in parameters.items() if name not in known}
     return sb3s, {**own, **{name: state for name, state in parameters.items() if name in known}}
+
+
+def check_loaded(parts: Mapping[str, Any], loaded: Mapping[str, Any]) -> None:
+    """
+    :param parts: what a model saves, by name: modules, optimisers, own states
+    :param loaded: state dictionaries for them; of other names, nothing is checked
+    :raises DamagedStateError: if a state cannot be one of the part: not finite, or of other shapes or kinds
+    """
+    for name, part in parts.items():
+        if name not in loaded:
+            continue
+        if isinstance(part, th.optim.Optimizer):
+            check_optimizer(name, loaded[name], part)
+        else:
+            check_tensors(name, loaded[name], part.state_dict())
+
+
+class Snapshot:
+    """
+    The states of parts of a model, to which it returns if loading others fails.
+
+    :param parts: modules, optimisers and own states by name
+    """
+
+    def __init__(self, parts: Mapping[str, Any]) -> None:
+        self._states = [(part, copy.deepcopy(part.state_dict())) for part in parts.values()]
+
+    def restore(self) -> None:
+        """Give the parts the states they had."""
+        for part, state in self._states:
+            part.load_state_dict(state)
 
 
 def load_own_states(

@@ -20,7 +20,6 @@ from sb3_ppo_ewma.checkpointing.atomic import replace_atomically, with_default_s
 from sb3_ppo_ewma.checkpointing.environment_states import environments_state, restore_environments
 from sb3_ppo_ewma.checkpointing.generators import seed_from
 from sb3_ppo_ewma.checkpointing.plain_data import NotPlainError, dumps, loads
-from sb3_ppo_ewma.checkpointing.rollout_files import Step, write_rollouts
 from sb3_ppo_ewma.checkpointing.rollout_in_progress import Collection, RolloutInProgress
 from sb3_ppo_ewma.checkpointing.saving import SavedStateMixin
 
@@ -96,8 +95,7 @@ class ResumableMixin(SavedStateMixin):
             with zipfile.ZipFile(temporary, "a") as archive:
                 if self.replay_buffer is not None:
                     with archive.open(_ROLLOUTS, "w", force_zip64=True) as member:
-                        step = Step(self.num_timesteps, self._n_rollouts)
-                        write_rollouts(cast(Any, member), step, self.replay_buffer, place(self.data_parallel))
+                        self.save_replay_buffer(cast(Any, member))
                 archive.writestr(_ENVIRONMENTS, dumps(environments))
                 archive.writestr(_IN_PROGRESS, dumps(progress))
                 archive.writestr(_CALLBACKS, dumps([_changes(*each) for each in self._callbacks]))

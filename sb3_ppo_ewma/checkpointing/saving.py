@@ -1,13 +1,15 @@
 """``save()``, ``load()`` and their relatives for the algorithms of this package, as methods of SB3's interface."""
 
+import hashlib
 import io
 import pathlib
+import uuid
 from collections.abc import Iterable
 from typing import Any, ClassVar, TypeVar, cast
 
 import torch as th
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
-from stable_baselines3.common.save_util import open_path
+from stable_baselines3.common.save_util import open_path, recursive_getattr
 from stable_baselines3.common.type_aliases import GymEnv, TensorDict
 
 from sb3_ppo_ewma._arguments import CLIP_OFF, warn_caller
@@ -16,14 +18,27 @@ from sb3_ppo_ewma._rules import check_given_to_load
 from sb3_ppo_ewma.checkpointing.atomic import replace_atomically, with_default_suffix
 from sb3_ppo_ewma.checkpointing.conversion import CLIP_OFF_IN_FILE, convert_to_sb3, copy_to_save
 from sb3_ppo_ewma.checkpointing.generators import CollectorGenerators, GeneratorStates
+from sb3_ppo_ewma.checkpointing.model_files import (
+    check_archive,
+    check_reader_of_tensors,
+    check_sizes,
+    in_memory,
+    name_of,
+    naming_file,
+    read_attributes,
+    read_objects,
+    read_variable_names,
+)
 from sb3_ppo_ewma.checkpointing.own_states import (
+    Differences,
+    Snapshot,
     StateDict,
     append_own_states,
+    check_loaded,
     load_own_states,
     own_state_dicts,
     present_attributes,
     read_own_states,
-    saved_names,
     split_parameters,
 )
 from sb3_ppo_ewma.checkpointing.rollout_files import (
@@ -34,10 +49,13 @@ from sb3_ppo_ewma.checkpointing.rollout_files import (
     read_rollouts,
     write_rollouts,
 )
+from sb3_ppo_ewma.checkpointing.state_checks import DamagedStateError
 from sb3_ppo_ewma.networks import with_features_extractor
 
 SelfSavedState = TypeVar("SelfSavedState", bound="SavedStateMixin")
 
+# Own states that are loaded after all others
+_LAST = ("generators", "collector_generators")
 _NOTHING_KEPT = "The model keeps no rollouts between iterations (staleness=0 and no auxiliary phase)"
 
 
@@ -51,6 +69,8 @@ class SavedStateMixin(OnPolicyAlgorithm):
     collector_generators: CollectorGenerators
     # Number of rollouts that train() was called for, saved with the other attributes
     _n_rollouts = 0
+    # Random, made with the model and saved with it: tells the run from all others
+    _run_id: str | None = None
 
     # Names of the attributes with own states, in the model and in the saved file. An attribute may be None.
     _own_states: ClassVar[tuple[str, ...]] = ("generators", "collector_generators")
@@ -61,6 +81,8 @@ class SavedStateMixin(OnPolicyAlgorithm):
 
     # Own states of the file that load() reads, which SB3 does not hand to set_parameters()
     _states_in_file: dict[str, StateDict] | None = None
+    # Names of tensors outside of modules in that file
+    _variables_in_file: tuple[str, ...] = ()
     # The number of environments that the hyper-parameters are for
     tuned_for_n_envs: int | None = None
     # Hyper-parameters as tuned, and what they are for the present number of environments; None: nothing is rescaled
@@ -91,6 +113,7 @@ class SavedStateMixin(OnPolicyAlgorithm):
         if vars(self).get("clip_range", CLIP_OFF) in (None, CLIP_OFF_IN_FILE):
             vars(self)["clip_range"] = CLIP_OFF
         super()._setup_model()
+        self._run_id = self._run_id or uuid.uuid4().hex  # not from the generators of training
         self.generators = GeneratorStates(self.device)
         self.collector_generators = CollectorGenerators()
 
@@ -141,24 +164,51 @@ class SavedStateMixin(OnPolicyAlgorithm):
         """
         Load parameters from a file or a dictionary, as in SB3. States that only this class has may be missing (in a
         file of plain PPO, or after a change of ``prox_decay``): they start afresh from the loaded policy, with a
-        warning. States that the model does not use are dropped, with a warning.
+        warning. States that the model does not use are dropped, with a warning. If an error is raised, nothing has
+        changed. A file is read without running code from it.
 
         :param load_path_or_dict: file, or dictionary as from :meth:`get_parameters`
         :param exact_match: whether all of SB3's parameters must be there
         :param device: device of the loaded tensors
+        :raises ValueError: if the file is damaged, parameters are not finite or the state of an optimiser cannot be one
+        :raises RuntimeError: if parameters are missing or have other shapes
         """
-        sb3s, own = split_parameters(cast(Any, load_path_or_dict), _names_of_own_states(SavedStateMixin), device)
-        super().set_parameters(cast(TensorDict, sb3s), exact_match=exact_match, device=device)
-        differences = load_own_states(
-            present_attributes(self, self._own_states),
-            {**(self._states_in_file or {}), **own},
-            policy=self.policy,
-            exact_match=exact_match,
-            is_policy_loaded="policy" in sb3s,
-        )
+        with naming_file(cast(Any, load_path_or_dict)):
+            differences = self._load_parameters(load_path_or_dict, exact_match, device)
         message = differences.message(self._silent_states)
         if exact_match and message:
             warn_caller(message)
+
+    def _load_parameters(
+        self, load_path_or_dict: str | TensorDict, exact_match: bool, device: th.device | str
+    ) -> Differences:
+        sb3s, own = split_parameters(cast(Any, load_path_or_dict), _names_of_own_states(SavedStateMixin), device)
+        own = {**(self._states_in_file or {}), **own}
+        unknown = set(self._variables_in_file) - set(self._get_torch_save_params()[1])
+        if unknown:
+            raise DamagedStateError(f"tensors {sorted(unknown)}, which the model does not have")
+        parts = self._parts_to_load()
+        check_loaded(parts, {**sb3s, **own})
+        # Generators are loaded last and check for themselves. load() drops the model if it fails.
+        snapshot = Snapshot({} if self._states_in_file is not None else parts)
+        try:
+            super().set_parameters(cast(TensorDict, sb3s), exact_match=exact_match, device=device)
+            names = sorted(self._own_states, key=lambda name: name in _LAST)
+            return load_own_states(
+                present_attributes(self, names),
+                own,
+                policy=self.policy,
+                exact_match=exact_match,
+                is_policy_loaded="policy" in sb3s,
+            )
+        except BaseException:
+            snapshot.restore()
+            raise
+
+    def _parts_to_load(self) -> dict[str, Any]:
+        names = [name for name in self._own_states if name not in _LAST]
+        sb3s = {name: recursive_getattr(self, name) for name in self._get_torch_save_params()[0]}
+        return {**present_attributes(self, names), **{n: getattr(part, "_orig_mod", part) for n, part in sb3s.items()}}
 
     @classmethod
     def load(
@@ -169,6 +219,8 @@ class SavedStateMixin(OnPolicyAlgorithm):
         custom_objects: dict[str, Any] | None = None,
         print_system_info: bool = False,
         force_reset: bool = True,
+        *,
+        safe: bool = False,
         **kwargs: Any,
     ) -> SelfSavedState:
         """
@@ -181,17 +233,37 @@ class SavedStateMixin(OnPolicyAlgorithm):
         :param custom_objects: replacements for saved attributes, by name
         :param print_system_info: whether to print the systems of saving and loading
         :param force_reset: whether to reset the environment before training
+        :param safe: run no code from the file: of its objects, take those on a list of known classes, and refuse the
+            file if it has others that ``custom_objects`` does not replace
         :param kwargs: attributes to change
         :return: the model
         :raises TypeError: for an unknown attribute or one of the wrong type
-        :raises ValueError: for a value out of its range; with ``env``, also for one in the file
+        :raises ValueError: for a value out of its range, with ``env`` also for one in the file; if the file is damaged,
+            is not a saved model or is not ``safe``, parameters are not finite, or the state of an optimiser cannot be
+            one
         """
-        check_given_to_load(cls, env, device, kwargs, saved_names(path) if kwargs else ())
-        if kwargs.get("policy_kwargs"):
-            kwargs["policy_kwargs"] = with_features_extractor(kwargs["policy_kwargs"])
-        changes = {**kwargs, "_states_in_file": read_own_states(path), "_given_to_load": tuple(kwargs)}
-        model = super().load(path, env, device, custom_objects, print_system_info, force_reset, **changes)
-        del model._states_in_file, model._given_to_load
+        if not isinstance(safe, bool):
+            raise TypeError(f"safe must be True or False, got {safe!r}")
+        source = in_memory(path) if safe else path
+        check_archive(source, name_of(path))
+        with naming_file(path):
+            attributes = read_attributes(source)
+            check_given_to_load(cls, env, device, kwargs, attributes)
+            if kwargs.get("policy_kwargs"):
+                kwargs["policy_kwargs"] = with_features_extractor(kwargs["policy_kwargs"])
+            if safe:
+                check_reader_of_tensors()
+                check_sizes(cast(io.BytesIO, source))
+                given = dict(custom_objects or {})
+                custom_objects = {**read_objects(cls, attributes, given), **given}  # SB3 reads no pickles of these
+            changes = {
+                **kwargs,
+                "_states_in_file": read_own_states(source),
+                "_variables_in_file": read_variable_names(source),
+                "_given_to_load": tuple(kwargs),
+            }
+            model = super().load(source, env, device, custom_objects, print_system_info, force_reset, **changes)
+        del model._states_in_file, model._variables_in_file, model._given_to_load
         if kwargs.get("seed") is not None:
             model.generators.drop_pending()
             model.collector_generators.drop()
@@ -243,29 +315,46 @@ class SavedStateMixin(OnPolicyAlgorithm):
         if self.replay_buffer is None:
             warn_caller(f"{_NOTHING_KEPT}: nothing was saved")
             return
-        step = Step(self.num_timesteps, self._n_rollouts)
-        write_rollouts(path, step, self.replay_buffer, place(self.data_parallel))
+        write_rollouts(path, self._step, self.replay_buffer, place(self.data_parallel), self._facts_of_run())
 
     def load_replay_buffer(self, path: RolloutPath, truncate_last_traj: bool = True) -> None:
         """
-        Load the rollouts that are kept from one iteration to the next. The file is a pickle: load only what you trust.
+        Load the rollouts that are kept from one iteration to the next. Nothing in the file is run.
 
         :param path: file that :meth:`save_replay_buffer` wrote at the same step as the model
         :param truncate_last_traj: has no effect; part of SB3's interface
-        :raises ValueError: if the file belongs to another step or does not fit the model; with ``tuned_for_n_envs``,
-            rollouts of another size, as another number of environments has them, are left out with a warning instead
+        :raises ValueError: if the file is damaged, belongs to another run or step, or does not fit the model; with
+            ``tuned_for_n_envs``, rollouts of another size, as another number of environments has them, are left out
+            with a warning instead
         """
         if self.replay_buffer is None:
             warn_caller(f"{_NOTHING_KEPT}: the file was not read")
             return
-        step = Step(self.num_timesteps, self._n_rollouts)
+        own, facts = place(self.data_parallel), self._facts_of_run()
         try:
-            kept, own = self.replay_buffer, place(self.data_parallel)
-            vars(self).update(read_rollouts(path, step, kept, self.rollout_buffer, own))
+            kept = read_rollouts(path, self._step, self.replay_buffer, self.rollout_buffer, own, facts)
+            vars(self).update(kept)
         except OtherSizeError as error:
             if self.tuned_for_n_envs is None:
                 raise
             warn_caller(f"Rollouts of another number of environments are not read: {error}")
+
+    @property
+    def _step(self) -> Step:
+        return Step(self.num_timesteps, self._n_rollouts)
+
+    def _facts_of_run(self) -> dict[str, Any]:
+        """
+        :return: what kept rollouts must have in common with the model, beside the step. The policy's parameters tell
+            apart what became of one file in several runs
+        """
+        policy = hashlib.blake2b(digest_size=16)
+        for parameter in self.policy.parameters():
+            policy.update(parameter.detach().cpu().contiguous().reshape(-1).view(th.uint8).numpy().tobytes())
+        facts = {"algorithm": type(self).__name__, "run": self._run_id, "policy": policy.hexdigest()}
+        facts |= {name: str(getattr(self, name)) for name in ("observation_space", "action_space")}
+        returns = {name: float(getattr(self, name)) for name in ("gamma", "gae_lambda")}
+        return {**facts, **returns, **{name: int(getattr(self, name)) for name in ("n_steps", "n_envs")}}
 
     def to_ppo(self) -> OnPolicyAlgorithm:
         """

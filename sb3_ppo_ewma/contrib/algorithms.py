@@ -60,9 +60,16 @@ class LstmState:
 
         :param state_dict: from :meth:`state_dict`
         :param strict: not used, part of the interface of ``torch.nn.Module``
+        :raises ValueError: if one is missing or has another shape
         """
+        present = self.state_dict()
+        shapes = {name: tuple(getattr(state_dict.get(name), "shape", ())) for name in present}
+        n_envs = shapes["hidden_pi"][1:2]
+        expected = {name: (*each.shape[:1], *n_envs, *each.shape[2:]) for name, each in present.items()}
+        if shapes != expected:
+            raise ValueError(f"the loaded states of the LSTM have the shapes {shapes}, expected {expected}")
         tensors = [state_dict[name].to(self._model.device) for name in self._names]
-        if tensors[0].shape[1] == self._model.n_envs:
+        if n_envs == (self._model.n_envs,):
             self._model._last_lstm_states = RNNStates((tensors[0], tensors[1]), (tensors[2], tensors[3]))
 
     _names: ClassVar[tuple[str, ...]] = ("hidden_pi", "cell_pi", "hidden_vf", "cell_vf")

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import rl_zoo3.utils
-import yaml
 from huggingface_sb3 import EnvironmentName
 from rl_zoo3.exp_manager import ExperimentManager
 from rl_zoo3.utils import ALGOS, StoreDict
@@ -14,6 +13,7 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_ppo_ewma.export import FORMATS, export_policy
+from sb3_ppo_ewma.zoo import restricted_yaml
 
 
 def main() -> None:
@@ -59,7 +59,8 @@ def _environment(args: argparse.Namespace, settings: Path) -> VecEnv:
     env_kwargs = hyperparams.pop("env_kwargs", {})
     arguments = settings / "args.yml"
     if arguments.is_file():
-        env_kwargs = yaml.load(arguments.read_text(), Loader=yaml.UnsafeLoader)["env_kwargs"] or env_kwargs
+        with arguments.open() as file:
+            env_kwargs = restricted_yaml.load(file)["env_kwargs"] or env_kwargs
     env: VecEnv = rl_zoo3.utils.create_test_env(
         args.env.gym_id,
         n_envs=args.n_envs,

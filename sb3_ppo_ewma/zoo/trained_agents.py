@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import rl_zoo3.utils
-import yaml
 from rl_zoo3.exp_manager import ExperimentManager
 
+from sb3_ppo_ewma.zoo import restricted_yaml
 from sb3_ppo_ewma.zoo.algorithms import ALGORITHMS
 from sb3_ppo_ewma.zoo.command_line import explain
 from sb3_ppo_ewma.zoo.patches._replace import AnyFunction, replace_function
@@ -34,7 +34,10 @@ def saved_arguments(log_path: str, env_name: str) -> dict[str, Any]:
     :return: arguments of the command that trained it; empty if they were not saved
     """
     file = Path(log_path, env_name, "args.yml")
-    return dict(yaml.load(file.read_text(), Loader=yaml.UnsafeLoader) or {}) if file.is_file() else {}
+    if not file.is_file():
+        return {}
+    with file.open() as opened:
+        return dict(restricted_yaml.load(opened) or {})
 
 
 def import_gym_packages(modules: Iterable[str], origin: str = "--gym-packages") -> None:

@@ -46,6 +46,7 @@ from sb3_ppo_ewma.zoo.patches import (
     unequal_runs,
     unfound_runs,
     unregistered_env,
+    unsafe_yaml,
 )
 
 # Where several replace the same function, a later one calls the earlier ones.
@@ -81,7 +82,7 @@ PATCHES = (
 )
 # These replace functions of the standard library and others, so they apply only while a script of the zoo runs. The
 # last three check its arguments, in this order.
-SCRIPT_PATCHES = (child_commands, ffmpeg_status, integer_options, unfound_runs, unequal_runs)
+SCRIPT_PATCHES = (child_commands, ffmpeg_status, unsafe_yaml, integer_options, unfound_runs, unequal_runs)
 
 
 @functools.cache  # once
@@ -94,7 +95,7 @@ def apply_patches() -> None:
 
 @contextlib.contextmanager
 def script_patches() -> Iterator[None]:
-    """Within the context, apply the patches of functions that the zoo's scripts call in the standard library."""
+    """Within the context, apply the patches of functions that the zoo's scripts call in other libraries."""
     with contextlib.ExitStack() as stack:
         for patch in SCRIPT_PATCHES:
             if patch.is_needed():
