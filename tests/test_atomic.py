@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from benchmarks.faults import files
+from benchmarks.faults.outcome import GOOD
 from sb3_ppo_ewma import PPOEWMA
 from sb3_ppo_ewma.checkpointing.atomic import replace_atomically
 
@@ -119,12 +121,17 @@ def test_names_of_temporary_files_cannot_be_foreseen(tmp_path: pathlib.Path) -> 
     assert len(names) == 3
 
 
+def write_through_link(path: pathlib.Path, other: pathlib.Path) -> None:
+    with replace_atomically(path) as temporary:
+        temporary.unlink()
+        temporary.symlink_to(other)
+
+
 def test_a_temporary_file_that_became_a_link_is_not_followed(tmp_path: pathlib.Path) -> None:
     path, other = tmp_path / "file", tmp_path / "other"
     other.write_bytes(b"other")
-    with pytest.raises(OSError, match="exchanged"), replace_atomically(path) as temporary:
-        temporary.unlink()
-        temporary.symlink_to(other)
+    with pytest.raises(OSError, match="exchanged"):
+        write_through_link(path, other)
     assert other.read_bytes() == b"other"
     assert list(tmp_path.iterdir()) == [other]
 
@@ -254,3 +261,8 @@ def test_file_and_folder_are_on_the_disk_before_and_after_the_replacement(
     monkeypatch.setattr(os, "fsync", fsync)
     replaced(path)
     assert events == [("file", False), ("folder", True)]
+
+
+def test_injected_faults(tmp_path: pathlib.Path) -> None:
+    bad = [each for each in files.run(28, seed=0, folder=tmp_path) if each.verdict not in GOOD]
+    assert not bad

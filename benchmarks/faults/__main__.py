@@ -22,7 +22,9 @@ from benchmarks.metadata import metadata
 
 HERE = Path(__file__).parent
 # Parts with their numbers of trials
-PARTS: dict[str, int] = {}
+PARTS: dict[str, int] = {
+    "files": 2100,
+}
 N_EXAMPLES = 5
 
 
