@@ -23,6 +23,7 @@ from benchmarks.metadata import metadata
 HERE = Path(__file__).parent
 # Parts with their numbers of trials
 PARTS: dict[str, int] = {
+    "interruptions": 154,
     "searches": 600,
     "files": 2100,
 }
