@@ -323,9 +323,7 @@ def test_bits_that_have_changed_are_refused_or_without_effect(
 
 
 def test_unknown_keywords_of_load_are_refused(saved: Path) -> None:
-    with pytest.raises(
-        TypeError, match=r"got an .* 'porx_decay', got 0\.5\. Did you mean 'prox_decay'\?"
-    ):
+    with pytest.raises(TypeError, match=r"got an .* 'porx_decay', got 0\.5\. Did you mean 'prox_decay'\?"):
         PPGEWMA.load(saved, porx_decay=0.5)
     with pytest.raises(TypeError, match=r"unexpected keyword argument 'nothing_like_it', got 0\.5$"):
         PPGEWMA.load(saved, nothing_like_it=0.5)

@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import importlib
 import inspect
+import json
 import os
 import pkgutil
 import runpy
@@ -38,6 +39,7 @@ from rl_zoo3.utils import StoreDict
 from sb3_contrib.common.wrappers import action_masker
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import CheckpointCallback
+from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
@@ -90,7 +92,9 @@ def original(function: Any) -> Any:
 def upstream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The libraries as installed, in an empty folder."""
     monkeypatch.chdir(tmp_path)
-    for owner in (ExperimentManager, StoreDict, exp_manager, rl_zoo3.utils, huggingface_sb3):
+    libraries = (exp_manager, rl_zoo3.utils, huggingface_sb3)
+    classes = (ExperimentManager, StoreDict, JournalFileBackend, JournalStorage, VecNormalize)
+    for owner in (*libraries, *classes):
         for name, value in list(vars(owner).items()):
             is_static = isinstance(value, staticmethod)
             function = value.__func__ if is_static else value
@@ -297,6 +301,44 @@ def test_defect_no_completed_trial(upstream, tmp_path, monkeypatch):
     assert str(error.value) == "No trials are completed yet.", works("no_completed_trial")
 
 
+def test_defect_dead_trials(upstream, tmp_path):
+    study = optuna.create_study(storage="sqlite:///study.db", study_name="study", direction="maximize")
+    study.ask()  # of a process that has ended
+    options = {"n_timesteps": 32, "max_total_trials": 1, "no_optim_plots": True}
+    storage = {"storage": "sqlite:///study.db", "study_name": "study"}
+    manager = new_manager(tmp_path, optimize_hyperparameters=True, **options, **storage)
+    manager.setup_experiment()
+    assert raised_by(manager.hyperparameters_optimization) is ValueError, works("dead_trials")  # nothing was tried
+
+
+def test_defect_journal_lock(upstream):
+    Path("logs").mkdir()
+    backend = JournalFileBackend("logs/study.log")
+    backend._lock.acquire()
+    with pytest.raises(FileNotFoundError):  # nobody can see its age
+        os.stat("logs/study.log.lock")
+    assert Path("logs/study.log.lock").is_symlink(), works("journal_lock")
+
+
+def test_defect_torn_journal(upstream):
+    study = optuna.create_study(storage=JournalStorage(JournalFileBackend("study.log")), study_name="study")
+    with open("study.log", "ab") as file:
+        file.write(b'{"op_code":5,"worker')
+    study.set_user_attr("a", 1)
+    refused = raised_by(lambda: study.set_user_attr("b", 2))
+    assert refused is json.JSONDecodeError, works("torn_journal")
+
+
+def test_defect_vec_normalize_save(upstream):
+    venv: Any = VecNormalize(make_vec_env("CartPole-v1"))
+    venv.save("statistics.pkl")
+    venv.epsilon = lambda: None  # cannot be pickled
+    assert raised_by(lambda: venv.save("statistics.pkl")) is not type(None)
+    assert raised_by(lambda: VecNormalize.load("statistics.pkl", venv.venv)) is not type(None), works(
+        "vec_normalize_save"
+    )
+
+
 def test_defect_generate_metadata(upstream):
     error = raised_by(lambda: runpy.run_module("rl_zoo3.push_to_hub", run_name="imported"))
     assert error is ImportError, works("generate_metadata")
@@ -493,6 +535,10 @@ def test_a_function_that_works_is_not_patched(name):
         ("failed_run_folder", "        self.create_log_folder()", "        pass"),
         ("constructor_errors", "        model = ALGOS", "        try: ...\n        model = ALGOS"),
         ("no_completed_trial", "        trial = study", "        self.check()\n        trial = study"),
+        ("dead_trials", "TrialState.RUNNING", "TrialState.WAITING"),
+        ("journal_lock", "os.stat(self._lock_file)", "os.lstat(self._lock_file)"),
+        ("torn_journal", "f.flush()", "self._truncate(f)"),
+        ("vec_normalize_save", 'open(save_path, "wb")', 'replaced(save_path, "wb")'),
         ("hub_missing_file", "requests.exceptions", "huggingface_hub.errors"),
         ("child_commands", '"python"', "sys.executable"),
         ("ffmpeg_status", "os.system(", "self.run("),

@@ -22,7 +22,13 @@ from benchmarks.metadata import metadata
 
 HERE = Path(__file__).parent
 # Parts with their numbers of trials
-PARTS: dict[str, int] = {"arguments": 14000, "files": 1800}
+PARTS: dict[str, int] = {
+    "arguments": 14000,
+    "files": 1800,
+    "writes": 2100,
+    "searches": 600,
+    "interruptions": 154,
+}
 N_EXAMPLES = 5
 
 

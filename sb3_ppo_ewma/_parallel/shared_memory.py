@@ -5,6 +5,7 @@ import copy
 import mmap
 import os
 import tempfile
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -44,6 +45,7 @@ class SharedMemory:
             self._layout[name] = size, array.shape, array.dtype
             size += -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT
         self._path = _make_file(size)
+        weakref.finalize(self, _unlink, self._path)  # if an interrupt comes before unlink()
         self._map()
 
     def _map(self) -> None:
@@ -66,8 +68,7 @@ class SharedMemory:
 
     def unlink(self) -> None:
         """To be called when the other process has opened the memory. The last process that uses it frees it."""
-        with contextlib.suppress(OSError):  # Windows, which deletes the file when the last process closes it
-            os.unlink(self._path)
+        _unlink(self._path)
 
     # ------------------------------------------------------------------ counter
 
@@ -168,6 +169,11 @@ def arrays_of(buffer: RolloutBuffer) -> dict[str, np.ndarray]:
         elif isinstance(value, dict) and all(isinstance(each, np.ndarray) for each in value.values()):
             found |= {f"{name}/{key}": each for key, each in value.items()}
     return found
+
+
+def _unlink(path: str) -> None:
+    with contextlib.suppress(OSError):  # Windows, which deletes the file when the last process closes it
+        os.unlink(path)
 
 
 def _make_file(size: int) -> str:

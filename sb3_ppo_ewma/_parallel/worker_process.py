@@ -31,6 +31,8 @@ _SECONDS_FOR_LOCKS = 5
 _KINDS = ("rollout", "result", "stack")
 _FORK = threading.Lock()
 _FORK_WARNING = r"This process \(pid=\d+\) is multi-threaded, use of fork\(\)"
+# Those that end programs, which may handle them
+_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 class WorkerProcess:
@@ -300,19 +302,22 @@ def _ready_to_fork() -> Iterator[contextlib.ExitStack]:
 
 @contextlib.contextmanager
 def _interruption_waits() -> Iterator[None]:
-    """Within this context, Ctrl+C has no effect until its end."""
-    previous = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(previous):
+    """Within this context, Ctrl+C and other signals with a handler, which may raise an error, wait for its end."""
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
+    previous: dict[int, Any] = {number: signal.getsignal(number) for number in _SIGNALS}
+    previous = {number: handler for number, handler in previous.items() if callable(handler)}
     received: list[tuple[int, Any]] = []
-    signal.signal(signal.SIGINT, lambda number, frame: received.append((number, frame)))
+    for number in previous:
+        signal.signal(number, lambda number, frame: received.append((number, frame)))
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
     if received:
-        previous(*received[0])
+        previous[received[0][0]](*received[0])
 
 
 def _release(lock: Any) -> None:

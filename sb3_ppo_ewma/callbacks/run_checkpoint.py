@@ -69,7 +69,7 @@ class RunCheckpoint(BaseCallback):
 
     def _on_step(self) -> bool:
         if self.num_timesteps // self.every > self._last // self.every:
-            self._model._due_checkpoint = self._write
+            self._model.checkpoint_at_next_moment(self._write)
         return True
 
     def _on_training_end(self) -> None:

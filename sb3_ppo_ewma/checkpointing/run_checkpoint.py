@@ -188,6 +188,13 @@ class ResumableMixin(SavedStateMixin):
         finally:
             self._rollout_start = None
 
+    def checkpoint_at_next_moment(self, write: Callable[[], None]) -> None:
+        """
+        :param write: is called once, at the end of the step if :attr:`can_save_within_rollout`, else before the next
+            rollout
+        """
+        self._due_checkpoint = write
+
     def _write_due_checkpoint(self) -> None:
         due, self._due_checkpoint = self._due_checkpoint, None
         if due is not None:

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 import gymnasium as gym
 
 from sb3_ppo_ewma.zoo import rendering
+from sb3_ppo_ewma.zoo.signals import stop_signals
 
 PROG = "sb3-ppo-ewma"
 TRACEBACK_VARIABLE = "SB3_PPO_EWMA_TRACEBACK"
@@ -81,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     script = _parser().parse_args(arguments[:1]).script
     process_arguments, sys.argv = sys.argv, [f"{PROG} {script}", *arguments[1:]]
     try:
-        with _current_folder_on_path():
+        with stop_signals(sys.argv[0]), _current_folder_on_path():
             _run(script, arguments[1:])
     except Exception as error:
         if os.environ.get(TRACEBACK_VARIABLE) or not _is_expected(error):

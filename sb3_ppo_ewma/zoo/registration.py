@@ -9,7 +9,15 @@ from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
 from rl_zoo3.utils import ALGOS
 
 from sb3_ppo_ewma.networks import FEATURES_EXTRACTORS
-from sb3_ppo_ewma.zoo import action_masks, data_parallel, experiment, resuming, trained_agents, vec_envs
+from sb3_ppo_ewma.zoo import (
+    action_masks,
+    data_parallel,
+    experiment,
+    interruptions,
+    resuming,
+    trained_agents,
+    vec_envs,
+)
 from sb3_ppo_ewma.zoo.algorithms import ALGORITHMS, BASELINES
 from sb3_ppo_ewma.zoo.patches import apply_patches
 from sb3_ppo_ewma.zoo.search_space import SEARCH_SPACES
@@ -31,7 +39,8 @@ def register() -> None:
     vec_envs.install_hooks()
     action_masks.install_hooks()  # after the algorithms are in ALGOS
     resuming.install_hooks()
-    data_parallel.install_hooks()  # last: it divides the hyper-parameters that the others return
+    data_parallel.install_hooks()  # after those whose hyper-parameters it divides
+    interruptions.install_hooks()  # last: around all that may fail
     _name_features_extractors()
     _register_minatar()
 

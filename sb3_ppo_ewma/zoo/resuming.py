@@ -19,7 +19,7 @@ from sb3_ppo_ewma._parallel.process_group import ProcessGroup, place
 from sb3_ppo_ewma.callbacks.run_checkpoint import RunCheckpoint, newest_checkpoint
 from sb3_ppo_ewma.checkpointing.atomic import replace_atomically
 from sb3_ppo_ewma.envs.env_state import EnvStateWrapper
-from sb3_ppo_ewma.zoo import options
+from sb3_ppo_ewma.zoo import options, signals
 from sb3_ppo_ewma.zoo.algorithms import ALGORITHMS
 from sb3_ppo_ewma.zoo.patches._replace import AnyFunction, replace_function
 
@@ -27,6 +27,25 @@ _DEFAULT_EVERY = 50_000
 _FOLDER, _RUN = "checkpoints", "run.json"
 # Options that do not change what a run learns, with their numbers of values
 _WITHOUT_EFFECT = {"--verbose": 1, "--device": 1, "--progress": 0, "-P": 0, "--checkpoint-every": 1}
+
+
+class _CheckpointOnSignal(RunCheckpoint):
+    """Also saves the run when a signal comes, and ends training then."""
+
+    def _on_training_start(self) -> None:
+        super()._on_training_start()
+        signals.current.is_held = signals.current.is_installed
+
+    def _on_step(self) -> bool:
+        result = super()._on_step()
+        if signals.current.is_held and signals.current.received is not None:
+            self._model.checkpoint_at_next_moment(self._write_and_stop)
+        return result
+
+    def _write_and_stop(self) -> None:
+        signals.current.is_held = False
+        self._write()
+        signals.current.check()
 
 
 @functools.cache  # once
@@ -147,7 +166,7 @@ def _create_callbacks(upstream: AnyFunction, manager: Any) -> None:
     upstream(manager)
     if _is_on():
         every = options.current.checkpoint_every or _DEFAULT_EVERY
-        manager.callbacks.append(RunCheckpoint(Path(manager.save_path) / _FOLDER, every, verbose=manager.verbose))
+        manager.callbacks.append(_CheckpointOnSignal(Path(manager.save_path) / _FOLDER, every, verbose=manager.verbose))
 
 
 def _create_envs(upstream: AnyFunction, manager: Any, *args: Any, **kwargs: Any) -> Any:

@@ -1,5 +1,6 @@
 """
-Repairs of rl_zoo3, and of sb3-contrib and the Hugging Face libraries as it uses them, one module per upstream defect.
+Repairs of rl_zoo3, and of SB3, sb3-contrib, Optuna and the Hugging Face libraries as it uses them, one module per
+upstream defect.
 
 Each module names its defect, the version it was seen in and the upstream source or issue. It has two functions:
 ``is_needed()`` checks whether the installed version has the defect, ``apply()`` repairs it. When upstream fixes a
@@ -20,6 +21,7 @@ from sb3_ppo_ewma.zoo.patches import (
     class_names,
     constructor_errors,
     continued_statistics,
+    dead_trials,
     dotted_names,
     env_kwargs,
     failed_run_folder,
@@ -28,6 +30,7 @@ from sb3_ppo_ewma.zoo.patches import (
     hub_missing_file,
     ignored_options,
     integer_options,
+    journal_lock,
     missing_trial,
     no_completed_trial,
     observation_spaces,
@@ -40,6 +43,7 @@ from sb3_ppo_ewma.zoo.patches import (
     search_unknown_hyperparams,
     shared_run_folder,
     strict_yaml,
+    torn_journal,
     trial_normalization,
     trial_zero,
     unchecked_entry,
@@ -47,6 +51,7 @@ from sb3_ppo_ewma.zoo.patches import (
     unfound_runs,
     unregistered_env,
     unsafe_yaml,
+    vec_normalize_save,
 )
 
 # Where several replace the same function, a later one calls the earlier ones.
@@ -77,6 +82,10 @@ PATCHES = (
     policy_names,
     python_config,
     saved_objects,  # after python_config, which makes more objects savable
+    journal_lock,
+    torn_journal,
+    dead_trials,
+    vec_normalize_save,
     generate_metadata,
     hub_missing_file,
 )

@@ -1,5 +1,6 @@
 """
-A run whose model cannot be built leaves its empty folder, which ``enjoy`` then takes for the latest run.
+A run whose model cannot be built, or that is interrupted before, leaves its empty folder, which ``enjoy`` then takes
+for the latest run.
 
 Seen in rl_zoo3 2.9.2. ``ExperimentManager.setup_experiment`` creates the folder before it builds the model. Source:
 https://github.com/DLR-RM/rl-baselines3-zoo/blob/master/rl_zoo3/exp_manager.py.
