@@ -1,12 +1,16 @@
 """``--checkpoint-every`` and ``--resume`` of the zoo's ``train``."""
 
+import json
+import os
 import pickle
+import signal
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch as th
+from gymnasium.envs.classic_control import PendulumEnv
 
 from sb3_ppo_ewma import PPOEWMA
 from sb3_ppo_ewma.callbacks.run_checkpoint import RunCheckpoint
@@ -118,3 +122,33 @@ def test_another_command_begins_another_run(tmp_path: Path, monkeypatch: pytest.
 def test_what_cannot_be_is_refused(options: list[str], message: str, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=message):
         train(tmp_path, *options)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_the_run(
+    number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    train(tmp_path / "whole")
+    original, steps = PendulumEnv.step, []
+
+    def step(env: Any, action: Any) -> Any:
+        steps.append(1)
+        if len(steps) == 101:  # the first environment, in the middle of a rollout
+            os.kill(os.getpid(), number)
+        return original(env, action)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PendulumEnv, "step", step)
+        with pytest.raises(SystemExit) as end:
+            train(tmp_path / "cut", "--resume")
+    assert end.value.code == 128 + number
+    run = tmp_path / "cut" / "ppo_ewma" / "Pendulum-v1_1"
+    saved = [path.name for path in (run / "checkpoints").glob("*.zip")]
+    assert len(saved) == 1
+    assert saved[0] not in ("checkpoint_64_steps.zip", "checkpoint_128_steps.zip")
+    assert (run / "Pendulum-v1.zip").exists()
+    assert not json.loads((run / "checkpoints" / "run.json").read_text())["is_complete"]
+    train(tmp_path / "cut", "--resume")
+    assert f"Resuming from {run / 'checkpoints' / saved[0]}" in capsys.readouterr().out
+    pairs = zip(parameters(tmp_path / "whole"), parameters(tmp_path / "cut"), strict=True)
+    assert all(th.equal(first, second) for first, second in pairs)
