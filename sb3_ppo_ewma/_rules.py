@@ -331,7 +331,10 @@ def _check_to_build(model: Any) -> None:
         model.advantage_decay = None  # SB3's switch overrides a default of ours, as in the constructor
     if "stats_window_size" in given:
         model._stats_window_size = vars(model).pop("stats_window_size")
-    check_model(model, given if model.env is None else None)
+    names = given if model.env is None else None
+    if names is None and model._states_in_file is not None:  # load() needs no other processes
+        names = [name for name in RULES if name != "data_parallel" or name in given]
+    check_model(model, names)
     if model.env is not None and model.n_envs != model.env.num_envs:
         raise ValueError(f"n_envs must be that of env, {model.env.num_envs}, got {shown(model.n_envs)}")
     _check_built_policy(model)

@@ -74,3 +74,10 @@ def test_classes_of_packages_on_the_command_line_are_read(monkeypatch):
         restricted_yaml.load(text)
     monkeypatch.setattr(sys, "argv", ["enjoy", "--gym-packages", "sb3_ppo_ewma.zoo", "other", "-n", "3"])
     assert restricted_yaml.load(text) == {"x": PPOEWMA}
+
+
+def test_classes_that_only_training_uses_are_not_read():
+    loaded = restricted_yaml.load("callback:\n- !!python/name:antigravity.x ''\nn_envs: 2")
+    assert loaded["n_envs"] == 2
+    assert not isinstance(loaded["callback"][0], type)
+    assert "antigravity" not in sys.modules

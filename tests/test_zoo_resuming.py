@@ -137,10 +137,12 @@ def test_a_signal_saves_the_run(
             os.kill(os.getpid(), number)
         return original(env, action)
 
+    before = signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     with monkeypatch.context() as patch:
         patch.setattr(PendulumEnv, "step", step)
         with pytest.raises(SystemExit) as end:
             train(tmp_path / "cut", "--resume")
+    signal.signal(number, before)
     assert end.value.code == 128 + number
     run = tmp_path / "cut" / "ppo_ewma" / "Pendulum-v1_1"
     saved = [path.name for path in (run / "checkpoints").glob("*.zip")]

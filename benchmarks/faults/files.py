@@ -97,7 +97,6 @@ OTHER_ALGORITHMS: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 # What tells another run from the first one
 OTHERS: dict[str, dict[str, Any]] = {
-    "the same arguments": {},
     "seed": {"seed": 1},
     "task": {"env": other_task},
     "network": {"policy_kwargs": {"net_arch": [5]}},

@@ -114,7 +114,6 @@ class DataParallel:
         parameters = group.from_first(parameters)
         if group.rank > 0:
             model.set_parameters(parameters, device=model.device)
-        model._run_id = group.from_first(model._run_id)
         kept_rollouts = model.replay_buffer or {}
         n_kept = [len(buffer) for buffer in kept_rollouts.values()]
         if any(others != n_kept for others in group.gather(n_kept)):

@@ -6,6 +6,7 @@ In a saved file they are one member of SB3's zip archive that SB3 does not read,
 """
 
 import copy
+import hashlib
 import pathlib
 import zipfile
 from collections.abc import Collection, Iterable, Mapping
@@ -87,6 +88,17 @@ class Differences(NamedTuple):
         if self.surplus:
             parts.append(f"with {', '.join(self.surplus)}, which this model does not use: dropped")
         return f"Loaded parameters {'; '.join(parts)}." if parts else ""
+
+
+def parameters_digest(policy: th.nn.Module) -> str:
+    """
+    :param policy: a policy
+    :return: a text that differs for other parameters
+    """
+    digest = hashlib.sha256()
+    for parameter in policy.parameters():
+        digest.update(parameter.detach().cpu().contiguous().view(-1).view(th.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def present_attributes(model: Any, names: Iterable[str]) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """One file that is a whole run: ``save_checkpoint()`` and ``load_checkpoint()``."""
 
 import contextlib
-import hashlib
 import json
 import pathlib
 import zipfile
@@ -19,6 +18,7 @@ from sb3_ppo_ewma._parallel.process_group import place
 from sb3_ppo_ewma.checkpointing.atomic import replace_atomically, with_default_suffix
 from sb3_ppo_ewma.checkpointing.environment_states import environments_state, restore_environments
 from sb3_ppo_ewma.checkpointing.generators import seed_from
+from sb3_ppo_ewma.checkpointing.own_states import parameters_digest
 from sb3_ppo_ewma.checkpointing.plain_data import NotPlainError, dumps, loads
 from sb3_ppo_ewma.checkpointing.rollout_in_progress import Collection, RolloutInProgress
 from sb3_ppo_ewma.checkpointing.saving import SavedStateMixin
@@ -86,7 +86,7 @@ class ResumableMixin(SavedStateMixin):
             "num_timesteps": self.num_timesteps,
             "total_timesteps": self._total_timesteps,
             "n_processes": place(self.data_parallel).n_processes,
-            "parameters": _digest(self.policy),
+            "parameters": parameters_digest(self.policy),
             "new_episodes": "" if environments is None else environments["reason"],
         }
         target = checkpoint_of_rank(with_default_suffix(path, ".zip"), place(self.data_parallel).rank)
@@ -380,14 +380,3 @@ def is_whole(path: pathlib.Path) -> bool:
     except (ValueError, OSError, zipfile.BadZipFile):
         return False
     return True
-
-
-def _digest(policy: th.nn.Module) -> str:
-    """
-    :param policy: a policy, with the same parameters in all processes
-    :return: a text that differs for other parameters
-    """
-    result = hashlib.sha256()
-    for parameter in policy.parameters():
-        result.update(parameter.detach().cpu().view(-1).view(th.uint8).numpy().data)
-    return result.hexdigest()

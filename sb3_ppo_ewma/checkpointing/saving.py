@@ -1,9 +1,7 @@
 """``save()``, ``load()`` and their relatives for the algorithms of this package, as methods of SB3's interface."""
 
-import hashlib
 import io
 import pathlib
-import uuid
 from collections.abc import Iterable
 from typing import Any, ClassVar, TypeVar, cast
 
@@ -37,6 +35,7 @@ from sb3_ppo_ewma.checkpointing.own_states import (
     check_loaded,
     load_own_states,
     own_state_dicts,
+    parameters_digest,
     present_attributes,
     read_own_states,
     split_parameters,
@@ -69,8 +68,6 @@ class SavedStateMixin(OnPolicyAlgorithm):
     collector_generators: CollectorGenerators
     # Number of rollouts that train() was called for, saved with the other attributes
     _n_rollouts = 0
-    # Random, made with the model and saved with it: tells the run from all others
-    _run_id: str | None = None
 
     # Names of the attributes with own states, in the model and in the saved file. An attribute may be None.
     _own_states: ClassVar[tuple[str, ...]] = ("generators", "collector_generators")
@@ -113,7 +110,6 @@ class SavedStateMixin(OnPolicyAlgorithm):
         if vars(self).get("clip_range", CLIP_OFF) in (None, CLIP_OFF_IN_FILE):
             vars(self)["clip_range"] = CLIP_OFF
         super()._setup_model()
-        self._run_id = self._run_id or uuid.uuid4().hex  # not from the generators of training
         self.generators = GeneratorStates(self.device)
         self.collector_generators = CollectorGenerators()
 
@@ -348,10 +344,7 @@ class SavedStateMixin(OnPolicyAlgorithm):
         :return: what kept rollouts must have in common with the model, beside the step. The policy's parameters tell
             apart what became of one file in several runs
         """
-        policy = hashlib.blake2b(digest_size=16)
-        for parameter in self.policy.parameters():
-            policy.update(parameter.detach().cpu().contiguous().reshape(-1).view(th.uint8).numpy().tobytes())
-        facts = {"algorithm": type(self).__name__, "run": self._run_id, "policy": policy.hexdigest()}
+        facts = {"algorithm": type(self).__name__, "policy": parameters_digest(self.policy)}
         facts |= {name: str(getattr(self, name)) for name in ("observation_space", "action_space")}
         returns = {name: float(getattr(self, name)) for name in ("gamma", "gae_lambda")}
         return {**facts, **returns, **{name: int(getattr(self, name)) for name in ("n_steps", "n_envs")}}

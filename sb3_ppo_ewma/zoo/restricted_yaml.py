@@ -9,12 +9,14 @@ import importlib
 import pathlib
 import sys
 from collections import OrderedDict
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
 from sb3_ppo_ewma.checkpointing.restricted_pickle import NotAllowedError, named
 
+# Settings that only training uses. Scripts that run an agent need not know their classes.
+_OF_TRAINING = {"callback", "policy", "policy_kwargs", "rollout_buffer_class", "replay_buffer_class"}
 _PYTHON = "tag:yaml.org,2002:python/"
 
 
@@ -25,6 +27,18 @@ class RestrictedLoader(yaml.SafeLoader):
     """
 
 
+class NotRead(NamedTuple):
+    """
+    Stands for a class that is not read.
+
+    :param name: of the class, with its module
+    :param mark: where it stands
+    """
+
+    name: str
+    mark: Any
+
+
 def load(stream: Any) -> Any:
     """
     :param stream: text, or open file
@@ -33,9 +47,24 @@ def load(stream: Any) -> Any:
     :raises ValueError: if ``normalize``, which the zoo evaluates, is more than a dictionary of plain values
     """
     loaded = yaml.load(stream, Loader=RestrictedLoader)
+    for key, value in loaded.items() if isinstance(loaded, dict) else [("", loaded)]:
+        if key not in _OF_TRAINING:
+            _refuse_unread(value)
     if isinstance(loaded, dict) and isinstance(loaded.get("normalize"), str):
         _check_plain("normalize", loaded["normalize"], getattr(stream, "name", "the file"))
     return loaded
+
+
+def _refuse_unread(value: Any) -> None:
+    if isinstance(value, NotRead):
+        raise yaml.constructor.ConstructorError(
+            None,
+            None,
+            f"{value.name} is not read, since it could run code: if you trust it, name its package with --gym-packages",
+            value.mark,
+        )
+    for each in value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else []:
+        _refuse_unread(each)
 
 
 def _check_plain(key: str, text: str, name: str) -> None:
@@ -74,12 +103,7 @@ def _class(loader: RestrictedLoader, suffix: str, node: Any) -> Any:
         found: Any = named(module, name)
     except NotAllowedError:
         if module.partition(".")[0] not in _trusted_packages():
-            raise yaml.constructor.ConstructorError(
-                None,
-                None,
-                f"{suffix} is not read, since it could run code: if you trust it, name its package with --gym-packages",
-                node.start_mark,
-            ) from None
+            return NotRead(suffix, node.start_mark)
         found = getattr(importlib.import_module(module), name)
     return found
 
