@@ -35,6 +35,8 @@ NAMES = [
     "memory_masks",
     "elastic",
 ]
+# The others take half a minute each.
+QUICK_EXPERIMENTS = ("staleness", "center_of_mass")
 CARTPOLE = {"policy": "MlpPolicy", "n_timesteps": 400, "n_envs": 2, "n_steps": 16, "batch_size": 16, "n_epochs": 1}
 
 
@@ -46,7 +48,9 @@ def read(file: Path) -> list[dict[str, str]]:
 # === Every experiment ===
 
 
-@pytest.mark.parametrize("name", [*NAMES[:-1], pytest.param("elastic", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK_EXPERIMENTS else pytest.mark.slow) for name in NAMES]
+)
 def test_quick_run_and_its_report(name, tmp_path):
     pytest.importorskip("minatar")
     module = f"benchmarks.experiments.{name}"
@@ -118,7 +122,7 @@ def test_tuned_entries_are_those_of_the_best_candidates():
 
 
 # A report takes up to a minute; the others are among the slow tests.
-QUICK_REPORTS = ("memory_masks", "one_epoch")
+QUICK_REPORTS = ("memory_masks",)
 
 
 @pytest.mark.parametrize(

@@ -180,6 +180,7 @@ def test_a_hyperparameter_that_no_algorithm_has_is_refused(tmp_path, monkeypatch
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @needs_procgen
 def test_quick_run(tmp_path):
     folders = ["--results", tmp_path / "results", "--logs", tmp_path / "logs"]

@@ -124,11 +124,16 @@ FAMILIES = {
 }
 
 
+SAMPLE = ("PPOEWMA", "RecurrentPPG", "MaskablePPGEWMA", "MaskableRecurrentPPGEWMA", "PPO")
+
+
 def algorithm(name: str) -> Any:
     return next(getattr(m, name) for m in (sb3_ppo_ewma, stable_baselines3, sb3_contrib) if hasattr(m, name))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=() if name in SAMPLE else pytest.mark.slow) for name in FAMILIES]
+)
 def test_families(family: str, tmp_path: Path) -> None:
     env = environment(action_space=ACTIONS["discrete"])
     model = built(algorithm(family), env, FAMILIES[family])

@@ -158,7 +158,9 @@ CASES: dict[str, tuple[Any, str, Callable[[], VecEnv], dict[str, Any]]] = {
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("step", [1, 23, 3 * N_STEPS])
+@pytest.mark.parametrize(
+    "step", [pytest.param(1, marks=pytest.mark.slow), 23, pytest.param(3 * N_STEPS, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("case", CASES)
 def test_continues_to_the_bit(case: str, step: int, tmp_path: Path) -> None:
     cls, policy, make_env, kwargs = CASES[case]
