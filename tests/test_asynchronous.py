@@ -859,8 +859,10 @@ def test_switches_of_wrappers_act_at_the_next_call() -> None:
 def test_copies_of_a_model_that_collects() -> None:
     model = make("cartpole", max_policy_lag=1)
     model.learn(2 * N_ENVS * N_STEPS)
+    first = model.env
     model.set_env(make_vec_env("CartPole-v1", N_ENVS))
     copied = copy.deepcopy(model)
+    first.close()
     model.env.close()
     copied.learn(N_ENVS * N_STEPS, reset_num_timesteps=False)
     assert copied.num_timesteps == 3 * N_ENVS * N_STEPS

@@ -1,7 +1,9 @@
 """``save_checkpoint``, ``load_checkpoint``, ``RunCheckpoint``: an interrupted run equals one that was not."""
 
+import gc
 import json
 import random
+import weakref
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -277,6 +279,19 @@ def test_waits_for_the_end_of_a_rollout(kwargs: dict[str, Any], tmp_path: Path) 
         continued = PPOEWMA.load_checkpoint(tmp_path / "checkpoint_128_steps.zip", make_env(), device="cpu")
     assert continued.learn(continued.remaining_timesteps, reset_num_timesteps=False).num_timesteps == 224
     continued.env.close()
+
+
+def test_a_model_is_not_held_by_its_callbacks(tmp_path: Path) -> None:
+    model = PPOEWMA("MlpPolicy", make_vec_env("CartPole-v1", 2), **SETTINGS)
+    model.learn(32, RunCheckpoint(tmp_path, every=20))
+    gc.collect()
+    gc.disable()
+    try:
+        reference = weakref.ref(model)
+        del model
+        assert reference() is None
+    finally:
+        gc.enable()
 
 
 def test_is_a_zip_of_sb3(tmp_path: Path) -> None:

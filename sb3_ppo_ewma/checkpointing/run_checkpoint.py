@@ -3,6 +3,7 @@
 import contextlib
 import json
 import pathlib
+import weakref
 import zipfile
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar, cast
@@ -45,8 +46,8 @@ class ResumableMixin(SavedStateMixin):
     _in_progress: RolloutInProgress | None = None
     # Writes a checkpoint, at the next moment that is in order
     _due_checkpoint: Callable[[], None] | None = None
-    # Callbacks with what they held when training began, and what a loaded run had changed of it
-    _callbacks: tuple[tuple[BaseCallback, dict[str, bytes]], ...] = ()
+    # Callbacks, which hold the model, with what they held when training began; what a loaded run had changed of it
+    _callbacks: tuple[tuple["weakref.ref[BaseCallback]", dict[str, bytes]], ...] = ()
     _callback_states: list[Any] | None = None
     _continues_run = False
 
@@ -98,7 +99,7 @@ class ResumableMixin(SavedStateMixin):
                         self.save_replay_buffer(cast(Any, member))
                 archive.writestr(_ENVIRONMENTS, dumps(environments))
                 archive.writestr(_IN_PROGRESS, dumps(progress))
-                archive.writestr(_CALLBACKS, dumps([_changes(*each) for each in self._callbacks]))
+                archive.writestr(_CALLBACKS, dumps(self._callback_changes()))
                 archive.writestr(_MANIFEST, json.dumps(manifest))
 
     @classmethod
@@ -257,11 +258,16 @@ class ResumableMixin(SavedStateMixin):
 
     def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
         result = super()._init_callback(callback, progress_bar)
-        self._callbacks = tuple((each, _plain_attributes(each)) for each in _callbacks_in(result))
+        callbacks = list(_callbacks_in(result))
+        self._callbacks = tuple((weakref.ref(each), _plain_attributes(each)) for each in callbacks)
         states, self._callback_states = self._callback_states, None
         if states is not None:
-            _restore_callbacks([each for each, _ in self._callbacks], states)
+            _restore_callbacks(callbacks, states)
         return result
+
+    def _callback_changes(self) -> list[dict[str, Any]]:
+        present = [(reference(), before) for reference, before in self._callbacks]
+        return [_changes(callback, before) for callback, before in present if callback is not None]
 
     def __getstate__(self) -> dict[str, Any]:
         # What belongs to the learn() that goes on, which a copy is not in the middle of
