@@ -68,8 +68,15 @@ def parser(script: str, prog: str) -> argparse.ArgumentParser:
         )
     if script == "plot_train":
         group.add_argument("-o", "--output", metavar="FILE", help="save the plot (.png, .pdf, .svg) and show none")
-    if script != "train":
-        return result
+    if script == "train":
+        _add_options_of_train(group)
+    return result
+
+
+def _add_options_of_train(group: Any) -> None:
+    """
+    :param group: part of a parser
+    """
     group.add_argument(
         "--n-envs",
         type=int,
@@ -99,7 +106,6 @@ def parser(script: str, prog: str) -> argparse.ArgumentParser:
         metavar="NAME:VALUE",
         help="parameters of an Optuna trial to keep at a value (e.g. n_epochs:1)",
     )
-    return result
 
 
 def help_text(script: str, prog: str) -> str:
