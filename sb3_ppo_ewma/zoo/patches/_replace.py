@@ -51,8 +51,11 @@ def script_source(module: str) -> str:
     :param module: full name of a script's module, such as ``rl_zoo3.benchmark``
     :return: its source code
     """
-    spec = importlib.util.find_spec(module)
-    return Path(spec.origin).read_text(encoding="utf-8") if spec is not None and spec.origin is not None else ""
+    package, *names = module.split(".")
+    spec = importlib.util.find_spec(package)  # that of a submodule would import the packages above it
+    folder = Path(spec.origin).parent if spec is not None and spec.origin is not None else Path()
+    file = folder.joinpath(*names).with_suffix(".py")
+    return file.read_text(encoding="utf-8") if spec is not None and file.is_file() else ""
 
 
 @contextlib.contextmanager
